@@ -1,0 +1,148 @@
+"""Text and tokens of a conversation, through the tokenizer's own chat template. Pure; no model, no torch.
+
+Tokens are the record: the opening is rendered once, later turns are appended as tokens and nothing is ever
+rendered again. Tool calls use the OpenAI/Hermes text form that a real Qwen3 model was trained on.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from agentsdpo.errors import ModelError
+from agentsdpo.types import Json, ToolCall, ToolResult, ToolSpec
+
+_ANCHOR = "ANCHOR"
+_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+_BLOCK = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)", re.DOTALL)
+
+
+def sha256(text: str) -> str:
+    """Hex digest of a UTF-8 text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class ChatFormat:
+    """Opening, turn delimiters and hint block of one tokenizer, as token ids.
+
+    Args:
+        tokenizer: a transformers tokenizer with a chat template.
+        template_kwargs: passed to the template (``enable_thinking=False`` for Qwen3, say).
+
+    Raises:
+        ModelError: the tokenizer has no chat template, or the template cannot be extended turn by turn.
+    """
+
+    def __init__(self, tokenizer: Any, **template_kwargs: Any) -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ModelError(f"tokenizer {tokenizer.name_or_path!r} has no chat template",
+                             fix="add chat_template.jinja to the model folder: agents need tool turns rendered")
+        if tokenizer.eos_token_id is None:
+            raise ModelError(f"tokenizer {tokenizer.name_or_path!r} has no end-of-turn token", fix="set eos_token")
+        self.tokenizer, self._kwargs = tokenizer, template_kwargs
+        self.eos_id: int = tokenizer.eos_token_id
+        self.vocab_size = len(tokenizer)
+        self.template_sha256 = sha256(tokenizer.chat_template)
+        self.tokenizer_sha256 = sha256(tokenizer.backend_tokenizer.to_str())
+        self._special = [t for t in tokenizer.all_special_tokens if t]
+
+    def _render(self, messages: Sequence[Json], *, tools: Sequence[ToolSpec] = (), generate: bool = True) -> str:
+        return self.tokenizer.apply_chat_template(
+            list(messages), tools=[t.openai() for t in tools] or None,
+            add_generation_prompt=generate, tokenize=False, **self._kwargs)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, added tokens recognised, nothing put in front or behind."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Exact text of ids, special tokens included, no clean-up."""
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def defuse(self, text: str) -> str:
+        """Break control tokens inside text that comes from outside, so that it cannot open or close a turn."""
+        for token in self._special:
+            text = text.replace(token, token[0] + " " + token[1:])
+        return text
+
+    def open(self, messages: Sequence[Json], tools: Sequence[ToolSpec]) -> list[int]:
+        """Ids of the opening messages up to the place where the agent starts to write."""
+        return self.encode(self._render(messages, tools=tools))
+
+    def extend(self, messages: Sequence[Json]) -> list[int]:
+        """Ids between an agent's end-of-turn token (exclusive) and the place where it writes again.
+
+        Args:
+            messages: the tool (or user) messages that followed the agent's turn.
+        """
+        safe = [{**m, "content": self.defuse(m["content"])} for m in messages]
+        head: list[Json] = [{"role": "user", "content": "u"}, {"role": "assistant", "content": _ANCHOR}]
+        tail = self._render([*head, *safe]).split(_ANCHOR, 1)[1]
+        end = self.tokenizer.eos_token
+        if not tail.startswith(end):
+            raise ModelError(f"the chat template closes a turn with {tail[:20]!r} but the end-of-turn token is {end!r}",
+                             fix="use a template that ends assistant turns with eos_token")
+        return self.encode(tail[len(end):])
+
+    def hint(self, text: str) -> list[int]:
+        """The hint as one leading system message: the teacher's context is these ids, then the student's."""
+        return self.encode(self._render([{"role": "system", "content": self.defuse(text)}], generate=False))
+
+    def tool_messages(self, results: Sequence[ToolResult]) -> list[Json]:
+        """Tool results as chat messages, in order."""
+        return [{"role": "tool", "tool_call_id": r.call_id, "content": r.content} for r in results]
+
+    def strip_end(self, ids: Sequence[int]) -> str:
+        """Text of one completion without its end-of-turn token."""
+        closed = bool(ids) and ids[-1] == self.eos_id
+        return self.decode(ids[:-1] if closed else ids)
+
+
+def parse_calls(text: str, turn: int) -> tuple[list[ToolCall], dict[str, str]]:
+    """Tool calls of one agent turn, in order, and what is wrong with those that cannot be read.
+
+    Every ``<tool_call>`` block yields one call with id ``call_<turn>_<i>``; a broken one keeps its text verbatim
+    as ``arguments`` and has an entry in the second value.
+
+    >>> calls, bad = parse_calls('<tool_call>\\n{"name": "calc", "arguments": {"expr": "1"}}\\n</tool_call>', 2)
+    >>> calls[0].id, calls[0].name, calls[0].arguments, bad
+    ('call_2_0', 'calc', {'expr': '1'}, {})
+    >>> parse_calls('<tool_call>{"name": ', 0)[1]
+    {'call_0_0': 'the call is not closed by </tool_call>'}
+    """
+    calls: list[ToolCall] = []
+    bad: dict[str, str] = {}
+    for i, match in enumerate(_BLOCK.finditer(text)):
+        call_id, body = f"call_{turn}_{i}", match.group(1).strip()
+        problem = "" if match.group(2) else f"the call is not closed by {_CLOSE}"
+        name, arguments = "", body
+        if not problem:
+            name, arguments, problem = _read_call(body)
+        if problem:
+            bad[call_id] = problem
+        calls.append(ToolCall(id=call_id, name=name, arguments=arguments))
+    return calls, bad
+
+
+def _read_call(body: str) -> tuple[str, Json | str, str]:
+    """Name, arguments and problem of one call body; arguments stay text when there is a problem."""
+    try:
+        data = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        return "", body, f"the call is not valid JSON: {error}"
+    if not isinstance(data, dict) or not isinstance(data.get("name"), str):
+        return "", body, 'the call must be an object with "name" and "arguments"'
+    arguments = data.get("arguments", {})
+    if not isinstance(arguments, dict):
+        return data["name"], body, '"arguments" must be an object'
+    return data["name"], arguments, ""
+
+
+def write_call(name: str, arguments: Json) -> str:
+    """One call in the text form a model writes; the inverse of :func:`parse_calls`.
+
+    >>> write_call("submit", {"answer": "done"})
+    '<tool_call>\\n{"name": "submit", "arguments": {"answer": "done"}}\\n</tool_call>'
+    """
+    return f"{_OPEN}\n{json.dumps({'name': name, 'arguments': arguments})}\n{_CLOSE}"

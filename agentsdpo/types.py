@@ -1,0 +1,482 @@
+"""The vocabulary: what passes between the rooms. Words are those of the glossary in ``docs/glossary.md``.
+
+One episode of two turns, as tokens (P prompt, A sampled by the agent, E answer of the environment)::
+
+    branch.token_ids  = P0 P0 P0 A0 A0 E0 E0 E0 A1 A1
+    branch.token_kind =  0  0  0  1  1  2  2  2  1  1
+    branch.logprobs   =  -  -  -  x  x  -  -  -  x  x      (NaN where nothing was sampled)
+    branch.calls      = [Call(turn=0, start=3, end=5), Call(turn=1, start=8, end=10)]
+"""
+
+from enum import IntEnum, StrEnum
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from agentsdpo.errors import RowError
+
+Json = dict[str, Any]
+"""A JSON object."""
+
+
+class Frozen(BaseModel):
+    """Immutable record that refuses unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+class TokenKind(IntEnum):
+    """Where a token came from; only ``SAMPLED`` tokens carry loss."""
+
+    CONTEXT = 0
+    """Prompt, user or template text."""
+    SAMPLED = 1
+    """Sampled by the behaviour policy and trained."""
+    TOOL = 2
+    """Answer of the environment."""
+    FORCED = 3
+    """Put there by the framework in the agent's place (an end-of-turn the agent did not reach)."""
+    MASKED = 4
+    """Sampled, with a log-prob, but kept out of the loss."""
+    UNUSABLE = 5
+    """Sampled without a usable log-prob."""
+
+
+class StopReason(StrEnum):
+    """Why an episode ended."""
+
+    COMPLETED = "completed"
+    """The agent submitted or gave a final answer."""
+    MAX_TURNS = "max_turns"
+    MAX_TOOL_CALLS = "max_tool_calls"
+    MAX_SAMPLED_TOKENS = "max_sampled_tokens"
+    """The budget of completion tokens ran out."""
+    CONTEXT_OVERFLOW = "context_overflow"
+    """The next prompt would not fit into the model's window."""
+    ROLLOUT_TIMEOUT = "rollout_timeout"
+    """Wall time ran out."""
+    PARSE_ERROR = "parse_error"
+    """Too many turns in a row held nothing usable."""
+    ENGINE_ERROR = "engine_error"
+    """Engine or environment broke: unscored."""
+
+
+# --------------------------------------------------------------------------------------------- tools and tasks
+
+
+class ToolSpec(Frozen):
+    """One tool as the model sees it; ``parameters`` is a JSON schema of an object.
+
+    >>> spec = ToolSpec(name="note_get", description="Read a note.", parameters={"type": "object"}, mutates=False)
+    >>> spec.openai()["function"]["name"]
+    'note_get'
+    """
+
+    name: str
+    description: str
+    parameters: Json
+    mutates: bool = True
+    timeout_s: float = 60.0
+
+    def openai(self) -> Json:
+        """The tool in OpenAI's ``tools`` shape, as chat templates take it."""
+        function = {"name": self.name, "description": self.description, "parameters": self.parameters}
+        return {"type": "function", "function": function}
+
+
+class ToolCall(Frozen):
+    """A call the agent made; ``arguments`` is a string when it could not be parsed, kept verbatim."""
+
+    id: str
+    name: str
+    arguments: Json | str
+
+    def openai(self) -> Json:
+        """The call in the shape chat templates take inside an assistant message."""
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
+
+ErrorKind = Literal["none", "unknown_tool", "bad_arguments", "tool", "timeout", "budget"]
+
+
+class ToolResult(Frozen):
+    """The one answer to one call id. Tool faults are observations, never exceptions."""
+
+    call_id: str
+    content: str
+    is_error: bool = False
+    error_kind: ErrorKind = "none"
+    truncated: tuple[int, int] | None = Field(default=None, description="(kept, original) characters")
+    state_hash: str | None = None
+    wall_s: float = 0.0
+
+
+class Budget(Frozen):
+    """Limits of one episode; None is unlimited; the first one exhausted ends the episode and is recorded."""
+
+    turns: int | None = 100
+    tool_calls: int | None = 1000
+    calls_per_turn: int | None = 16
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    wall_s: float | None = 10_800.0
+
+
+class Criterion(Frozen):
+    """One binary check of a rubric. ``negative`` ones are worded so that met (1) is still good."""
+
+    id: str
+    text: str
+    weight: float = 1.0
+    primary: bool = False
+    negative: bool = False
+    target: Literal["answer", "files", "state", "all"] = "all"
+    check: str | None = Field(default=None, description="'pkg.mod:func' for a programmatic check, else a judge")
+
+
+class Task(Frozen):
+    """A problem with data and a rubric. ``train_allowed`` is set by the loader from the licence."""
+
+    task_id: str
+    world_id: str | None = None
+    domain: str = ""
+    prompt: str
+    expected_output: str = "message_in_console"
+    rubric: tuple[Criterion, ...] = ()
+    budget: Budget = Budget()
+    seed: int = 0
+    train_allowed: bool = False
+    metadata: Json = {}
+
+
+class CriterionResult(Frozen):
+    """Outcome of one criterion; ``score`` is None exactly when ``status`` is not ``ok``."""
+
+    id: str
+    status: Literal["ok", "error", "skipped"] = "ok"
+    score: float | None
+    rationale: str = ""
+    feedback: str = ""
+
+
+class Grade(Frozen):
+    """All criteria of one attempt; ``mean`` and ``passed`` are None when any criterion could not be judged.
+
+    >>> grade = Grade.of([CriterionResult(id="unit", score=1.0), CriterionResult(id="file", score=0.0)], feedback="x")
+    >>> grade.mean, grade.passed
+    (0.5, False)
+    """
+
+    results: tuple[CriterionResult, ...]
+    mean: float | None
+    passed: bool | None
+    feedback: str = ""
+
+    @classmethod
+    def of(cls, results: list[CriterionResult], feedback: str = "") -> "Grade":
+        """Mean over criteria, passed when every score is at least 0.99; None as soon as one is not ``ok``."""
+        scores = [r.score for r in results if r.status == "ok" and r.score is not None]
+        if not results or len(scores) < len(results):
+            return cls(results=tuple(results), mean=None, passed=None, feedback=feedback)
+        passed = all(score >= 0.99 for score in scores)
+        return cls(results=tuple(results), mean=sum(scores) / len(scores), passed=passed, feedback=feedback)
+
+
+class Hint(Frozen):
+    """Privileged text only the teacher reads, and what it may speak of."""
+
+    text: str
+    source: Literal["criteria", "feedback", "peer", "gold", "demo", "judge", "user", "next_step", "contrast"]
+    author: str = Field(description="who wrote it: a grader's name or a model id")
+    placement: Literal["system_prefix", "last_user_suffix", "turn_local"] = "system_prefix"
+    scope: Literal["episode", "turn"] = "episode"
+    answer_bearing: bool = False
+
+
+# ----------------------------------------------------------------------------------------- calls and branches
+
+
+class VersionSpan(Frozen):
+    """Output tokens ``[start, end)`` of one call, sampled by one policy version (-1: unknown)."""
+
+    version: int
+    start: int
+    end: int
+
+
+class Sampling(Frozen):
+    """How the next token is drawn. The behaviour log-prob is of the distribution after all of these."""
+
+    temperature: float = Field(default=1.0, ge=0.0, description="0 is greedy")
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="1 is off")
+    top_k: int = Field(default=0, ge=0, description="0 is off")
+    max_tokens: int = Field(default=256, ge=1, description="tokens of one completion")
+    seed: int = Field(default=0, ge=0)
+
+    @property
+    def truncated(self) -> bool:
+        """Whether some tokens were cut from the distribution, so that a ratio needs the kept set."""
+        return self.top_p < 1.0 or self.top_k > 0
+
+
+class Completion(Frozen):
+    """What an engine returns for one call: token ids in, token ids and behaviour log-probs out.
+
+    ``kept`` holds, per sampled token, the ascending ids it was drawn from; None when sampling was not truncated.
+    ``finish_reason``: ``stop`` when the last id is an end-of-turn token, ``length`` when ``max_tokens`` ran out.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    versions: tuple[VersionSpan, ...]
+    finish_reason: Literal["stop", "length", "abort", "error"] = "stop"
+    kept: tuple[tuple[int, ...], ...] | None = None
+    logprob_kind: Literal["processed", "tempered", "raw", "unknown", "none"] = "processed"
+
+
+class Call(Frozen):
+    """One request to an engine; its completion is ``branch.token_ids[start:end]``.
+
+    ``prompt_sha256`` hashes the exact prompt ids (int32, little-endian); version spans count from ``start``.
+    """
+
+    call_id: str
+    turn: int
+    start: int
+    end: int
+    prompt_sha256: str
+    finish_reason: str
+    sampling: Sampling
+    versions: tuple[VersionSpan, ...]
+    logprob_kind: Literal["processed", "tempered", "raw", "unknown", "none"] = "processed"
+    untrainable_reason: str | None = None
+
+
+def span_bounds(calls: tuple[Call, ...]) -> tuple[int, int]:
+    """Oldest and newest policy version over all sampled tokens; (-1, -1) when nothing was sampled."""
+    versions = [span.version for call in calls for span in call.versions if span.end > span.start]
+    return (min(versions), max(versions)) if versions else (-1, -1)
+
+
+class Branch(Frozen):
+    """A token-append-only sequence of an episode: one row of the store, one training row.
+
+    Shapes: ``token_ids`` int32[T], ``token_kind`` uint8[T], ``logprobs`` float32[T] (NaN unless kind 1 or 4).
+    ``kept_ids``/``kept_counts``: sampling support, one count per sampled token in order, None if never truncated.
+
+    Raises:
+        RowError: lengths differ, a log-prob is missing, not finite, positive or below -1000 where a token was
+            sampled, or present where none was; call spans overlap or do not cover exactly the sampled tokens.
+
+    >>> call = Call(call_id="c0", turn=0, start=1, end=3, prompt_sha256="", finish_reason="stop",
+    ...             sampling=Sampling(), versions=(VersionSpan(version=4, start=0, end=2),))
+    >>> branch = Branch(token_ids=np.array([7, 8, 9], np.int32), token_kind=np.array([0, 1, 1], np.uint8),
+    ...                 logprobs=np.array([np.nan, -0.5, -0.1], np.float32), calls=(call,))
+    >>> branch.policy_versions, branch.n_trainable
+    ((4, 4), 2)
+    """
+
+    branch_id: int = 0
+    parent_branch_id: int | None = None
+    fork_at: int | None = None
+    fork_reason: Literal["compaction", "template_rewrite", "retokenised", "subagent", "retry"] | None = None
+    token_ids: np.ndarray
+    token_kind: np.ndarray
+    logprobs: np.ndarray
+    calls: tuple[Call, ...] = ()
+    kept_ids: np.ndarray | None = None
+    kept_counts: np.ndarray | None = None
+
+    @model_validator(mode="after")
+    def _row_rules(self) -> "Branch":
+        check_row(self)
+        return self
+
+    @property
+    def policy_versions(self) -> tuple[int, int]:
+        """Oldest and newest policy version that sampled a token here."""
+        return span_bounds(self.calls)
+
+    @property
+    def n_sampled(self) -> int:
+        """Tokens the agent sampled (kinds 1, 4, 5)."""
+        return int(np.isin(self.token_kind, (1, 4, 5)).sum())
+
+    @property
+    def n_trainable(self) -> int:
+        """Tokens that carry loss (kind 1)."""
+        return int((self.token_kind == TokenKind.SAMPLED).sum())
+
+    @property
+    def truncated(self) -> bool:
+        """Whether any call sampled from a truncated distribution."""
+        return any(call.sampling.truncated for call in self.calls)
+
+
+def check_row(branch: Branch) -> None:
+    """Row rules (a), (b), (c), (e) of the store on one branch; see :class:`Branch` for what is raised."""
+    ids, kind, logp = branch.token_ids, branch.token_kind, branch.logprobs
+    if not (ids.shape == kind.shape == logp.shape and ids.ndim == 1):
+        raise RowError(f"branch arrays differ in length: {ids.shape} ids, {kind.shape} kinds, {logp.shape} log-probs",
+                       fix="record one kind and one log-prob (NaN where nothing was sampled) per token")
+    if (ids.dtype, kind.dtype, logp.dtype) != (np.int32, np.uint8, np.float32):
+        raise RowError(f"branch dtypes are {ids.dtype}, {kind.dtype}, {logp.dtype}", fix="use int32, uint8, float32")
+    scored = np.isin(kind, (1, 4))
+    bad = scored & ~((logp > -1000.0) & (logp <= 1e-4))
+    if bad.any():
+        at = int(np.flatnonzero(bad)[0])
+        raise RowError(f"log-prob {logp[at]} of sampled token {at} is not in (-1000, 1e-4]",
+                       fix="mark the call untrainable (kind 5) instead of filling a number in")
+    if not np.isnan(logp[~scored]).all():
+        at = int(np.flatnonzero(~scored & ~np.isnan(logp))[0])
+        raise RowError(f"token {at} of kind {kind[at]} carries a log-prob", fix="store NaN: 0.0 means probability one")
+    check_spans(branch)
+
+
+def check_spans(branch: Branch) -> None:
+    """Calls are ordered and disjoint and cover exactly the sampled tokens; version spans tile each completion."""
+    covered, last = np.zeros(len(branch.token_ids), bool), 0
+    for call in branch.calls:
+        if not last <= call.start <= call.end <= len(covered):
+            raise RowError(f"call {call.call_id} spans [{call.start}, {call.end}) after {last} of {len(covered)} tokens",
+                           fix="append calls in token order without overlap")
+        edges = [0, *(s.end for s in call.versions)]
+        if [s.start for s in call.versions] != edges[:-1] or edges[-1] != call.end - call.start:
+            raise RowError(f"version spans of call {call.call_id} do not tile its {call.end - call.start} tokens",
+                           fix="give one span per policy version, from 0 to the completion's length")
+        covered[call.start:call.end], last = True, call.end
+    sampled = np.isin(branch.token_kind, (1, 4, 5))
+    if not (covered == sampled).all():
+        at = int(np.flatnonzero(covered != sampled)[0])
+        raise RowError(f"token {at} of kind {branch.token_kind[at]} disagrees with the call spans",
+                       fix="kinds 1, 4, 5 stand exactly inside calls")
+
+
+class Episode(Frozen):
+    """One whole run of a task: branches, outcome, grade, stop reason, hint."""
+
+    episode_id: str
+    task_id: str
+    env_id: str
+    run_id: str = ""
+    attempt: int = 0
+    group_id: str = ""
+    group_size: int = 1
+    branches: tuple[Branch, ...]
+    stop_reason: StopReason
+    grade: Grade | None = None
+    hint: Hint | None = None
+    train_allowed: bool = False
+    model_id: str = ""
+    tokenizer_sha256: str = ""
+    chat_template_sha256: str = ""
+    vocab_size: int = 0
+    engine: str = ""
+    messages: tuple[Json, ...] = ()
+    metadata: Json = {}
+
+    @property
+    def reward(self) -> float | None:
+        """Mean criterion score, None when unscored."""
+        return self.grade.mean if self.grade else None
+
+    @property
+    def policy_versions(self) -> tuple[int, int]:
+        """Oldest and newest policy version over all branches."""
+        return span_bounds(tuple(call for branch in self.branches for call in branch.calls))
+
+
+def staleness(learner_version: int, oldest_version: int) -> int:
+    """Learner version minus the oldest version in the branch, taken when it is consumed.
+
+    >>> staleness(12, 9)
+    3
+    """
+    return learner_version - oldest_version
+
+
+# ------------------------------------------------------------------------------------------------- agents, envs
+
+
+class ModelTurn(Frozen):
+    """What a policy produced in one turn; ``completion`` and ``prompt_ids`` are None for scripted agents."""
+
+    text: str
+    calls: tuple[ToolCall, ...] = ()
+    completion: Completion | None = None
+    malformed: tuple[ToolResult, ...] = Field(default=(), description="answers already owed to calls that do not parse")
+
+
+class Outcome(Frozen):
+    """What a grader sees: the answer, both snapshots, and the calls in order."""
+
+    answer: str | None
+    initial: bytes
+    final: bytes
+    calls: tuple[tuple[ToolCall, ToolResult], ...] = ()
+
+
+class Env(Protocol):
+    """State and tools; owns no loop, no reward, no rubric. One instance is one episode.
+
+    ``call`` answers every id once, in order, and never raises for a tool fault; :class:`EnvError` is for broken
+    infrastructure alone.
+    """
+
+    env_id: str
+    tools: tuple[ToolSpec, ...]
+
+    async def reset(self, task: Task, *, seed: int, episode_id: str) -> list[Json]:
+        """Start the task and return the opening messages (system, user). The rubric must not be read."""
+        ...
+
+    async def call(self, calls: tuple[ToolCall, ...]) -> list[ToolResult]:
+        """Run the calls in order."""
+        ...
+
+    def done(self) -> bool:
+        """Whether the agent has submitted."""
+        ...
+
+    def snapshot(self) -> bytes:
+        """Everything needed to continue, as canonical bytes."""
+        ...
+
+    def restore(self, data: bytes) -> None:
+        """Continue from a snapshot."""
+        ...
+
+    def outcome(self, answer: str | None) -> Outcome:
+        """What the grader may see."""
+        ...
+
+
+class Grader(Protocol):
+    """Pure and repeatable; holds no environment."""
+
+    async def grade(self, task: Task, outcome: Outcome) -> Grade:
+        """Judge one outcome."""
+        ...
+
+
+class Suite(Protocol):
+    """A source of tasks with the environment and the grader that belong to them."""
+
+    name: str
+
+    def task(self, split: str, index: int) -> Task:
+        """Task ``index`` of ``split``; the same arguments give the same task for ever."""
+        ...
+
+    def env(self) -> Env:
+        """A fresh environment for one episode."""
+        ...
+
+    def grader(self) -> Grader:
+        """The grader of these tasks."""
+        ...
+
+    def hint(self, task: Task, grade: Grade) -> Hint | None:
+        """The hindsight hint of a graded attempt, None when there is nothing to say."""
+        ...
