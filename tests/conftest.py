@@ -1,0 +1,103 @@
+"""Fixtures every room may use: a tokenizer and a model small enough to be made in the test itself."""
+
+import os
+from typing import Any
+
+import pytest
+
+# Before torch and transformers are imported: one thread, so that tests repeat bit for bit, and no network.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+CHAT_TEMPLATE = """\
+{%- set opening = '' -%}
+{%- if messages and messages[0]['role'] == 'system' -%}
+  {%- set opening = messages[0]['content'] -%}
+{%- endif -%}
+{%- if opening or tools -%}
+{{- '<|im_start|>system\\n' + opening -}}
+  {%- if tools -%}
+{{- '\\n\\n# Tools\\n\\nCall them as <tool_call>{"name": ..., "arguments": ...}</tool_call>.\\n<tools>' -}}
+    {%- for tool in tools -%}
+{{- '\\n' + (tool | tojson) -}}
+    {%- endfor -%}
+{{- '\\n</tools>' -}}
+  {%- endif -%}
+{{- '<|im_end|>\\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+  {%- if message['role'] == 'system' and loop.first -%}
+  {%- elif message['role'] == 'tool' -%}
+    {%- if loop.first or messages[loop.index0 - 1]['role'] != 'tool' -%}
+{{- '<|im_start|>user' -}}
+    {%- endif -%}
+{{- '\\n<tool_response>\\n' + message['content'] + '\\n</tool_response>' -}}
+    {%- if loop.last or messages[loop.index0 + 1]['role'] != 'tool' -%}
+{{- '<|im_end|>\\n' -}}
+    {%- endif -%}
+  {%- else -%}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] -}}
+    {%- for call in message['tool_calls'] or [] -%}
+{{- '\\n<tool_call>\\n' + (call['function'] | tojson) + '\\n</tool_call>' -}}
+    {%- endfor -%}
+{{- '<|im_end|>\\n' -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+"""ChatML as Qwen3 speaks it: tools listed in the system message, tool answers inside a user message."""
+
+_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+_PLAIN = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
+_CORPUS = [
+    "system user assistant You are an agent at a desk. Read the files, call the tools and submit an answer.",
+    '{"name": "note_get", "arguments": {"path": "/finance/orders.csv", "expr": "1 + 2"}}',
+    "The total was wrong: the amount must be in cents, saved in /reports and sent to finance.",
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    """Byte-level BPE of a few hundred ids with ChatML turns; ends a turn with ``<|im_end|>``, pads with its own id."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=_SPECIAL, initial_alphabet=alphabet,
+                                  show_progress=False)
+    bpe.train_from_iterator(_CORPUS, trainer)
+    bpe.add_tokens([AddedToken(text, special=False, normalized=False) for text in _PLAIN])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                   additional_special_tokens=["<|im_start|>"], chat_template=CHAT_TEMPLATE,
+                                   clean_up_tokenization_spaces=False, model_max_length=4096)
+
+
+def make_tiny_model(vocab_size: int, *, seed: int = 0) -> Any:
+    """Qwen3 with random float32 weights: 2 layers, width 64, 2 heads of 32; the vocabulary padded to 64s.
+
+    Args:
+        vocab_size: ids the tokenizer knows; rounded up so that padded rows of the LM head are exercised.
+        seed: of the weights; torch's global generator is put back as it was.
+    """
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(vocab_size=(vocab_size // 64 + 1) * 64, hidden_size=64, intermediate_size=128,
+                         num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+                         max_position_embeddings=4096, tie_word_embeddings=True, use_cache=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(config)
+    return model.to(torch.float32).eval()
+
+
+@pytest.fixture
+def tiny_model(tiny_tokenizer: Any) -> Any:
+    """A fresh :func:`make_tiny_model` for :func:`tiny_tokenizer`; a test may train it."""
+    return make_tiny_model(len(tiny_tokenizer))
