@@ -80,3 +80,7 @@ class HintError(AgentSdpoError, ValueError):
 
 class LearnError(AgentSdpoError, RuntimeError):
     """The learner met a batch or a loss it must not train on (all masked, too stale, not finite)."""
+
+
+class RunError(AgentSdpoError, ValueError):
+    """A run folder or its numbers cannot be read: a missing file, a broken line, more passes than attempts."""
