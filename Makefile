@@ -1,0 +1,30 @@
+# Two commands from a clone: `make demo` and `make test`. Each sets up .venv first, once.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.agentsdpo-setup
+
+.PHONY: help setup demo test clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## make .venv and install the project with the pinned versions
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "agentsdpo needs Python 3.11 or newer; try: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+demo: setup  ## train the shipped model on the built-in world, minutes on a laptop
+	$(BIN)/agentsdpo demo
+
+test: setup  ## lint, types, tests, doctests and the wheel
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest
+
+clean:  ## remove what builds and tests leave behind; .venv and runs/ stay
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
