@@ -1,0 +1,210 @@
+"""Reading a run folder: what the report, the figures and the terminal share.
+
+A run is one folder; everything in it but the arms' metrics is optional here, so that a run that was killed can
+still be looked at::
+
+    runs/demo/  config.toml  summary.json  report.html
+                arms/<arm>/  config.toml  metrics.jsonl  replay/  policies/
+
+``metrics.jsonl`` holds rows of two kinds. ``step``: one optimiser step with the diagnostics of
+``learn/``, ``replay/``, ``collect/``. ``eval``: one evaluation of one split with one decoding; ``pass`` and
+``score`` are fractions. A row may carry ``seed`` when several seeds share an arm.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from agentsdpo.errors import RunError
+from agentsdpo.formats import is_number
+from agentsdpo.stats import Interval, wilson
+from agentsdpo.types import Json
+
+HELD_OUT_FIRST = ("test_names", "test_world", "test_period", "val")
+"""Which split stands for a run when one must: unseen clients first, then the other held-out axes."""
+CONTROL_SPLIT = "test_firm"
+"""Worlds of a firm whose rules were never taught; a pass rate above zero-shot there is a leak."""
+SPLIT_WORDS = {
+    "train": "seen worlds", "val": "same distribution", "test_world": "unseen worlds",
+    "test_names": "unseen clients", "test_period": "unseen periods", "test_n": "longer horizon",
+    "test_firm": "untaught firm (control)",
+}
+"""What each split of the desk world asks."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One trained variant: its name, its configuration as TOML text, its metric rows, its part of the summary."""
+
+    name: str
+    config: str
+    rows: tuple[Json, ...]
+    summary: Json
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder as read; ``main`` is the arm the top-level numbers of the summary speak of."""
+
+    path: Path
+    config: str
+    summary: Json
+    arms: tuple[Arm, ...]
+
+    @property
+    def main(self) -> Arm:
+        """The arm named by ``summary["arm"]``, else the one whose final pass is the run's, else the first."""
+        named = [arm for arm in self.arms if arm.name == self.summary.get("arm")]
+        final = self.summary.get("final_pass")
+        same = [arm for arm in self.arms if final is not None and arm.summary.get("final_pass") == final]
+        return (named or same or list(self.arms))[0]
+
+
+def read_run(run_dir: Path | str) -> Run:
+    """Everything of a run folder that is text; missing files are empty, not errors.
+
+    Raises:
+        RunError: there is no arm with metrics and no summary, or a file is not what it should be.
+    """
+    path = Path(run_dir)
+    summary = _read_json(path / "summary.json")
+    of_arms = summary.get("arms") or {}
+    names = sorted(p.parent.name for p in path.glob("arms/*/metrics.jsonl"))
+    ordered = [name for name in of_arms if name in names] + [name for name in names if name not in of_arms]
+    ordered += [name for name in of_arms if name not in names]
+    if not ordered and not summary:
+        raise RunError(f"{path} holds neither summary.json nor arms/<arm>/metrics.jsonl",
+                       fix="give the folder that a run wrote, for example runs/demo")
+    arms = [_read_arm(path, name, of_arms.get(name) or {}, name in names) for name in ordered]
+    return Run(path, _read_text(path / "config.toml"), summary, tuple(arms) or (Arm("run", "", (), summary),))
+
+
+def _read_arm(run: Path, name: str, summary: Json, has_folder: bool) -> Arm:
+    """An arm with or without a folder; a name that only the summary knows is never used as a path."""
+    if not has_folder:
+        return Arm(name, "", (), summary)
+    folder = run / "arms" / name
+    return Arm(name, _read_text(folder / "config.toml"), tuple(read_rows(folder / "metrics.jsonl")), summary)
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _read_json(path: Path) -> Json:
+    try:
+        data = json.loads(_read_text(path) or "{}")
+    except ValueError as error:
+        raise RunError(f"{path} is not JSON: {error}", fix="restore it, or delete it to go by the metrics") from None
+    if not isinstance(data, dict):
+        raise RunError(f"{path} holds a {type(data).__name__}", fix="a summary is one JSON object")
+    return data
+
+
+def read_rows(path: Path) -> list[Json]:
+    """Rows of a ``metrics.jsonl``; a torn last line (the run was killed) is ignored.
+
+    Raises:
+        RunError: a line before the last is not a JSON object.
+    """
+    lines = [line for line in _read_text(path).split("\n") if line.strip()]
+    rows: list[Json] = []
+    for i, line in enumerate(lines):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        elif i < len(lines) - 1:
+            raise RunError(f"line {i + 1} of {len(lines)} in {path} is not a JSON object",
+                           fix="remove the broken line; only the last one may be torn")
+    return rows
+
+
+def steps(rows: Iterable[Json]) -> list[Json]:
+    """The rows of optimiser steps."""
+    return [row for row in rows if row.get("kind") == "step"]
+
+
+def evals(rows: Iterable[Json], split: str | None = None, decoding: str | None = None) -> list[Json]:
+    """The rows of evaluations, of one split and one decoding if asked.
+
+    >>> rows = [{"kind": "eval", "split": "val", "decoding": "greedy"}, {"kind": "step"}]
+    >>> len(evals(rows)), len(evals(rows, "val", "sampled"))
+    (1, 0)
+    """
+    return [row for row in rows if row.get("kind") == "eval"
+            and split in (None, row.get("split")) and decoding in (None, row.get("decoding", "sampled"))]
+
+
+def headline_split(rows: Sequence[Json]) -> str | None:
+    """The split whose curve is shown: evaluated at least twice, held-out before seen, else the first seen.
+
+    >>> headline_split([{"kind": "eval", "split": s, "step": i} for i in (0, 1) for s in ("val", "test_names")])
+    'test_names'
+    """
+    counts: dict[str, set[object]] = {}
+    for row in evals(rows):
+        counts.setdefault(str(row.get("split")), set()).add(row.get("step"))
+    known = [s for s in HELD_OUT_FIRST if s in counts] + [s for s in counts if s not in HELD_OUT_FIRST]
+    several = [s for s in known if len(counts[s]) > 1]
+    return next(iter(several or known), None)
+
+
+def eval_interval(row: Json) -> Interval | None:
+    """Wilson 95 % interval of the pass rate of one evaluation row; None without ``pass`` or ``n``."""
+    return _interval_of(row.get("pass"), None, row.get("n"))
+
+
+def rate(record: Json, when: str) -> Interval | None:
+    """``<when>_pass`` of a summary record with its 95 % interval, computed from ``n`` if none was stored.
+
+    Args:
+        record: a run, an arm or a split of ``summary.json``.
+        when: ``zero_shot`` or ``final``.
+
+    >>> rate({"final_pass": 0.5, "final_ci95": [0.4, 0.6]}, "final")
+    Interval(estimate=0.5, low=0.4, high=0.6)
+    >>> rate({"steps": 3}, "final") is None
+    True
+    """
+    ends = record.get(f"{when}_pass_ci95") or record.get(f"{when}_ci95")
+    return _interval_of(record.get(f"{when}_pass"), ends, record.get("n"))
+
+
+def _interval_of(value: object, ends: object, n: object) -> Interval | None:
+    if not isinstance(value, int | float) or not is_number(value):
+        return None
+    if isinstance(ends, list | tuple) and len(ends) == 2 and all(is_number(end) for end in ends):
+        return Interval(float(value), float(ends[0]), float(ends[1]))
+    if isinstance(n, int) and n > 0 and 0 <= value <= 1:
+        return wilson(value * n, n)
+    return Interval(float(value), math.nan, math.nan)
+
+
+def zero_shot(arm: Arm, split: str | None, decoding: str = "sampled") -> float | None:
+    """Pass rate before the first optimiser step: from the metrics, else from the summary; None if not measured."""
+    first = [row.get("pass") for row in evals(arm.rows, split, decoding) if row.get("step") == 0]
+    record = (arm.summary.get("splits") or {}).get(split) or (arm.summary if decoding == "sampled" else {})
+    found = [float(value) for value in (*first, record.get("zero_shot_pass"))
+             if isinstance(value, int | float) and is_number(value)]
+    return found[0] if found else None
+
+
+def staleness_words(arm: Arm) -> str:
+    """Staleness of the consumed data in words; empty when it was not recorded.
+
+    >>> rows = ({"kind": "step", "replay/staleness/mean": 4.0, "replay/staleness/max": 7},)
+    >>> staleness_words(Arm("demo", "", rows, {}))
+    'staleness 4.0 policy versions on average, at most 7'
+    """
+    means = [r["replay/staleness/mean"] for r in steps(arm.rows) if is_number(r.get("replay/staleness/mean"))]
+    tops = [r["replay/staleness/max"] for r in steps(arm.rows) if is_number(r.get("replay/staleness/max"))]
+    if not means:
+        stored = arm.summary.get("staleness")
+        return f"staleness {stored:.1f} policy versions" if isinstance(stored, int | float) else ""
+    most = f", at most {max(tops):.0f}" if tops else ""
+    return f"staleness {sum(means) / len(means):.1f} policy versions on average{most}"
