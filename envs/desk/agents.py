@@ -1,0 +1,140 @@
+"""Scripted agents: the scale on which a learned one is read, and the writers of the seed model's training text."""
+
+import random
+from typing import Any
+
+from agentsdpo.envs.desk import families, text
+from agentsdpo.envs.desk.firm import SLOTS, Firm, slots_of
+from agentsdpo.envs.desk.tools import SPECS, TOOLS
+from agentsdpo.types import ModelTurn, Task, ToolCall, ToolSpec
+
+
+def guess(preset: str, rng: random.Random) -> dict[str, str]:
+    """Rules drawn uniformly: what an agent that was never told has to do."""
+    return {slot: rng.choice(SLOTS[slot]) for slot in slots_of(preset)}
+
+
+class ScriptedAgent:
+    """Follows a plan with the rules it believes; with ``epsilon`` it slips into a needless read and recovers.
+
+    Args:
+        task: what to do.
+        rules: slot -> option, true or guessed.
+        epsilon: chance of a slip before each call, 0 to 1.
+        seed: of the slips.
+    """
+
+    def __init__(self, task: Task, rules: dict[str, str], *, epsilon: float = 0.0, seed: int = 0) -> None:
+        self._plan = families.plan(task.metadata, rules)
+        self._next: families.Step | None = next(self._plan)
+        self._rng, self._epsilon, self._slipped, self._turn = random.Random(seed), epsilon, False, 0
+        self._meta = task.metadata
+
+    def step(self, observation: str | None) -> families.Step:
+        """The next call, given the answer to the last one (None at the start)."""
+        if observation is not None and not self._slipped:
+            retry = observation.startswith("error: ") and observation.endswith("try again")
+            self._next = self._next if retry else self._plan.send(observation)
+        assert self._next is not None
+        self._slipped = self._rng.random() < self._epsilon
+        return self._slip() if self._slipped else self._next
+
+    def _slip(self) -> families.Step:
+        client = self._rng.choice(self._meta["clients"])
+        return self._rng.choice([
+            ("file_read", {"path": f"{self._rng.choice(text.FOLDERS)}/{client}"}),
+            ("file_find", {"text": client}), ("mail_list", {}), ("note_get", {"key": ""}),
+            ("file_read", {"path": f"{self._rng.choice(text.SOURCES)}/{client}"}),
+        ])
+
+    async def act(self, ctx: Any, tools: tuple[ToolSpec, ...]) -> ModelTurn:
+        """One call a turn; reads the last tool message of ``ctx.messages``."""
+        last = ctx.messages[-1]
+        name, arguments = self.step(last["content"] if last["role"] == "tool" else None)
+        self._turn += 1
+        return ModelTurn(text="", calls=(ToolCall(id=f"call_{self._turn}_0", name=name, arguments=arguments),))
+
+
+def oracle(task: Task, firm: Firm, *, epsilon: float = 0.0, seed: int = 0) -> ScriptedAgent:
+    """Knows the rules (of the stranger firm too, where the task is marked so)."""
+    firm = firm.stranger(task.metadata["preset"]) if task.metadata.get("stranger") else firm
+    return ScriptedAgent(task, firm.rules(task.metadata["kinds"][0], task.metadata["preset"]), epsilon=epsilon,
+                         seed=seed)
+
+
+def guesser(task: Task, *, seed: int) -> ScriptedAgent:
+    """Perfect skill, guessed rules: the honest zero-shot ceiling."""
+    return ScriptedAgent(task, guess(task.metadata["preset"], random.Random(seed)))
+
+
+def greedy(task: Task) -> ScriptedAgent:
+    """Perfect skill, the first option of every slot for every kind."""
+    return ScriptedAgent(task, {slot: SLOTS[slot][0] for slot in slots_of(task.metadata["preset"])})
+
+
+class RandomAgent:
+    """Valid calls with random arguments; submits with chance 1/8."""
+
+    def __init__(self, task: Task, *, seed: int) -> None:
+        self._rng, self._clients = random.Random(seed), task.metadata["clients"]
+
+    async def act(self, ctx: Any, tools: tuple[ToolSpec, ...]) -> ModelTurn:
+        """One random call."""
+        spec = SPECS["submit"] if self._rng.random() < 0.125 else self._rng.choice(TOOLS)
+        arguments = {key: self._value(key, schema) for key, schema in spec.parameters["properties"].items()}
+        return ModelTurn(text="", calls=(ToolCall(id=f"call_{len(ctx.messages)}_0", name=spec.name,
+                                                  arguments=arguments),))
+
+    def _value(self, key: str, schema: dict[str, Any]) -> Any:
+        if schema["type"] == "integer":
+            return self._rng.randint(1, 2)
+        if "enum" in schema:
+            return self._rng.choice(schema["enum"])
+        folder = self._rng.choice((*text.SOURCES, *text.FOLDERS))
+        return f"{folder}/{self._rng.choice(self._clients)}" if key == "path" else str(self._rng.randint(0, 999))
+
+
+class NullAgent:
+    """Does no work and says something: ``empty`` says nothing, ``colon`` a colon, ``echo`` repeats the request."""
+
+    def __init__(self, task: Task, kind: str = "empty") -> None:
+        self._text = {"empty": "", "colon": ":", "echo": task.prompt,
+                      "criteria": " ".join(c.text for c in task.rubric)}[kind]
+
+    async def act(self, ctx: Any, tools: tuple[ToolSpec, ...]) -> ModelTurn:
+        """One turn of text, no call."""
+        return ModelTurn(text=self._text)
+
+
+class Scattergun:
+    """Files in all folders and tells everybody, then submits: meets positive criteria, must fail all the same."""
+
+    def __init__(self, task: Task) -> None:
+        meta = task.metadata
+        self._steps: list[families.Step] = []
+        for client in meta["clients"]:
+            self._steps += [("file_read", {"path": f"{source}/{client}"}) for source in text.SOURCES]
+        self._meta, self._values, self._planned = meta, [], False
+
+    async def act(self, ctx: Any, tools: tuple[ToolSpec, ...]) -> ModelTurn:
+        """Reads every sheet first, then shoots."""
+        last = ctx.messages[-1]
+        if last["role"] == "tool":
+            kind, period = self._meta["kinds"][0], self._meta["period"]
+            self._values += [w.split()[2] for w in last["content"].splitlines() if w.startswith(f"{kind} {period} ")]
+        if not self._steps and not self._planned:
+            self._planned = True
+            self._steps = self._shots()
+        name, arguments = self._steps.pop(0) if self._steps else ("submit", {"answer": " ".join(self._values)})
+        return ModelTurn(text="", calls=(ToolCall(id=f"call_{len(ctx.messages)}_0", name=name, arguments=arguments),))
+
+    def _shots(self) -> list[families.Step]:
+        kind, period = self._meta["kinds"][0], self._meta["period"]
+        shots: list[families.Step] = [("mail_send", {"to": who, "text": "filed"}) for who in text.PEOPLE]
+        for folder in text.FOLDERS:
+            for client in self._meta["clients"]:
+                shots += [("cell_set", {"path": f"{folder}/{client}", "row": kind, "col": period, "value": v,
+                                        "unit": unit}) for v in self._values[:1] for unit in text.UNITS[:1]]
+        return shots
+
+

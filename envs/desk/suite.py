@@ -1,0 +1,88 @@
+"""Tasks of the desk world by split: who is seen in training, and which one axis each test split holds out."""
+
+from typing import Any
+
+from agentsdpo.envs.desk import families, text, world
+from agentsdpo.envs.desk.env import DeskEnv
+from agentsdpo.envs.desk.firm import Firm
+from agentsdpo.envs.desk.grade import DeskGrader, rubric
+from agentsdpo.errors import ConfigError
+from agentsdpo.types import Budget, Grade, Hint, Task
+
+SPLITS = ("train", "val", "test_world", "test_names", "test_period", "test_n", "test_firm")
+_FIRST_WORLD = {"train": (0, 1000), "val": (1_000, 100), "test_world": (10_000, 200), "test_names": (1_000, 100),
+                "test_period": (1_000, 100), "test_n": (1_000, 100), "test_firm": (1_000, 100)}
+PRESETS = ("desk-mini", "desk")
+
+
+class DeskSuite:
+    """Seeded tasks of one firm with their environment, grader and hints.
+
+    Args:
+        preset: ``desk-mini`` (four house rules, figures are copied) or ``desk`` (six, converted and rounded).
+        firm_seed: fixes the house rules and nothing visible.
+        families: drawn from evenly.
+        n: horizon knob, drawn from evenly; figures to file, at most 4 in training.
+        distractors: mails that ask for nothing.
+        fault_rate: share of reads that fail once, 0 to 0.5.
+        feedback_level: 0 to 3, see :class:`DeskGrader`.
+        hint_scope: ``all`` rules of the kind, or only the ``failed`` ones.
+
+    >>> suite = DeskSuite()
+    >>> suite.task("train", 3) == DeskSuite(firm_seed=8).task("train", 3)
+    True
+    """
+
+    def __init__(self, preset: str = "desk-mini", *, firm_seed: int = 7, families: tuple[str, ...] = ("lookup",),
+                 n: tuple[int, ...] = (1,), distractors: int = 2, fault_rate: float = 0.0, feedback_level: int = 3,
+                 hint_scope: str = "all") -> None:
+        if preset not in PRESETS:
+            raise ConfigError(f"there is no suite {preset!r}", fix=f"choose one of {', '.join(PRESETS)}")
+        self.name, self.preset, self.firm = preset, preset, Firm(firm_seed)
+        self.families, self.n = tuple(families), tuple(n)
+        self.distractors, self.fault_rate = distractors, fault_rate
+        self.feedback_level, self.hint_scope = feedback_level, hint_scope
+
+    def task(self, split: str, index: int) -> Task:
+        """Task ``index`` of ``split``; the same arguments give the same task for ever, whatever the firm.
+
+        Raises:
+            ConfigError: unknown split.
+        """
+        if split not in SPLITS:
+            raise ConfigError(f"there is no split {split!r}", fix=f"choose one of {', '.join(SPLITS)}")
+        meta = self._meta(split, index)
+        calls = 60 * max(1, meta["n"]) + 20
+        return Task(task_id=f"{self.preset}-{split}-{index}", world_id=f"world-{meta['world_seed']}", domain="desk",
+                    prompt=families.prompt(meta), rubric=rubric(meta), seed=meta["seed"], train_allowed=True,
+                    budget=Budget(turns=8 + 8 * meta["n"], tool_calls=calls), metadata=meta)
+
+    def _meta(self, split: str, index: int) -> dict[str, Any]:
+        first, count = _FIRST_WORLD[split]
+        seed = text.digest("task", split, index) % 2**31
+        world_seed, held_out = first + index % count, split == "test_names"
+        family = text.pick(self.families, "family", seed)
+        n = (8, 16, 32, 48)[text.digest("n", seed) % 4] if split == "test_n" else self.n[
+            text.digest("n", seed) % len(self.n)]
+        pool = sorted(world.clients_of(world_seed, held_out=held_out), key=lambda c: text.digest("client", seed, c))
+        years = (7, 8, 9) if split == "test_period" else (1, 2, 3, 4, 5, 6)
+        kinds = families.CLOSE_KINDS if family == "close" else [text.pick(text.KINDS, "kind", seed)]
+        quarter, year = 1 + text.digest("quarter", seed) % 4, years[text.digest("year", seed) % len(years)]
+        return {"family": family, "preset": self.preset, "n": n, "kinds": kinds, "seed": seed,
+                "clients": pool[:max(1, n // 3) if family == "close" else n], "period": text.period(quarter, year),
+                "world_seed": world_seed, "held_out": held_out, "distractors": self.distractors,
+                "fault_rate": self.fault_rate, "stranger": split == "test_firm"}
+
+    def env(self) -> DeskEnv:
+        """A fresh desk."""
+        return DeskEnv()
+
+    def grader(self) -> DeskGrader:
+        """The grader of this firm."""
+        return DeskGrader(self.firm, level=self.feedback_level, scope=self.hint_scope)
+
+    def hint(self, task: Task, grade: Grade) -> Hint | None:
+        """The grader's words as a hint; None when the grader had nothing to say."""
+        if not grade.feedback:
+            return None
+        return Hint(text=grade.feedback, source="criteria", author="desk grader")
