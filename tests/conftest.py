@@ -94,7 +94,7 @@ def make_tiny_model(vocab_size: int, *, seed: int = 0) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(config)
-    return model.to(torch.float32).eval()
+    return model.float().eval()
 
 
 @pytest.fixture
