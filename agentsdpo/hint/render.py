@@ -25,6 +25,15 @@ class TeacherContext:
     token_ids: np.ndarray
     offset: int
 
+    @property
+    def hint_ids(self) -> tuple[int, ...]:
+        """Ids of the hint alone, as the learner takes them.
+
+        >>> TeacherContext(np.array([9, 5, 7], np.int32), 1).hint_ids
+        (9,)
+        """
+        return tuple(self.token_ids[:self.offset].tolist())
+
 
 def render_teacher(chat: ChatFormat, hint: Hint, student_ids: np.ndarray, *, window: int) -> TeacherContext:
     """Put one hint in front of a branch as a leading system message.

@@ -8,40 +8,20 @@ from collections import Counter
 
 from agentsdpo.errors import TrainForbidden
 from agentsdpo.hint.config import HintConfig
-from agentsdpo.types import Episode, Grade, Hint
+from agentsdpo.types import Episode, Hint
 
 DROPS = ("forbidden", "unscored", "silent")
 """Why an episode gets no hint: its task may not be trained on; it has no grade; its grade says too little."""
 
 
-def feedback_text(grade: Grade, level: int) -> str:
-    """What a grade says at one level of detail, stripped; empty when it says nothing.
-
-    Args:
-        grade: the results of one attempt; only those with status ``ok`` and a score below 0.99 are failed.
-        level: 1 names the failed criteria, 2 adds the feedback on each, 3 is the grader's whole feedback.
-
-    >>> from agentsdpo.types import CriterionResult
-    >>> results = [CriterionResult(id="unit", score=0.0, feedback="the unit is k_usd"),
-    ...            CriterionResult(id="file", score=1.0, feedback="fine")]
-    >>> grade = Grade.of(results, feedback="For tax work: unit k_usd.")
-    >>> [feedback_text(grade, level) for level in (1, 2, 3)]
-    ['Not met: unit.', 'Not met: unit (the unit is k_usd).', 'For tax work: unit k_usd.']
-    """
-    if level == 3:
-        return grade.feedback.strip()
-    failed = [r for r in grade.results if r.status == "ok" and r.score is not None and r.score < 0.99]
-    if not failed:
-        return ""
-    details = [f"{r.id} ({r.feedback.strip()})" if level == 2 and r.feedback.strip() else r.id for r in failed]
-    return f"Not met: {'; '.join(details)}."
-
-
 def criteria_hint(episode: Episode, config: HintConfig, *, author: str) -> Hint | None:
-    """The hint of one graded episode, or None when its grade has too little to say.
+    """The hint of one graded episode: the grader's own words, or None when they say too little.
+
+    Rationales are for the audit and never become part of a hint.
 
     Args:
         episode: must be of a task that may be trained on.
+        config: the least length; level and scope were the grader's when it wrote the feedback.
         author: the grader's name or the judge's model id, recorded in the hint.
 
     Raises:
@@ -50,7 +30,7 @@ def criteria_hint(episode: Episode, config: HintConfig, *, author: str) -> Hint 
     if not episode.train_allowed:
         raise TrainForbidden(f"a hint was asked for episode {episode.episode_id} of task {episode.task_id}, which has "
                              "train_allowed=False", fix="train on a suite whose licence allows it")
-    text = feedback_text(episode.grade, config.level) if episode.grade else ""
+    text = episode.grade.feedback.strip() if episode.grade else ""
     if len(text) < config.min_chars:
         return None
     return Hint(text=text, source="criteria", author=author)
@@ -62,7 +42,7 @@ class CriteriaSource:
     An episode that already carries a hint keeps it: it was written when the attempt was graded.
 
     Args:
-        config: level and least length.
+        config: the least length of a hint.
         author: the grader's name or the judge's model id.
 
     >>> from agentsdpo.types import StopReason

@@ -4,7 +4,7 @@ import pytest
 
 from agentsdpo.errors import TrainForbidden
 from agentsdpo.hint.config import HintConfig
-from agentsdpo.hint.sources import CriteriaSource, criteria_hint, feedback_text
+from agentsdpo.hint.sources import CriteriaSource, criteria_hint
 from agentsdpo.types import CriterionResult, Episode, Grade, Hint, StopReason
 
 RULE = "For tax work use the audit sheet; unit k_usd."
@@ -20,29 +20,12 @@ def graded(feedback: str = RULE, *, train_allowed: bool = True, results: list[Cr
                    hint=hint)
 
 
-def test_level_three_is_the_graders_feedback() -> None:
+def test_hint_is_what_the_grader_said_and_no_more() -> None:
     hint = criteria_hint(graded(f"  {RULE}\n"), HintConfig(), author="desk")
     assert hint is not None
     assert hint == Hint(text=RULE, source="criteria", author="desk")
     assert (hint.placement, hint.scope) == ("system_prefix", "episode")
-
-
-def test_lower_levels_speak_of_failed_criteria_alone() -> None:
-    grade = graded().grade
-    assert grade is not None
-    assert feedback_text(grade, 1) == "Not met: unit; round."
-    assert feedback_text(grade, 2) == "Not met: unit (the unit is wrong); round."
-    assert "AUDIT" not in feedback_text(grade, 2), "a rationale is for the audit, never for a hint"
-
-
-def test_criterion_that_could_not_be_judged_is_not_called_failed() -> None:
-    results = [CriterionResult(id="unit", status="error", score=None), CriterionResult(id="file", score=0.0)]
-    assert feedback_text(Grade.of(results), 1) == "Not met: file."
-
-
-def test_all_met_says_nothing_below_level_three() -> None:
-    episode = graded(results=[CriterionResult(id="unit", score=1.0)])
-    assert criteria_hint(episode, HintConfig(level=1), author="desk") is None
+    assert "AUDIT" not in hint.text, "a rationale is for the audit, never for a hint"
 
 
 @pytest.mark.parametrize(("text", "made"), [("123456789", False), ("1234567890", True), ("   12345678    ", False)])
