@@ -301,7 +301,7 @@ class Branch(Frozen):
     @property
     def n_sampled(self) -> int:
         """Tokens the agent sampled (kinds 1, 4, 5)."""
-        return int(np.isin(self.token_kind, (1, 4, 5)).sum())
+        return int(_SAMPLED[self.token_kind].sum())
 
     @property
     def n_trainable(self) -> int:
@@ -314,6 +314,10 @@ class Branch(Frozen):
         return any(call.sampling.truncated for call in self.calls)
 
 
+# Tables over all uint8 kinds: several times faster than np.isin on short branches.
+_SCORED, _SAMPLED = (np.isin(np.arange(256), kinds) for kinds in ((1, 4), (1, 4, 5)))
+
+
 def check_row(branch: Branch) -> None:
     """Row rules (a), (b), (c), (e) of the store on one branch; see :class:`Branch` for what is raised."""
     ids, kind, logp = branch.token_ids, branch.token_kind, branch.logprobs
@@ -322,7 +326,7 @@ def check_row(branch: Branch) -> None:
                        fix="record one kind and one log-prob (NaN where nothing was sampled) per token")
     if (ids.dtype, kind.dtype, logp.dtype) != (np.int32, np.uint8, np.float32):
         raise RowError(f"branch dtypes are {ids.dtype}, {kind.dtype}, {logp.dtype}", fix="use int32, uint8, float32")
-    scored = np.isin(kind, (1, 4))
+    scored = _SCORED[kind]
     bad = scored & ~((logp > -1000.0) & (logp <= 1e-4))
     if bad.any():
         at = int(np.flatnonzero(bad)[0])
@@ -346,7 +350,7 @@ def check_spans(branch: Branch) -> None:
             raise RowError(f"version spans of call {call.call_id} do not tile its {call.end - call.start} tokens",
                            fix="give one span per policy version, from 0 to the completion's length")
         covered[call.start:call.end], last = True, call.end
-    sampled = np.isin(branch.token_kind, (1, 4, 5))
+    sampled = _SAMPLED[branch.token_kind]
     if not (covered == sampled).all():
         at = int(np.flatnonzero(covered != sampled)[0])
         raise RowError(f"token {at} of kind {branch.token_kind[at]} disagrees with the call spans",
