@@ -45,7 +45,7 @@ class CriteriaSource:
         config: the least length of a hint.
         author: the grader's name or the judge's model id.
 
-    >>> from agentsdpo.types import StopReason
+    >>> from agentsdpo.types import Grade, StopReason
     >>> episode = Episode(episode_id="e", task_id="t", env_id="desk", branches=(), stop_reason=StopReason.COMPLETED,
     ...                   train_allowed=True, grade=Grade.of([], feedback="For tax work: unit k_usd."))
     >>> source = CriteriaSource(HintConfig(), author="desk-grader")
