@@ -1,0 +1,1 @@
+"""Policy versions on disk: what the learner publishes and every other program reads."""
