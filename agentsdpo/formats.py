@@ -1,7 +1,7 @@
 """Numbers as people read them; the report, the figures and the terminal use the same words."""
 
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 from agentsdpo.stats import Interval
 
@@ -9,7 +9,7 @@ MISSING = "–"
 """Stands where a number was not recorded."""
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether the value is a finite number (booleans are not)."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 

@@ -176,7 +176,7 @@ def rate(record: Json, when: str) -> Interval | None:
 
 
 def _interval_of(value: object, ends: object, n: object) -> Interval | None:
-    if not isinstance(value, int | float) or not is_number(value):
+    if not is_number(value):
         return None
     if isinstance(ends, list | tuple) and len(ends) == 2 and all(is_number(end) for end in ends):
         return Interval(float(value), float(ends[0]), float(ends[1]))
@@ -185,12 +185,30 @@ def _interval_of(value: object, ends: object, n: object) -> Interval | None:
     return Interval(float(value), math.nan, math.nan)
 
 
-def zero_shot(arm: Arm, split: str | None, decoding: str = "sampled") -> float | None:
-    """Pass rate before the first optimiser step: from the metrics, else from the summary; None if not measured."""
-    first = [row.get("pass") for row in evals(arm.rows, split, decoding) if row.get("step") == 0]
-    record = (arm.summary.get("splits") or {}).get(split) or (arm.summary if decoding == "sampled" else {})
-    found = [float(value) for value in (*first, record.get("zero_shot_pass"))
-             if isinstance(value, int | float) and is_number(value)]
+def summary_split(record: Json) -> str | None:
+    """The split an arm's own pass rates speak of: named by ``split``, else the one with the same final pass.
+
+    >>> summary_split({"final_pass": 0.9, "splits": {"val": {"final_pass": 0.8}, "test_names": {"final_pass": 0.9}}})
+    'test_names'
+    """
+    splits = record.get("splits") or {}
+    same = [name for name, one in splits.items() if one.get("final_pass") == record.get("final_pass") is not None]
+    return record.get("split") or next(iter(same), None)
+
+
+def arm_rate(arm: Arm, when: str) -> Interval | None:
+    """An arm's pass rate as :func:`rate`; ends that the arm lacks are taken from the split it speaks of."""
+    own = rate(arm.summary, when)
+    of_split = rate((arm.summary.get("splits") or {}).get(summary_split(arm.summary)) or {}, when)
+    same = own and of_split and own.estimate == of_split.estimate and math.isnan(own.low)
+    return of_split if same else own
+
+
+def zero_shot(arm: Arm, split: str | None, value: str = "pass") -> float | None:
+    """Sampled pass rate (or ``score``) before the first step: from the metrics, else the summary, else None."""
+    first = [row.get(value) for row in evals(arm.rows, split, "sampled") if row.get("step") == 0]
+    record = (arm.summary.get("splits") or {}).get(split) or arm.summary
+    found = [float(one) for one in (*first, record.get(f"zero_shot_{value}")) if is_number(one)]
     return found[0] if found else None
 
 
@@ -205,6 +223,6 @@ def staleness_words(arm: Arm) -> str:
     tops = [r["replay/staleness/max"] for r in steps(arm.rows) if is_number(r.get("replay/staleness/max"))]
     if not means:
         stored = arm.summary.get("staleness")
-        return f"staleness {stored:.1f} policy versions" if isinstance(stored, int | float) else ""
+        return f"staleness {stored:.1f} policy versions" if is_number(stored) else ""
     most = f", at most {max(tops):.0f}" if tops else ""
     return f"staleness {sum(means) / len(means):.1f} policy versions on average{most}"

@@ -1,0 +1,134 @@
+"""The diagnostics of a run: one panel per alarm of the learner, each with its on-policy value or its alarm line.
+
+Keys and alarm levels are those of the metric table; a panel without a recorded metric is left out, not faked.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from agentsdpo.formats import is_number
+from agentsdpo.plots import AXES, ROLES, STYLE, by_seed, canvas, finish, reference
+from agentsdpo.rundir import steps
+from agentsdpo.types import Json
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a diagnostic panel: the metric key, its label, the role that colours it, its line style."""
+
+    key: str
+    label: str
+    role: str
+    style: Any = "-"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One diagnostic against optimiser steps.
+
+    ``references`` takes the columns recorded and returns the baselines and alarms as (value, label).
+    """
+
+    name: str
+    title: str
+    unit: str
+    series: tuple[Series, ...]
+    references: Callable[[Mapping[str, np.ndarray]], Sequence[tuple[float, str]]]
+    log: bool = False
+
+    def recorded(self, rows: Iterable[Json]) -> list[Series]:
+        """The series with at least one finite value."""
+        return [one for one in self.series if any(is_number(row.get(one.key)) for row in steps(rows))]
+
+
+def _gap_references(columns: Mapping[str, np.ndarray]) -> list[tuple[float, str]]:
+    size = columns.get("learn/gap/abs")
+    finite = size[np.isfinite(size)] if size is not None else np.array([])
+    return [(0.0, "no gap")] + ([(0.1 * finite[0], "alarm: 10 % of the first")] if len(finite) else [])
+
+
+def _median_references(columns: Mapping[str, np.ndarray]) -> list[tuple[float, str]]:
+    middle = float(np.nanmedian(columns["learn/grad_norm"]))
+    return [(middle, "median"), (4 * middle, "alarm: 4 x median")]
+
+
+def _first_reference(columns: Mapping[str, np.ndarray]) -> list[tuple[float, str]]:
+    loss = columns["learn/loss"]
+    return [(float(loss[np.isfinite(loss)][0]), "first step")]
+
+
+PANELS = (
+    Panel("staleness", "Staleness of the consumed data", "staleness [policy versions]", (
+        Series("replay/staleness/max", "oldest", "behaviour", (0, (1, 1.5))),
+        Series("replay/staleness/p95", "95 %", "behaviour", (0, (4, 2))),
+        Series("replay/staleness/mean", "mean", "student")), lambda _: [(0.0, "on-policy")]),
+    Panel("ratio", "Importance ratio, student to behaviour policy", "importance ratio", (
+        Series("learn/ratio/max", "maximum", "behaviour", (0, (1, 1.5))),
+        Series("learn/ratio/p99", "99 %", "student", (0, (4, 2))),
+        Series("learn/ratio/p95", "95 %", "student", (0, (1, 1))),
+        Series("learn/ratio/p50", "median", "student"),
+        Series("learn/ratio/mean", "mean", "student")), lambda _: [(1.0, "on-policy")], log=True),
+    Panel("ess", "Effective sample size", "share of the tokens",
+          (Series("learn/ess_frac", "ESS", "student"),), lambda _: [(1.0, "on-policy"), (0.5, "alarm below 0.5")]),
+    Panel("clipped", "Clipped, capped and masked tokens", "share of the tokens", (
+        Series("learn/adv_clip/frac", "gap clipped", "teacher"),
+        Series("learn/capped_frac", "ratio capped", "student"),
+        Series("learn/gated_frac", "gated", "hint"),
+        Series("learn/masked_frac/pos", "masked, gap > 0", "behaviour"),
+        Series("learn/masked_frac/neg", "masked, gap < 0", "behaviour", (0, (4, 2)))),
+        lambda _: [(0.0, "nothing cut"), (0.5, "alarm above 0.5")]),
+    Panel("gap", "Teacher-student gap", "gap [nats per token]", (
+        Series("learn/gap/abs", "mean size", "teacher"),
+        Series("learn/gap/mean", "mean", "teacher", (0, (4, 2)))), _gap_references),
+    Panel("grad_norm", "Gradient norm before clipping", "gradient norm", (
+        Series("learn/grad_norm", "gradient norm", "student"),), _median_references, log=True),
+    Panel("loss", "Loss", "loss [nats per token]", (Series("learn/loss", "loss", "student"),), _first_reference),
+)
+"""The diagnostics of a report, in order."""
+
+
+@matplotlib.rc_context(STYLE)
+def diagnostic(rows: Sequence[Json], panel: Panel) -> Figure | None:
+    """One panel of diagnostics against optimiser steps; None when none of its metrics was recorded."""
+    found = panel.recorded(rows)
+    if not found:
+        return None
+    figure, axes = canvas((3.9, 3.1))
+    table = [row for row in steps(rows) if is_number(row.get("step"))]
+    columns = {one.key: _column(table, one.key) for one in found}
+    for one in found:
+        for i, group in enumerate(by_seed(table).values()):
+            axes.plot([row["step"] for row in group], _column(group, one.key), color=ROLES[one.role],
+                      linestyle=one.style, linewidth=1.6, label=one.label if i == 0 else None)
+    if panel.name == "ratio" and len(by_seed(table)) == 1:
+        _fan(axes, table, columns)
+    for i, (value, label) in enumerate(panel.references(columns)):
+        reference(axes, value, label, ((0, (6, 3)), (0, (1, 2)))[i])
+    if panel.log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+    axes.set(xlabel=AXES["step"], ylabel=panel.unit)
+    return finish(figure, axes)
+
+
+def _fan(axes: Axes, table: Sequence[Json], columns: Mapping[str, np.ndarray]) -> None:
+    """Shade between the ratio's upper quantiles and their lower twins, or 1 where those were not recorded."""
+    for upper, lower in (("p99", "p1"), ("p95", "p5")):
+        top = columns.get(f"learn/ratio/{upper}")
+        if top is not None:
+            low = _column(table, f"learn/ratio/{lower}")
+            axes.fill_between([row["step"] for row in table], np.where(np.isfinite(low), low, 1.0), top,
+                              color=ROLES["student"], alpha=0.14, linewidth=0)
+
+
+def _column(rows: Sequence[Json], key: str) -> np.ndarray:
+    return np.array([row[key] if is_number(row.get(key)) else np.nan for row in rows], np.float64)

@@ -1,0 +1,258 @@
+"""One self-contained page about a run, and the curve for a README.
+
+``report.html`` needs no network and no script: figures are inline SVG, the content policy forbids everything but the
+page's own styles, and every text that comes from files is escaped. Light and dark follow the reader's system; the
+figures take their colours from the page by role. What was not recorded is named, never drawn as zero.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agentsdpo import formats
+from agentsdpo.rundir import (
+    CONTROL_SPLIT,
+    SPLIT_WORDS,
+    Arm,
+    Run,
+    arm_rate,
+    eval_interval,
+    evals,
+    headline_split,
+    rate,
+    read_run,
+    staleness_words,
+    summary_split,
+    zero_shot,
+)
+from agentsdpo.types import Json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+THEMES: dict[str, dict[str, str]] = {
+    "light": {"page": "#ffffff", "card": "#f6f8fa", "rule": "#d1d9e0", "text": "#1f2328", "ink": "#59636e",
+              "student": "#0072b2", "teacher": "#d55e00", "behaviour": "#767676", "hint": "#008060"},
+    "dark": {"page": "#0d1117", "card": "#151b23", "rule": "#3d444d", "text": "#f0f6fc", "ink": "#a3acb7",
+             "student": "#56b4e9", "teacher": "#e69f00", "behaviour": "#9a9a9a", "hint": "#2fb58f"},
+}
+"""Colours of the page and of the figures' roles; text is at least 4.5:1 on page and card, lines 3:1."""
+PROVENANCE = ("command", "commit", "seed", "hardware")
+"""Keys of the summary that say where the run comes from, in the order shown."""
+COSTS = (("steps", "optimiser steps", formats.number), ("episodes", "episodes", formats.number),
+         ("wall_s", "wall clock", formats.duration), ("peak_rss_mib", "peak memory [MiB]", formats.number))
+"""Keys, words and formats of what an arm cost."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure ready for the page: its ``<svg>`` text, a caption, and whether it needs the full width."""
+
+    svg: str
+    caption: str
+    title: str = ""
+    wide: bool = False
+
+
+def write_report(run_dir: Path | str) -> Path:
+    """Write ``report.html`` into a run folder, for one arm or several, finished or not.
+
+    Returns:
+        The path written.
+
+    Raises:
+        RunError: the folder is not a run, or one of its files is broken.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    run = read_run(run_dir)
+    environment = Environment(loader=PackageLoader("agentsdpo"), autoescape=True, undefined=StrictUndefined,
+                              trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(percent=formats.percent, interval=formats.interval, number=formats.number)
+    path = run.path / "report.html"
+    path.write_text(environment.get_template("report.html").render(**_page(run)), encoding="utf-8")
+    return path
+
+
+def readme_curve(run_dir: Path | str, out: Path | str) -> Path:
+    """Write one SVG: pass rate on held-out names against episodes, zero-shot line, staleness stated.
+
+    It stands alone on light and on dark pages. Other arms of the run are thin grey lines.
+
+    Raises:
+        RunError: the folder is not a run, or holds no evaluation.
+    """
+    from agentsdpo import plots
+    from agentsdpo.errors import RunError
+
+    run = read_run(run_dir)
+    arm, split = run.main, headline_split(run.main.rows)
+    if split is None:
+        raise RunError(f"{run.path} has no evaluation in arm {arm.name!r}",
+                       fix="let the run reach its zero-shot evaluation first")
+    others = {other.name: other.rows for other in run.arms if other is not arm and evals(other.rows, split)}
+    figure = plots.learning_curve(arm.rows, split=split, baseline=zero_shot(arm, split), context=others,
+                                  size=(7.6, 4.2), below=staleness_words(arm))
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(plots.svg(figure, "curve") + "\n", encoding="utf-8")
+    return path
+
+
+# ------------------------------------------------------------------------------------------------ page content
+
+
+def _page(run: Run) -> dict[str, Any]:
+    """Everything the template prints."""
+    main, split = run.main, headline_split(run.main.rows)
+    curves, no_curves = _curves(run, split)
+    arms = [_arm_row(arm) for arm in run.arms]
+    splits = main.summary.get("splits") or {}
+    diagnostics = [(arm.name, *_diagnostics(arm, i)) for i, arm in enumerate(_main_first(run))]
+    return {
+        "title": run.path.resolve().name, "themes": THEMES, "roles": ("student", "teacher", "behaviour", "hint"),
+        "provenance": [(key, _plain(run.summary[key])) for key in PROVENANCE if run.summary.get(key) is not None],
+        "unstated": [key for key in PROVENANCE if run.summary.get(key) is None],
+        "configs": [("run", run.config)] * bool(run.config) + [(a.name, a.config) for a in run.arms if a.config],
+        "main": _arm_row(main), "staleness_words": staleness_words(main), "arms": arms,
+        "costs": [words for _, words, _ in COSTS], "missing_words": missing_words,
+        "curves": curves, "missing_curves": no_curves, "evaluations": _evaluations(main),
+        "arms_picture": _arms_picture(run), "splits": [_split_row(name, splits[name]) for name in splits],
+        "splits_picture": _splits_picture(splits), "control": _control(splits), "diagnostics": diagnostics,
+    }
+
+
+def _main_first(run: Run) -> list[Arm]:
+    return [run.main, *(arm for arm in run.arms if arm is not run.main)]
+
+
+def _plain(value: Any) -> str:
+    """A value of the summary as one readable line."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_plain(part)}" for key, part in value.items() if part is not None)
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value))
+    return str(value)
+
+
+def _arm_row(arm: Arm) -> Json:
+    """One line of the headline table."""
+    record, split = arm.summary, summary_split(arm.summary)
+    of_split = (record.get("splits") or {}).get(split) or {}
+    before, after = arm_rate(arm, "zero_shot"), arm_rate(arm, "final")
+    return {
+        "name": arm.name, "split": split, "before": before, "after": after, "gain": _gain(before, after),
+        "greedy": record.get("final_greedy_pass", of_split.get("final_greedy_pass")),
+        "staleness": record.get("staleness"),
+        "costs": [formatted(record.get(key)) for key, _, formatted in COSTS],
+    }
+
+
+def _split_row(name: str, record: Json) -> Json:
+    before, after = rate(record, "zero_shot"), rate(record, "final")
+    return {"name": name, "words": SPLIT_WORDS.get(name, ""), "n": record.get("n"), "before": before, "after": after,
+            "greedy": record.get("final_greedy_pass"), "gain": _gain(before, after)}
+
+
+def _gain(before: Any, after: Any) -> str:
+    """Percentage points gained, with a sign; a dash when either end is missing."""
+    return f"{100 * (after.estimate - before.estimate):+.1f}" if before and after else formats.MISSING
+
+
+def _control(splits: Mapping[str, Json]) -> str:
+    """What the untaught firm says about leaks, in a sentence."""
+    record = splits.get(CONTROL_SPLIT)
+    before, after = (rate(record, "zero_shot"), rate(record, "final")) if record else (None, None)
+    if not before or not after:
+        return (f"The control split {CONTROL_SPLIT} (a firm whose rules were never taught) was not evaluated, "
+                "so nothing here rules out that the gain comes from elsewhere than the taught rules.")
+    words = f"{formats.percent(before.estimate)} before and {formats.percent(after.estimate)} after training"
+    if after.low > before.high:
+        return (f"Warning: the pass rate on the untaught firm rose above zero-shot, {words}. Its rules were never "
+                "taught, so look for a leak before trusting the gain elsewhere.")
+    return (f"The untaught firm cannot be told from its zero-shot level, {words}, as it must be: its rules were never "
+            "taught. The gain elsewhere is what was learned, not a habit that fits any firm.")
+
+
+def _evaluations(arm: Arm) -> list[Json]:
+    """Every evaluation as a line of numbers, the text twin of the curves."""
+    return [{**{key: row.get(key) for key in ("step", "split", "decoding", "n", "episodes", "score")},
+             "rate": row.get("pass"), "interval": eval_interval(row)} for row in evals(arm.rows)]
+
+
+# ---------------------------------------------------------------------------------------------------- pictures
+
+
+def _picture(figure: "Figure", name: str, caption: str, title: str = "", wide: bool = False) -> Picture:
+    """The figure as SVG whose colours are the page's variables and whose size follows the page."""
+    from agentsdpo import plots
+
+    text = plots.svg(figure, name)
+    for role, colour in plots.ROLES.items():
+        text = re.sub(colour, f"var(--{role})", text, flags=re.IGNORECASE)
+    text = re.sub(r'(<svg[^>]*?) xmlns="[^"]*"', r"\1", text)
+    text = re.sub(r'(<svg[^>]*?) (width|height)="[^"]*"', r"\1", text)
+    text = re.sub(r'(<svg[^>]*?) (width|height)="[^"]*"', r"\1", text)
+    return Picture(text, caption, title, wide)
+
+
+def _curves(run: Run, split: str | None) -> tuple[list[Picture], list[str]]:
+    """Pass rate and score against what was spent, and the ones that could not be drawn."""
+    from agentsdpo import plots
+
+    arm, pictures, missing = run.main, [], []
+    others = {other.name: other.rows for other in run.arms if other is not arm and evals(other.rows, split)}
+    wanted = [("pass", x) for x in ("episodes", "env_steps", "wall_s")] + [("score", "episodes")]
+    for value, x in wanted:
+        if split is None or not plots.curve_points(evals(arm.rows, split), x, value):
+            missing.append(f"{plots.VALUES[value][0]} against {plots.AXES[x]}")
+            continue
+        figure = plots.learning_curve(arm.rows, x=x, split=split, value=value, context=others,
+                                      baseline=zero_shot(arm, split, value), size=(5.6, 3.9))
+        caption = f"{plots.VALUES[value][0].capitalize()} on {split} against {plots.AXES[x]}, arm {arm.name}"
+        pictures.append(_picture(figure, f"{value}-{x}", caption))
+    return pictures, missing
+
+
+def _splits_picture(splits: Mapping[str, Json]) -> Picture | None:
+    from agentsdpo import plots
+
+    drawn = {name: record for name, record in splits.items() if rate(record, "zero_shot") or rate(record, "final")}
+    if not drawn:
+        return None
+    return _picture(plots.split_bars(drawn), "splits", "Zero-shot against final pass rate of each split", wide=True)
+
+
+def _arms_picture(run: Run) -> Picture | None:
+    from agentsdpo import plots
+
+    drawn = {arm.name: arm.summary for arm in run.arms if rate(arm.summary, "final")}
+    if len(drawn) < 2:
+        return None
+    return _picture(plots.arms_comparison(drawn), "arms", "Pass rate of each arm before and after", wide=True)
+
+
+def _diagnostics(arm: Arm, index: int) -> tuple[list[Picture], list[str]]:
+    """The panels of one arm, and the keys of those without data."""
+    from agentsdpo import panels
+
+    pictures: list[Picture] = []
+    missing: list[str] = []
+    for panel in panels.PANELS:
+        figure = panels.diagnostic(arm.rows, panel)
+        if figure is None:
+            missing += [series.key for series in panel.series]
+        else:
+            pictures.append(_picture(figure, f"{panel.name}-{index}", f"{panel.title}, arm {arm.name}", panel.title))
+    return pictures, missing
+
+
+def missing_words(names: Sequence[str]) -> str:
+    """Names as a list in words; empty when there are none.
+
+    >>> missing_words(["learn/loss", "learn/ess_frac"])
+    'Not recorded: learn/loss, learn/ess_frac.'
+    """
+    return f"Not recorded: {', '.join(names)}." if names else ""
