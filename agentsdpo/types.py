@@ -52,6 +52,8 @@ class StopReason(StrEnum):
     MAX_TOOL_CALLS = "max_tool_calls"
     MAX_SAMPLED_TOKENS = "max_sampled_tokens"
     """The budget of completion tokens ran out."""
+    MAX_PROMPT_TOKENS = "max_prompt_tokens"
+    """The budget of prompt tokens, summed over calls, ran out."""
     CONTEXT_OVERFLOW = "context_overflow"
     """The next prompt would not fit into the model's window."""
     ROLLOUT_TIMEOUT = "rollout_timeout"
