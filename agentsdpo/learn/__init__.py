@@ -1,0 +1,1 @@
+"""The learner: hindsight-hinted teacher, unhinted student, staleness-corrected objective."""

@@ -1,0 +1,177 @@
+"""Everything a learner needs to continue bit for bit: safetensors and JSON in one folder per step, written atomically.
+
+::
+
+    <root>/step-00000040/weights.safetensors  optimiser.safetensors  teacher.safetensors  rng.safetensors  state.json
+
+A folder is filled under a temporary name, flushed to disk and renamed, so a killed process leaves either
+the whole checkpoint or none. Nothing is pickled.
+"""
+
+import json
+import os
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from agentsdpo.errors import LearnError
+from agentsdpo.learn.learner import Learner
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Restored:
+    """Where a run continues: optimiser steps done, policy version, and the sampler's own state as it was given."""
+
+    step: int
+    version: int
+    sampler: dict[str, Any]
+
+
+def save_checkpoint(root: Path, learner: Learner, *, version: int, sampler: dict[str, Any] | None = None,
+                    keep: int = 3) -> Path:
+    """Write the learner's whole state.
+
+    Args:
+        root: folder of the run's checkpoints; made when missing.
+        learner: between two steps.
+        version: policy version of these weights.
+        sampler: opaque JSON state of whatever chooses the rows.
+        keep: newest checkpoints that stay; older ones are removed.
+
+    Returns:
+        The new folder.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    final = root / f"step-{learner.step_count:08d}"
+    work = root / f".writing-{final.name}-{os.getpid()}"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    rng_tensors, rng_numbers = _rng()
+    tensors = {"weights": _weights(learner), "optimiser": _optimiser(learner), "teacher": learner.teacher.state_dict(),
+               "rng": rng_tensors}
+    for name, group in tensors.items():
+        save_file({key: value.detach().contiguous() for key, value in group.items()}, work / f"{name}.safetensors")
+    state = {"format": _FORMAT, "step": learner.step_count, "version": version, "sampler": sampler or {},
+             "rng": rng_numbers, "clipper": learner.clipper.state_dict() if learner.clipper else None,
+             "config": learner.config.model_dump()}
+    (work / "state.json").write_text(json.dumps(state))
+    _swap(work, final)
+    for old in checkpoints(root)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_checkpoint(folder: Path, learner: Learner) -> Restored:
+    """Put a saved state into a learner that was made with the same model and configuration.
+
+    Args:
+        folder: one checkpoint, or a root whose newest is taken.
+        learner: its weights, optimiser, teacher and clipper are overwritten; so are the global generators of
+            torch, numpy and Python.
+
+    Raises:
+        LearnError: there is no checkpoint, or it belongs to another model, teacher or clipper.
+    """
+    if not (folder / "state.json").exists():
+        found = checkpoints(folder)
+        if not found:
+            raise LearnError(f"there is no checkpoint in {folder}", fix="start the run without resuming")
+        folder = found[-1]
+    state = json.loads((folder / "state.json").read_text())
+    if state["format"] != _FORMAT:
+        raise LearnError(f"checkpoint {folder} has format {state['format']}, this version reads {_FORMAT}",
+                         fix="resume with the version that wrote it")
+    if (state["clipper"] is None) != (learner.clipper is None):
+        raise LearnError(f"checkpoint {folder} was written with learn.adv_clip {state['config']['adv_clip']}, the "
+                         f"configuration has {learner.config.adv_clip}", fix="resume with the same learn.adv_clip")
+    _load_weights(learner, load_file(folder / "weights.safetensors"))
+    _load_optimiser(learner, load_file(folder / "optimiser.safetensors"))
+    learner.teacher.load_state_dict(load_file(folder / "teacher.safetensors"))
+    if learner.clipper is not None:
+        learner.clipper.load_state_dict(state["clipper"])
+    learner.step_count = state["step"]
+    _load_rng(load_file(folder / "rng.safetensors"), state["rng"])
+    return Restored(step=state["step"], version=state["version"], sampler=state["sampler"])
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(path for path in root.glob("step-*") if (path / "state.json").exists())
+
+
+def _swap(work: Path, final: Path) -> None:
+    """Flush a finished folder and give it its name; a checkpoint of the same step makes room first."""
+    for path in [*work.iterdir(), work]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    if final.exists():
+        old = work.with_name(work.name + "-old")
+        final.rename(old)
+        work.rename(final)
+        shutil.rmtree(old)
+    else:
+        work.rename(final)
+    handle = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _weights(learner: Learner) -> dict[str, Tensor]:
+    """Parameters by name, tied ones once."""
+    return {name: p.detach() for name, p in learner.model.named_parameters()}
+
+
+def _load_weights(learner: Learner, saved: dict[str, Tensor]) -> None:
+    own = _weights(learner)
+    shapes = {name: tuple(t.shape) for name, t in own.items()}
+    other = {name: tuple(t.shape) for name, t in saved.items()}
+    if shapes != other:
+        odd = sorted(shapes.items() ^ other.items())
+        raise LearnError(f"the checkpoint is of another model: {odd[0][0]!r} is {other.get(odd[0][0])} there and "
+                         f"{shapes.get(odd[0][0])} here", fix="resume with the model the run was started with")
+    for name, tensor in saved.items():
+        own[name].copy_(tensor)
+
+
+def _optimiser(learner: Learner) -> dict[str, Tensor]:
+    """AdamW's state as ``<parameter>/<quantity>``; empty before the first step."""
+    state = learner.optimizer.state
+    return {f"{name}/{key}": value for name, p in learner.model.named_parameters() if p in state
+            for key, value in state[p].items()}
+
+
+def _load_optimiser(learner: Learner, saved: dict[str, Tensor]) -> None:
+    named = dict(learner.model.named_parameters())
+    learner.optimizer.state.clear()
+    for path, tensor in saved.items():
+        name, key = path.rsplit("/", 1)
+        learner.optimizer.state[named[name]][key] = tensor.to(named[name].device)
+
+
+def _rng() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State of the global generators: tensors for torch and numpy, numbers for Python and the rest."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
+    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64))}
+    return tensors, {"numpy": [kind, int(position), int(has_gauss), float(gauss)], "python": random.getstate()}
+
+
+def _load_rng(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+    kind, position, has_gauss, gauss = numbers["numpy"]
+    torch.set_rng_state(tensors["torch"])
+    np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, gauss))
+    version, internal, gauss_next = numbers["python"]
+    random.setstate((version, tuple(internal), gauss_next))

@@ -1,0 +1,144 @@
+"""Numbers of one optimiser step from its per-token statistics, keyed ``learn/<quantity>[/<stat>]``. No training."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agentsdpo.learn.batch import microbatches
+from agentsdpo.learn.config import LearnConfig
+from agentsdpo.learn.divergence import token_logp
+from agentsdpo.learn.model import scores
+from agentsdpo.learn.ratio import ess_frac, k3
+from agentsdpo.learn.records import TokenStats
+from agentsdpo.learn.rows import LossRow
+
+Metrics = dict[str, float]
+
+
+def step_metrics(stats: TokenStats, staleness: Tensor, config: LearnConfig, bound: float | None) -> Metrics:
+    """Everything a step can say about itself.
+
+    Args:
+        stats: all loss tokens of the step, [N].
+        staleness: of each token's row, int64[N].
+        config: the objective that produced them.
+        bound: largest |gap| allowed in this step (nats), None when the gap was not clipped.
+    """
+    metrics = {**gap_metrics(stats), **shape_metrics(stats, config), **push_metrics(stats.push),
+               "learn/gated_frac": _share(~stats.gate)}
+    known = ~stats.log_ratio.isnan()
+    if known.any():
+        metrics |= ratio_metrics(stats.log_ratio[known], config)
+        metrics |= mismatch_metrics(stats.log_ratio[known & (staleness == 0)])
+    if config.ratio == "ppo":
+        metrics |= mask_metrics(stats)
+    if bound is not None:
+        metrics |= clip_metrics(stats.gap, bound)
+    return metrics
+
+
+def gap_metrics(stats: TokenStats) -> Metrics:
+    """Mean gap, mean |gap|, and the negative share of all |gap|, before clipping."""
+    size = stats.gap.abs()
+    return {"learn/gap/mean": float(stats.gap.mean()), "learn/gap/abs": float(size.mean()),
+            "learn/gap/negative_share": float(size[stats.gap < 0].sum() / size.sum().clamp_min(1e-12))}
+
+
+def shape_metrics(stats: TokenStats, config: LearnConfig) -> Metrics:
+    """Entropies (nats), share of positions with the same first choice, and mass off the support per side."""
+    metrics = {"learn/entropy/student": float(stats.entropy_student.mean()),
+               "learn/entropy/teacher": float(stats.entropy_teacher.mean()),
+               "learn/top1_agree": _share(stats.top1_agree)}
+    if config.form == "divergence" and config.support != "full":
+        metrics["learn/tail_mass/student"] = float(stats.tail_student.mean())
+        metrics["learn/tail_mass/teacher"] = float(stats.tail_teacher.mean())
+    return metrics
+
+
+def push_metrics(push: Tensor) -> Metrics:
+    """Hijack: share of the step's total |push| [N] owned by one token, and by the largest 0.1 % of tokens.
+
+    >>> push_metrics(torch.tensor([8.0, -1.0, 1.0, 0.0]))
+    {'learn/hijack/max': 0.8, 'learn/hijack/top0.1pct': 0.8}
+    """
+    size, few = push.abs().double(), max(1, push.numel() // 1000)
+    total = size.sum().clamp_min(1e-30)
+    top = size.topk(few).values
+    return {"learn/hijack/max": float(top[0] / total), "learn/hijack/top0.1pct": float(top.sum() / total)}
+
+
+def ratio_metrics(log_r: Tensor, config: LearnConfig) -> Metrics:
+    """Importance ratios of the tokens whose behaviour log-prob is known, and the divergence estimators from them.
+
+    >>> m = ratio_metrics(torch.tensor([0.0, 0.0]), LearnConfig())
+    >>> m["learn/ratio/mean"], m["learn/ess_frac"], m["learn/kl_k3"], m["learn/chi2"]
+    (1.0, 1.0, 0.0, 0.0)
+    """
+    r = log_r.exp()
+    return {"learn/ratio/mean": float(r.mean()), "learn/ratio/p99": quantile(r, 0.99),
+            "learn/ratio/max": float(r.max()), "learn/ess_frac": ess_frac(r), "learn/kl_k1": float(-log_r.mean()) + 0.0,
+            "learn/kl_k3": float(k3(log_r).mean()), "learn/chi2": float((r.square() - 1.0).mean()),
+            "learn/capped_frac": _share(r > config.cap)}
+
+
+def mismatch_metrics(log_r: Tensor) -> Metrics:
+    """|student_logp - behaviour_logp| of tokens of the present version: how far engine and learner disagree (nats)."""
+    if not log_r.numel():
+        return {}
+    return {"learn/mismatch/mean": float(log_r.abs().mean()), "learn/mismatch/max": float(log_r.abs().max())}
+
+
+def mask_metrics(stats: TokenStats) -> Metrics:
+    """Share of tokens the PPO mask silences, among positive and among negative gaps."""
+    up, down = stats.gap > 0, stats.gap < 0
+    return {"learn/masked_frac/pos": _share(~stats.mask[up]), "learn/masked_frac/neg": _share(~stats.mask[down])}
+
+
+def clip_metrics(gap: Tensor, bound: float) -> Metrics:
+    """Share of tokens clipped, the bound (nats), and the share of all |gap| that was cut off."""
+    size = gap.abs()
+    cut = (size - bound).clamp_min(0.0).sum() / size.sum().clamp_min(1e-12)
+    return {"learn/adv_clip/frac": _share(size > bound), "learn/adv_clip/bound": bound,
+            "learn/adv_clip/mass": float(cut)}
+
+
+def staleness_metrics(ages: Iterable[int], evicted: int) -> Metrics:
+    """Staleness of all consumed rows (policy versions) and the share of them evicted."""
+    seen = np.array(list(ages))
+    return {"replay/staleness/mean": float(seen.mean()), "replay/staleness/p95": float(np.quantile(seen, 0.95)),
+            "replay/staleness/max": float(seen.max()), "replay/evicted_frac": evicted / len(seen)}
+
+
+def empty_hint_gap(model: Any, rows: list[LossRow], config: LearnConfig) -> float:
+    """Mean |gap| when the hint is taken away and one set of weights stands on both sides; must be below 1e-3.
+
+    Anything larger means that positions are misaligned or that a forward is not deterministic (dropout).
+    """
+    bare = [replace(row, row=replace(row.row, hint_ids=())) for row in rows]
+    device, total, count = next(model.parameters()).device, 0.0, 0
+    with torch.no_grad():
+        for b in microbatches(bare, normaliser="token", max_tokens=config.microbatch_tokens, device=device):
+            sides = [scores(model, ids, at).log_probs(b.tokens.temperature)
+                     for ids, at in ((b.student_ids, b.student_pos), (b.teacher_ids, b.teacher_pos))]
+            left, right = (token_logp(side, b.tokens.tok, b.tokens.kept) for side in sides)
+            total, count = total + float((left - right).abs().sum()), count + len(left)
+    return total / count
+
+
+def quantile(values: Tensor, q: float) -> float:
+    """Smallest value with at least a share ``q`` of all values at or below it.
+
+    >>> quantile(torch.arange(1.0, 101.0), 0.99)
+    99.0
+    """
+    rank = max(1, int(np.ceil(q * values.numel())))
+    return float(values.kthvalue(rank).values)
+
+
+def _share(flags: Tensor) -> float:
+    """Share of True, 0 for nothing."""
+    return float(flags.float().mean()) if flags.numel() else 0.0

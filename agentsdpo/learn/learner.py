@@ -1,0 +1,150 @@
+"""One optimiser step over replay rows: admit, batch, score, weigh, backward, update, report."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agentsdpo.errors import LearnError
+from agentsdpo.learn.batch import MicroBatch, microbatches
+from agentsdpo.learn.config import LearnConfig
+from agentsdpo.learn.diagnostics import staleness_metrics, step_metrics
+from agentsdpo.learn.model import check_model, scores
+from agentsdpo.learn.ratio import AdvantageClip
+from agentsdpo.learn.records import TokenStats
+from agentsdpo.learn.rows import Admission, TrainRow, admit
+from agentsdpo.learn.sdpo import divergence_form, sampled_form
+from agentsdpo.learn.teacher import Teacher, make_teacher
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did: ``n_trained`` rows and ``n_tokens`` loss tokens trained, rows refused by reason and evicted.
+
+    ``metrics`` holds plain floats under ``learn/`` and ``replay/`` keys; ``step`` counts from 1.
+    """
+
+    step: int
+    version: int
+    metrics: dict[str, float]
+    n_trained: int
+    n_tokens: int
+    refused: dict[str, int]
+    evicted: int
+
+
+class Learner:
+    """Owns student, teacher, optimiser and clipper.
+
+    Args:
+        model: student, a causal language model of transformers; moved to ``device`` in float32 and trained in place.
+        config: objective, teacher, optimiser.
+        teacher: None makes the one ``config.teacher`` names, from the model's present weights.
+        device: of student and tensors.
+
+    Raises:
+        ModelError: logits that are more than a linear map of the hidden states.
+    """
+
+    def __init__(self, model: Any, config: LearnConfig, *, teacher: Teacher | None = None,
+                 device: torch.device | str = "cpu") -> None:
+        check_model(model)
+        self.model = model.to(device=device, dtype=torch.float32).eval()  # eval: dropout off on both sides
+        self.config, self.device, self.step_count = config, device, 0
+        self.teacher = teacher or make_teacher(self.model, config)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, betas=config.betas,
+                                           weight_decay=config.weight_decay, fused=True)
+        self.clipper = AdvantageClip(config.adv_clip, config.adv_decay) if config.adv_clip is not None else None
+
+    def step(self, rows: list[TrainRow], version: int) -> StepReport:
+        """One update from the given rows.
+
+        Args:
+            rows: branches with hints, as consumed.
+            version: the learner's policy version, for staleness.
+
+        Raises:
+            LearnError: no row is left, every token is masked or gated, or loss or gradient is not finite. Weights,
+                optimiser, clipper and teacher are then as before.
+            TrainForbidden, TokenizerMismatch, HintError: see :func:`~agentsdpo.learn.rows.admit` and ``batch.py``.
+        """
+        found = self.admit(rows, version)
+        if not found.rows:
+            raise LearnError(f"none of {len(rows)} rows can be trained on: {found.evicted} evicted as staler than "
+                             f"{self.config.max_staleness}, refused {dict(found.refused)}",
+                             fix="collect fresh episodes, raise learn.max_staleness, or mend what refuses the rows")
+        batches = microbatches(found.rows, normaliser=self.config.normaliser,
+                               max_tokens=self.config.microbatch_tokens, device=self.device)
+        self.model.eval()
+        bound = self._bound(batches)
+        try:
+            loss, stats = self._backward(batches, float("inf") if bound is None else bound)
+            norm = self._update(stats)
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+        self._after(stats)
+        metrics = step_metrics(stats, torch.cat([b.staleness for b in batches]), self.config, bound)
+        metrics |= staleness_metrics(found.staleness, found.evicted)
+        metrics |= {"learn/loss": loss, "learn/grad_norm": norm}
+        metrics |= {f"replay/refused/{reason}": float(count) for reason, count in found.refused.items()}
+        return StepReport(step=self.step_count, version=version, metrics=metrics, n_trained=len(found.rows),
+                          n_tokens=len(stats.gap), refused=dict(found.refused), evicted=found.evicted)
+
+    def admit(self, rows: list[TrainRow], version: int) -> Admission:
+        """Rows this learner may train on at this version, and why not the others."""
+        window = getattr(self.model.config, "max_position_embeddings", None) or 2**31
+        return admit(rows, version, self.config, window=window, vocab_size=self.model.config.vocab_size)
+
+    def objective(self, batch: MicroBatch, bound: float) -> tuple[Tensor, TokenStats]:
+        """Loss and statistics of one micro-batch; the teacher first, so that its activations are gone in time."""
+        teacher = self.teacher.scores(batch)
+        student = scores(self.model, batch.student_ids, batch.student_pos)
+        if self.config.form == "divergence":
+            return divergence_form(student, teacher, batch.tokens, self.config)
+        return sampled_form(student, teacher, batch.tokens, self.config, bound)
+
+    def _bound(self, batches: list[MicroBatch]) -> float | None:
+        """Bound on |gap|: from the state before this step; the first step scores everything once to find its own."""
+        if self.clipper is None:
+            return None
+        if not self.clipper.needs_first_mean:
+            return self.clipper.bound()
+        with torch.no_grad():
+            gaps = torch.cat([self.objective(batch, float("inf"))[1].gap for batch in batches])
+        return self.clipper.bound(first_mean=float(gaps.abs().mean()))
+
+    def _backward(self, batches: list[MicroBatch], bound: float) -> tuple[float, TokenStats]:
+        """Accumulate the gradient of the whole step; the loss and the statistics of all its tokens."""
+        total, parts = 0.0, []
+        for batch in batches:
+            loss, stats = self.objective(batch, bound)
+            value = loss.item()
+            if not torch.isfinite(loss):
+                raise LearnError(f"the loss of step {self.step_count + 1} is {value}, nothing was updated",
+                                 fix="lower learn.lr, or look for broken log-probs in the rows of this step")
+            loss.backward()
+            total += value
+            parts.append(stats)
+        return total, TokenStats.cat(parts)
+
+    def _update(self, stats: TokenStats) -> float:
+        """Clip and step; the gradient norm before clipping."""
+        if not (stats.gate & stats.mask).any():
+            raise LearnError(f"all {len(stats.gap)} loss tokens of step {self.step_count + 1} are masked "
+                             f"({int((~stats.mask).sum())}) or gated ({int((~stats.gate).sum())}), nothing was updated",
+                             fix="the rows are too far from the student: lower learn.max_staleness or learn.lr")
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip))
+        if norm != norm or norm == float("inf"):
+            raise LearnError(f"the gradient norm of step {self.step_count + 1} is {norm}, nothing was updated",
+                             fix="lower learn.lr, or look for broken log-probs in the rows of this step")
+        self.optimizer.step()
+        return norm
+
+    def _after(self, stats: TokenStats) -> None:
+        """Bookkeeping of a step that went through."""
+        self.step_count += 1
+        self.teacher.after_step(self.model)
+        if self.clipper is not None:
+            self.clipper.update(float(stats.gap.abs().sum()), len(stats.gap))
