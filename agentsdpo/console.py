@@ -1,0 +1,258 @@
+"""What a person sees while a run trains: a live view on a terminal, one line per event elsewhere, or nothing.
+
+Talk goes to stderr, so that stdout stays data; :func:`print_summary` prints the result, which is data. The views take
+the very rows that go into ``metrics.jsonl``. ``NO_COLOR`` is honoured (rich reads it), and control characters in
+names and notes are dropped, so that no text from a task can drive the terminal.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TextIO
+
+from agentsdpo.errors import ConfigError
+from agentsdpo.formats import MISSING, duration, interval, is_number, number, percent
+from agentsdpo.rundir import Arm, arm_rate, eval_interval, rate, summary_split
+from agentsdpo.types import Json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Mode = Literal["auto", "rich", "plain", "none"]
+"""``auto`` is ``rich`` when stderr is a terminal and ``plain`` otherwise."""
+BARS = "▁▂▃▄▅▆▇█"
+"""Heights of a sparkline, lowest first."""
+ASCII_BARS = "_.-=+*#@"
+"""The same for terminals that cannot show block characters."""
+SHOWN = (
+    ("collect/pass", "pass", percent), ("collect/score/mean", "score", number),
+    ("replay/staleness/mean", "staleness", number), ("replay/staleness/max", "oldest", number),
+    ("learn/loss", "loss", number), ("learn/gap/abs", "gap", number), ("learn/ess_frac", "ESS", number),
+)
+"""Metric keys of a step that are worth a glance, with their words and formats."""
+COSTS = (
+    ("staleness", "staleness", number), ("steps", "optimiser steps", number), ("episodes", "episodes", number),
+    ("wall_s", "wall clock", duration), ("peak_rss_mib", "peak memory [MiB]", number),
+)
+"""Keys of an arm's summary below its pass rates, with their words and formats."""
+ARMS_ABREAST = 3
+"""Arms side by side in one summary table."""
+
+
+class View(Protocol):
+    """What a training loop tells its audience."""
+
+    def stage(self, text: str) -> None:
+        """A new part of the run begins."""
+        ...
+
+    def eval(self, row: Mapping[str, Any]) -> None:
+        """An evaluation ended; ``row`` is the ``eval`` row of ``metrics.jsonl``."""
+        ...
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """An optimiser step ended; ``metrics`` is the ``step`` row of ``metrics.jsonl``."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Something worth a line happened."""
+        ...
+
+
+@contextmanager
+def training(total_steps: int, title: str, mode: str = "auto", file: TextIO | None = None) -> Iterator[View]:
+    """Show a training run until the block ends; the last state stays on the screen.
+
+    Args:
+        total_steps: optimiser steps planned, at least 1.
+        title: what is trained, one line.
+        mode: see :data:`Mode`.
+        file: where to write; None is stderr.
+
+    Raises:
+        ConfigError: the mode is unknown.
+
+    >>> with training(2, "demo", mode="plain", file=sys.stdout) as view:
+    ...     view.stage("zero-shot evaluation")
+    ...     view.eval({"step": 0, "split": "val", "pass": 0.25, "n": 64})
+    demo: 2 steps
+    zero-shot evaluation
+    step 0/2  eval val sampled  pass 25.0 % [16.0, 36.8]  n 64
+    """
+    out = file or sys.stderr
+    if mode not in ("auto", "rich", "plain", "none"):
+        raise ConfigError(f"console mode {mode!r}", fix="use auto, rich, plain or none")
+    if mode == "auto":
+        mode = "rich" if out.isatty() and os.environ.get("TERM") != "dumb" else "plain"
+    if mode == "rich":
+        from agentsdpo.live import LiveView
+
+        with LiveView(total_steps, clean(title), out) as view:
+            yield view
+    else:
+        yield PlainView(total_steps, title, out) if mode == "plain" else SilentView()
+
+
+class SilentView:
+    """Says nothing."""
+
+    def stage(self, text: str) -> None:
+        """Ignored."""
+
+    def eval(self, row: Mapping[str, Any]) -> None:
+        """Ignored."""
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """Ignored."""
+
+    def note(self, text: str) -> None:
+        """Ignored."""
+
+
+class PlainView:
+    """One line per event, no colour, no cursor movement: for logs, pipes and screen readers."""
+
+    def __init__(self, total_steps: int, title: str, out: TextIO) -> None:
+        self._total, self._out, self._pace = total_steps, out, Pace(total_steps)
+        self._say(f"{title}: {total_steps} steps")
+
+    def _say(self, text: str) -> None:
+        encoding = getattr(self._out, "encoding", None) or "utf-8"
+        safe = clean(text).encode(encoding, "replace").decode(encoding)
+        print(safe, file=self._out, flush=True)
+
+    def stage(self, text: str) -> None:
+        """The stage's name on a line."""
+        self._say(text)
+
+    def eval(self, row: Mapping[str, Any]) -> None:
+        """Split, decoding and pass rate with its interval."""
+        self._say(f"step {row.get('step', 0)}/{self._total}  {eval_words(row)}")
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """Progress, the metrics worth a glance, rate and time left."""
+        done = int(metrics.get("step", 0))
+        self._say("  ".join([f"step {done}/{self._total}", *step_words(metrics), *self._pace.words(done)]))
+
+    def note(self, text: str) -> None:
+        """The note on a line."""
+        self._say(f"note: {text}")
+
+
+class Pace:
+    """Rate and time left, from the steps of the last minute or so, not from the slow start."""
+
+    def __init__(self, total_steps: int) -> None:
+        self._total, self._seen = total_steps, [(0, time.monotonic())]
+
+    def words(self, done: int) -> list[str]:
+        """Seconds per step and time left; empty until a step took measurable time."""
+        self._seen = [*self._seen[-20:], (done, time.monotonic())]
+        (first, start), (last, now) = self._seen[0], self._seen[-1]
+        if last <= first or now <= start:
+            return []
+        each = (now - start) / (last - first)
+        return [f"{number(each, 2)} s/step", f"left {duration(max(self._total - done, 0) * each)}"]
+
+
+def clean(text: str) -> str:
+    """One printable line: control, bidi and other invisible characters become spaces.
+
+    >>> clean("a\\x1b[31mb\\nc")
+    'a [31mb c'
+    """
+    return "".join(char if char.isprintable() else " " for char in str(text))
+
+
+def step_words(metrics: Mapping[str, Any]) -> list[str]:
+    """The metrics of :data:`SHOWN` that a step has.
+
+    >>> step_words({"collect/pass": 0.5, "replay/staleness/mean": 3.14159, "learn/loss": float("nan")})
+    ['pass 50.0 %', 'staleness 3.14']
+    """
+    return [f"{word} {show(metrics[key])}" for key, word, show in SHOWN if is_number(metrics.get(key))]
+
+
+def eval_words(row: Mapping[str, Any]) -> str:
+    """One evaluation in words."""
+    ends = interval(eval_interval(dict(row)))
+    parts = [f"eval {row.get('split', '')} {row.get('decoding', 'sampled')}",
+             f"pass {percent(row.get('pass'))}{' ' if ends else ''}{ends}"]
+    parts += [f"{key} {number(row[key])}" for key in ("score", "n") if is_number(row.get(key))]
+    return "  ".join(parts)
+
+
+def sparkline(values: list[float], width: int = 40, bars: str = BARS) -> str:
+    """Values as bars between 0 and 1, each bar the mean of its share when there are more values than bars.
+
+    >>> sparkline([0.0, 0.5, 1.0]), sparkline([0.0, 0.2, 0.8, 1.0], width=2)
+    ('▁▅█', '▁█')
+    """
+    if len(values) > width:
+        edges = [round(i * len(values) / width) for i in range(width + 1)]
+        values = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    return "".join(bars[min(max(int(value * len(bars)), 0), len(bars) - 1)] for value in values)
+
+
+def print_summary(summary: Json, file: TextIO | None = None) -> None:
+    """Print the final table of a run: each arm before and after with 95 % intervals, then the splits.
+
+    Args:
+        summary: the content of ``summary.json``; whatever it lacks is shown as a dash.
+        file: where to write; None is stdout, since a result is data.
+    """
+    from rich.console import Console
+
+    out = file or sys.stdout
+    console = Console(file=out, highlight=False, width=None if out.isatty() else 160)
+    arms = list((summary.get("arms") or {"run": summary}).items())
+    for i in range(0, len(arms), ARMS_ABREAST):
+        console.print(_arms_table(arms[i:i + ARMS_ABREAST]))
+    for name, record in arms:
+        if record.get("splits"):
+            console.print(_splits_table(name, record["splits"]))
+
+
+def _table(title: str, *columns: str) -> "Table":
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(clean(title), style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(Text(clean(column)), justify="right" if i else "left", overflow="fold")
+    return table
+
+
+def _row(table: "Table", *cells: str) -> None:
+    """Add cells as plain text: square brackets in names are no markup."""
+    from rich.text import Text
+
+    table.add_row(*(Text(clean(cell)) for cell in cells))
+
+
+def _arms_table(arms: Sequence[tuple[str, Json]]) -> "Table":
+    """Arms side by side, one quantity a line, so that three fit on 80 columns."""
+    table = _table("Before and after training", "95 % intervals in brackets", *(name for name, _ in arms))
+    records = [record for _, record in arms]
+    both = [Arm(name, "", (), record) for name, record in arms]
+    _row(table, "evaluated on", *(summary_split(record) or MISSING for record in records))
+    _row(table, "zero-shot pass", *(_rate(arm_rate(arm, "zero_shot")) for arm in both))
+    _row(table, "final pass", *(_rate(arm_rate(arm, "final")) for arm in both))
+    for key, words, show in COSTS:
+        _row(table, words, *(show(record.get(key)) for record in records))
+    return table
+
+
+def _splits_table(name: str, splits: Mapping[str, Json]) -> "Table":
+    table = _table(f"Splits of arm {name}", "split", "n", "zero-shot", "final", "final, greedy")
+    for split, record in splits.items():
+        _row(table, split, number(record.get("n")), _rate(rate(record, "zero_shot")), _rate(rate(record, "final")),
+             percent(record.get("final_greedy_pass")))
+    return table
+
+
+def _rate(value: Any) -> str:
+    return f"{percent(value.estimate)} {interval(value)}".strip() if value else percent(None)
