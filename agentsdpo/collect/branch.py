@@ -1,0 +1,124 @@
+"""Building branches: ids, kinds and log-probs grow at the end only; a rewritten history opens a new branch."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from agentsdpo.errors import EngineError
+from agentsdpo.types import Branch, Call, Completion, Json, Sampling, TokenKind
+
+ForkReason = Literal["compaction", "template_rewrite", "retokenised", "subagent", "retry"]
+
+_KIND_REASONS = {"raw": "kind_raw", "unknown": "kind_unknown", "none": "no_logprobs"}
+
+
+def untrainable(completion: Completion, sampling: Sampling) -> str | None:
+    """Why no ratio may be formed from this completion (names of the store's table), None when one may.
+
+    >>> Tokens = dict(token_ids=(1,), logprobs=(-0.1,), versions=())
+    >>> untrainable(Completion(**Tokens, logprob_kind="raw"), Sampling(temperature=0.0))
+    'greedy'
+    >>> untrainable(Completion(**Tokens), Sampling(top_p=0.9))
+    'kept_set_missing'
+    """
+    if len(completion.logprobs) != len(completion.token_ids):
+        return "length_mismatch" if completion.logprobs else "no_logprobs"
+    if not all(-1000.0 < lp <= 1e-4 for lp in completion.logprobs):
+        return "logprob_sentinel"
+    if sampling.temperature == 0.0:
+        return "greedy"
+    exact_raw = completion.logprob_kind == "raw" and sampling.temperature == 1.0 and not sampling.truncated
+    if completion.logprob_kind in _KIND_REASONS and not exact_raw:
+        return _KIND_REASONS[completion.logprob_kind]
+    if completion.logprob_kind == "tempered" and sampling.truncated:
+        return "kind_tempered_filtered"
+    if sampling.truncated and completion.kept is None:
+        return "kept_set_missing"
+    return None
+
+
+class BranchBuilder:
+    """The branches of one episode while it runs. The last one is open; only its end can grow.
+
+    Attributes:
+        ids: token ids of the open branch.
+        rendered: the messages these ids stand for, to notice a rewritten history.
+        tools: names of the tools the opening was rendered with.
+    """
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.rendered: list[Json] = []
+        self.tools: tuple[str, ...] = ()
+        self._kinds: list[int] = []
+        self._logps: list[float] = []
+        self._calls: list[Call] = []
+        self._kept: list[tuple[int, ...]] = []
+        self._hash = hashlib.sha256()
+        self._header: dict[str, Any] = {"branch_id": 0}
+        self._closed: list[Branch] = []
+
+    @property
+    def branch_id(self) -> int:
+        """Index of the open branch."""
+        return len(self._closed)
+
+    def context(self, ids: Sequence[int], kind: TokenKind) -> None:
+        """Append tokens the agent did not sample."""
+        self._append(ids, kind, [np.nan] * len(ids))
+
+    def completion(self, completion: Completion, sampling: Sampling, *, turn: int) -> Call:
+        """Append what one call sampled; exact rows are trainable, others say why not.
+
+        Raises:
+            EngineError: version spans do not cover the completion.
+        """
+        n, start = len(completion.token_ids), len(self.ids)
+        if (completion.versions[-1].end if completion.versions else 0) != n:
+            raise EngineError(f"version spans end at {completion.versions[-1:]} but {n} tokens were sampled",
+                              fix="give one span per policy version, up to the completion's length")
+        reason = untrainable(completion, sampling)
+        masked = reason in ("greedy", "kept_set_missing", "kind_tempered_filtered", "kind_raw")
+        kind = TokenKind.SAMPLED if reason is None else TokenKind.MASKED if masked else TokenKind.UNUSABLE
+        call = Call(call_id=f"b{self.branch_id}t{turn}", turn=turn, start=start, end=start + n,
+                    prompt_sha256=self._hash.hexdigest(), finish_reason=completion.finish_reason, sampling=sampling,
+                    versions=completion.versions, logprob_kind=completion.logprob_kind, untrainable_reason=reason)
+        logps = [np.nan] * n if kind == TokenKind.UNUSABLE else list(completion.logprobs)
+        self._append(completion.token_ids, kind, logps)
+        self._kept += completion.kept or [()] * n
+        self._calls.append(call)
+        return call
+
+    def _append(self, ids: Sequence[int], kind: TokenKind, logps: list[float]) -> None:
+        self.ids += ids
+        self._kinds += [int(kind)] * len(ids)
+        self._logps += logps
+        self._hash.update(np.asarray(ids, "<i4").tobytes())
+
+    def fork(self, ids: Sequence[int], reason: ForkReason) -> None:
+        """Close the open branch and open one with this prompt, all of it context."""
+        parent = self.branch_id
+        shared = next((i for i, (a, b) in enumerate(zip(self.ids, ids, strict=False)) if a != b),
+                      min(len(self.ids), len(ids)))
+        self._close()
+        self._header = {"branch_id": self.branch_id, "parent_branch_id": parent, "fork_at": shared,
+                        "fork_reason": reason}
+        self.context(ids, TokenKind.CONTEXT)
+
+    def _close(self) -> None:
+        kept = any(self._kept)
+        self._closed.append(Branch(
+            **self._header, token_ids=np.array(self.ids, np.int32), token_kind=np.array(self._kinds, np.uint8),
+            logprobs=np.array(self._logps, np.float32), calls=tuple(self._calls),
+            kept_ids=np.array([i for ids in self._kept for i in ids], np.int32) if kept else None,
+            kept_counts=np.array([len(ids) for ids in self._kept], np.int32) if kept else None))
+        self.ids, self._kinds, self._logps, self._calls, self._kept = [], [], [], [], []
+        self._hash = hashlib.sha256()
+
+    def finish(self) -> tuple[Branch, ...]:
+        """Close the open branch and return all of them, in order."""
+        if self.ids:
+            self._close()
+        return tuple(self._closed)

@@ -1,0 +1,180 @@
+"""Running many episodes at once, grading them, and stamping what a learner must know about them."""
+
+import asyncio
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from agentsdpo.chat import ChatFormat
+from agentsdpo.collect.config import CollectConfig
+from agentsdpo.collect.engine import Engine
+from agentsdpo.collect.policy import EnginePolicy, Policy, mix
+from agentsdpo.collect.rollout import Rollout, run_episode
+from agentsdpo.errors import EnvError
+from agentsdpo.replay.ids import uuid7
+from agentsdpo.types import Episode, Frozen, Grade, Hint, StopReason, Suite, Task
+
+PolicyFactory = Callable[[Task, int], Policy]
+"""Makes the policy of one episode from its task and seed."""
+
+
+class Stamp(Frozen):
+    """Where episodes come from: the same for a whole run."""
+
+    run_id: str = ""
+    model_id: str = ""
+    tokenizer_sha256: str = ""
+    chat_template_sha256: str = ""
+    vocab_size: int = 0
+    engine: str = ""
+
+    @classmethod
+    def of(cls, engine: Engine, chat: ChatFormat, *, run_id: str = "", model_id: str = "") -> "Stamp":
+        """Hashes of the chat format and names of the engine."""
+        return cls(run_id=run_id, model_id=model_id, tokenizer_sha256=chat.tokenizer_sha256,
+                   chat_template_sha256=chat.template_sha256, vocab_size=engine.vocab_size, engine=engine.name)
+
+
+class Collector:
+    """Collects graded episodes of one suite.
+
+    Args:
+        suite: tasks, environments, grader and hints.
+        policy: makes the policy of each episode.
+        config: concurrency and budgets.
+        stamp: provenance written into every episode.
+        evaluate: neither feedback nor hints are attached, and no episode may be trained on.
+
+    Attributes:
+        finished: episodes of the running or last :meth:`collect`, in the order they ended; after an interrupt they
+            are here.
+    """
+
+    def __init__(self, suite: Suite, policy: PolicyFactory, config: CollectConfig, *, stamp: Stamp | None = None,
+                 evaluate: bool = False) -> None:
+        self.suite, self.policy, self.config = suite, policy, config
+        self.stamp, self.evaluate = stamp or Stamp(), evaluate
+        self.finished: list[Episode] = []
+        self._grader = suite.grader()
+
+    @classmethod
+    def of_engine(cls, suite: Suite, engine: Engine, chat: ChatFormat, config: CollectConfig, *, run_id: str = "",
+                  model_id: str = "", evaluate: bool = False) -> "Collector":
+        """A collector whose agent is a model served by an engine.
+
+        Raises:
+            TruncatedSampling: see :class:`agentsdpo.collect.policy.EnginePolicy`.
+        """
+        policy = EnginePolicy(engine, chat, config, training=not evaluate)
+        stamp = Stamp.of(engine, chat, run_id=run_id, model_id=model_id)
+        return cls(suite, lambda task, seed: policy, config, stamp=stamp, evaluate=evaluate)
+
+    def collect(self, split: str, indices: Sequence[int], *, seed: int = 0) -> list[Episode]:
+        """Play the tasks, one episode per index; an index that repeats is attempted again with another seed.
+
+        Works inside a running event loop too (a notebook), by borrowing a thread for its own loop.
+
+        Args:
+            split: split of the suite.
+            indices: tasks.
+            seed: with split, index and attempt it fixes every draw.
+
+        Returns:
+            Episodes in the order of ``indices``, unscored ones (``grade`` None) included.
+
+        Raises:
+            KeyboardInterrupt: interrupted; :attr:`finished` holds what was done.
+        """
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return asyncio.run(self.collect_async(split, indices, seed=seed))
+        return _in_thread(lambda: asyncio.run(self.collect_async(split, indices, seed=seed)))
+
+    async def collect_async(self, split: str, indices: Sequence[int], *, seed: int = 0) -> list[Episode]:
+        """:meth:`collect` for callers with a loop of their own."""
+        self.finished = []
+        gate = asyncio.Semaphore(self.config.concurrency)
+        sizes, seen = Counter(indices), Counter[int]()
+        async with asyncio.TaskGroup() as group:
+            jobs = []
+            for index in indices:
+                job = self._one(gate, split, index, attempt=seen[index], group_size=sizes[index], seed=seed)
+                jobs.append(group.create_task(job))
+                seen[index] += 1
+        return [job.result() for job in jobs]
+
+    async def _one(self, gate: asyncio.Semaphore, split: str, index: int, *, attempt: int, group_size: int,
+                   seed: int) -> Episode:
+        async with gate:
+            task = self.suite.task(split, index)
+            own, episode_id = mix(seed, split, index, attempt), uuid7()
+            run = await run_episode(self.suite.env(), self.policy(task, own), task, seed=own, episode_id=episode_id,
+                                    budget=self.config.budget(task.budget))
+            grade, fault = await self._grade(task, run)
+            group_id = f"{self.stamp.run_id}/{split}/{index}/{seed}"
+            episode = self._episode(task, run, grade, episode_id=episode_id, attempt=attempt, group_id=group_id,
+                                    group_size=group_size, seed=own, split=split, index=index, fault=fault)
+            self.finished.append(episode)
+            return episode
+
+    async def _grade(self, task: Task, run: Rollout) -> tuple[Grade | None, str]:
+        """The grade and, when the grader's machinery broke, what happened: unscored, never zero."""
+        if run.outcome is None:
+            return None, run.error
+        try:
+            return await self._grader.grade(task, run.outcome), ""
+        except EnvError as fault:
+            return None, f"{type(fault).__name__}: {fault}"
+
+    def _hint(self, task: Task, grade: Grade | None) -> Hint | None:
+        allowed = task.train_allowed and not self.evaluate and grade is not None
+        return self.suite.hint(task, grade) if allowed and grade is not None else None
+
+    def _episode(self, task: Task, run: Rollout, grade: Grade | None, *, episode_id: str, attempt: int, group_id: str,
+                 group_size: int, seed: int, split: str, index: int, fault: str) -> Episode:
+        metadata: dict[str, Any] = {**run.counts, "wall_s": round(run.wall_s, 6), "split": split, "index": index,
+                                    "seed": seed}
+        if fault:
+            metadata["error"] = fault
+        if run.answer is not None:
+            metadata["answer"] = run.answer
+        hint = self._hint(task, grade)
+        return Episode(episode_id=episode_id, task_id=task.task_id, env_id=self.suite.name, attempt=attempt,
+                       group_id=group_id, group_size=group_size, branches=run.branches,
+                       stop_reason=run.stop_reason if grade is not None else StopReason.ENGINE_ERROR,
+                       grade=without_feedback(grade) if self.evaluate else grade, hint=hint,
+                       train_allowed=task.train_allowed and not self.evaluate, messages=run.messages,
+                       metadata=metadata, **self.stamp.model_dump())
+
+
+def without_feedback(grade: Grade | None) -> Grade | None:
+    """The grade with scores alone.
+
+    >>> without_feedback(Grade(results=(), mean=1.0, passed=True, feedback="put it elsewhere")).feedback
+    ''
+    """
+    if grade is None:
+        return None
+    results = tuple(result.model_copy(update={"feedback": ""}) for result in grade.results)
+    return grade.model_copy(update={"results": results, "feedback": ""})
+
+
+def _in_thread(work: Callable[[], list[Episode]]) -> list[Episode]:
+    """Run work in a thread of its own; its exception is raised here."""
+    box: list[Any] = []
+
+    def run() -> None:
+        try:
+            box.append((True, work()))
+        except BaseException as error:  # noqa: BLE001 - handed to the caller below, nothing is swallowed
+            box.append((False, error))
+
+    thread = threading.Thread(target=run, name="collect")
+    thread.start()
+    thread.join()
+    fine, value = box[0]
+    if not fine:
+        raise value
+    return value
