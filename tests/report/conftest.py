@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,20 +62,14 @@ def arm_summary(scale: float, staleness: float) -> dict[str, Any]:
             "peak_rss_mib": 912.4, "splits": splits}
 
 
-@pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
-    """A finished run of two arms."""
-    return write_run(tmp_path / "demo")
-
-
-def write_run(path: Path) -> Path:
-    """Write the two-armed run and return its folder."""
+def write_run(path: Path, steps: int = 60) -> Path:
+    """Write a finished run of two arms and return its folder."""
     arms = {"off-policy": (1.0, 4.6), "no-correction": (0.4, 4.5)}
     for i, (name, (scale, _)) in enumerate(arms.items()):
         folder = path / "arms" / name
         folder.mkdir(parents=True)
         (folder / "config.toml").write_text(f'[learn]\nratio = "{name}"\nlr = 1e-3\n')
-        rows = arm_rows(i, scale=scale)
+        rows = arm_rows(i, steps=steps, scale=scale)
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     summaries = {name: arm_summary(*numbers) for name, numbers in arms.items()}
     main = {key: value for key, value in summaries["off-policy"].items() if key != "splits"}
@@ -83,6 +78,30 @@ def write_run(path: Path) -> Path:
     (path / "summary.json").write_text(json.dumps(summary))
     (path / "config.toml").write_text('seed = 7\n[learn]\nlr = 1e-3\nmax_staleness = 16\n')
     return path
+
+
+@pytest.fixture(scope="session", name="arm_rows")
+def arm_rows_fixture() -> Callable[..., list[dict[str, Any]]]:
+    """The function that makes rows of an arm."""
+    return arm_rows
+
+
+@pytest.fixture(scope="session", name="arm_summary")
+def arm_summary_fixture() -> Callable[[float, float], dict[str, Any]]:
+    """The function that makes the summary of an arm."""
+    return arm_summary
+
+
+@pytest.fixture(scope="session", name="write_run")
+def write_run_fixture() -> Callable[[Path], Path]:
+    """The function that writes a finished run of two arms."""
+    return write_run
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A finished run of two arms."""
+    return write_run(tmp_path / "demo")
 
 
 @pytest.fixture
