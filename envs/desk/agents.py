@@ -22,22 +22,24 @@ class ScriptedAgent:
         rules: slot -> option, true or guessed.
         epsilon: chance of a slip before each call, 0 to 1.
         seed: of the slips.
+
+    ``slipped`` tells whether the last step was a slip.
     """
 
     def __init__(self, task: Task, rules: dict[str, str], *, epsilon: float = 0.0, seed: int = 0) -> None:
         self._plan = families.plan(task.metadata, rules)
         self._next: families.Step | None = next(self._plan)
-        self._rng, self._epsilon, self._slipped, self._turn = random.Random(seed), epsilon, False, 0
+        self._rng, self._epsilon, self.slipped, self._turn = random.Random(seed), epsilon, False, 0
         self._meta = task.metadata
 
     def step(self, observation: str | None) -> families.Step:
         """The next call, given the answer to the last one (None at the start)."""
-        if observation is not None and not self._slipped:
+        if observation is not None and not self.slipped:
             retry = observation.startswith("error: ") and observation.endswith("try again")
             self._next = self._next if retry else self._plan.send(observation)
         assert self._next is not None
-        self._slipped = self._rng.random() < self._epsilon
-        return self._slip() if self._slipped else self._next
+        self.slipped = self._rng.random() < self._epsilon
+        return self._slip() if self.slipped else self._next
 
     def _slip(self) -> families.Step:
         client = self._rng.choice(self._meta["clients"])

@@ -1,0 +1,247 @@
+"""Build the seed model from nothing: tokenizer, then weights, on CPU, with fixed seeds.
+
+    python -m agentsdpo.envs.desk.build_seed --out DIR [--tokens 24e6] [--threads 2] [--tokenizer-only]
+
+Writes ``model.safetensors``, ``config.json``, tokenizer and chat template, and a model card with the corpus hash and
+the loss against its computable floor: an un-hinted episode must guess, so no model can get below
+(unstated slots x ln 4) / (agent tokens).
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import random
+import re
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from agentsdpo.chat import ChatFormat
+from agentsdpo.envs.desk import corpus, text
+from agentsdpo.envs.desk.firm import SLOTS, hint
+
+VOCAB = 1024
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+PLAIN = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>",
+         '\n{"name": "', '", "arguments": {"', '"}}\n', '": "', '", "')
+"""Added tokens that are text: the tags of the Hermes form and five pieces of JSON scaffolding."""
+
+_SPLIT = r" ?[A-Za-z_]+|\d|[^A-Za-z_\d]+"
+_POOL = 1024
+SEED = 20_26
+
+
+def build_tokenizer(out: Path) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of the world's own text; every name of the whole product stands in the corpus equally often."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([  # type: ignore[assignment]
+        pre_tokenizers.Split(Regex(_SPLIT), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    bpe.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL])
+    bpe.add_tokens([AddedToken(t, special=False, normalized=False) for t in PLAIN])
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB - len(PLAIN), special_tokens=list(SPECIAL), show_progress=False,
+                                  min_frequency=_NAME_COUNT + 1,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(_tokenizer_text(), trainer)
+    bpe.add_tokens([AddedToken(t, special=False, normalized=False) for t in PLAIN])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                        clean_up_tokenization_spaces=False)
+    tokenizer.chat_template = (Path(__file__).parent / "assets" / "chat_template.jinja").read_text()
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(out)
+    return tokenizer
+
+
+def _tokenizer_text() -> Iterator[str]:
+    """Words of the world and all names; the added tokens cut the text, as they will at use."""
+    for item in islice(corpus.traces(_PlainFrame(), SEED), 1000):  # type: ignore[arg-type]
+        pieces = [_WORD.sub(lambda m: "" if m.group() in _NAMES else m.group(), item.text)]
+        for token in (*SPECIAL, *PLAIN):
+            pieces = [part for piece in pieces for part in piece.split(token)]
+        yield from filter(None, pieces)
+    for name in text.all_names():
+        yield from [f"@{name}"] * _NAME_COUNT
+    for slot, options in SLOTS.items():
+        yield from (hint("tax", {slot: option}) for option in options * (_NAME_COUNT + 1))
+
+
+_NAMES, _WORD = frozenset(text.all_names()), re.compile("[a-z]{6}")
+_NAME_COUNT = 20
+"""Names stand in the corpus this often each and nowhere else, and a merge must be seen more often than that: so
+syllables and pairs of syllables become tokens, and no single name does."""
+
+
+class _PlainFrame:
+    """The template's text before a tokenizer exists."""
+
+    head = "<|im_start|>system\n" + text.SYSTEM + "\nTools:" + "".join(
+        f" {t.name}" for t in corpus.TOOLS) + "<|im_end|>\n<|im_start|>user\n"
+    tail = "<|im_end|>\n<|im_start|>assistant\n"
+    before, after = "\n<|im_start|>user\n<tool_response>\n", "\n</tool_response>" + tail
+    hint_before, hint_after = "<|im_start|>system\n", "<|im_end|>\n"
+    end = "<|im_end|>"
+
+
+def seed_config() -> Qwen3Config:
+    """1.52 M parameters; head_dim differs from hidden/heads, as in real Qwen3 models."""
+    return Qwen3Config(vocab_size=VOCAB, hidden_size=160, intermediate_size=448, num_hidden_layers=4,
+                       num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=4096,
+                       tie_word_embeddings=True, bos_token_id=None, eos_token_id=2, pad_token_id=0,
+                       attention_dropout=0.0, dtype="float32")
+
+
+class Batches:
+    """Batches of about ``tokens`` tokens, of near equal length, from a seeded stream; hashes what it read."""
+
+    def __init__(self, tokenizer: Any, seed: int, tokens: int) -> None:
+        self.stream = corpus.traces(corpus.Frame(ChatFormat(tokenizer)), seed)
+        self.tokenizer, self.tokens, self.rng = tokenizer, tokens, random.Random(seed)
+        self.hash = hashlib.sha256()
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
+        """Ids int64[B,T] (right-padded with 0), loss mask bool[B,T], loss floor in nats summed over the batch."""
+        while True:
+            items = list(islice(self.stream, _POOL))
+            rows = corpus.encode(self.tokenizer, items)
+            for ids, _ in rows:
+                self.hash.update(ids.tobytes())
+            order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
+            groups: list[list[int]] = [[]]
+            for i in order:
+                if (len(groups[-1]) + 1) * len(rows[i][0]) > self.tokens and groups[-1]:
+                    groups.append([])
+                groups[-1].append(i)
+            self.rng.shuffle(groups)
+            for group in groups:
+                floor = sum(items[i].unstated for i in group) * math.log(4)
+                yield (*collate([rows[i] for i in group]), floor)
+
+
+def collate(rows: list[tuple[np.ndarray, np.ndarray]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded ids and masks; causal attention keeps padding out of every real token."""
+    length = max(len(ids) for ids, _ in rows)
+    ids, mask = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length, dtype=torch.bool)
+    for i, (row, keep) in enumerate(rows):
+        ids[i, :len(row)], mask[i, :len(row)] = torch.from_numpy(row.astype(np.int64)), torch.from_numpy(keep)
+    return ids, mask
+
+
+def nll(model: Qwen3ForCausalLM, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of every masked token, float32[N]; the head runs on those positions alone."""
+    hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[mask[:, 1:]]
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden), ids[:, 1:][mask[:, 1:]], reduction="none")
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised by a quintic Newton-Schulz iteration (Jordan 2024), scaled to AdamW's update size.
+
+    torch has one, which iterates in bfloat16: on CPUs without bfloat16 units that took longer than the model itself.
+    """
+
+    def __init__(self, params: list[torch.nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every matrix."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonal(p.grad.lerp(buffer, group["momentum"]))
+                p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
+
+
+def orthogonal(matrix: torch.Tensor, iterations: int = 5) -> torch.Tensor:
+    """The nearest matrix with singular values near one."""
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(iterations):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+def optimisers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for embedding and norms."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    rest = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    return [Muon(matrices, lr=2e-3),
+            torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)]
+
+
+def schedule(done: float) -> float:
+    """Learning-rate factor: warm-up over 2 %, constant, then linear to zero over the last 40 %."""
+    return min(1.0, done / 0.02) if done < 0.6 else max(0.0, (1.0 - done) / 0.4)
+
+
+def train(tokenizer: Any, out: Path, tokens: float, batch_tokens: int, resume: Path | None = None) -> dict[str, Any]:
+    """Train for ``tokens`` tokens and save; returns the figures of the model card."""
+    torch.manual_seed(SEED)
+    model = Qwen3ForCausalLM(seed_config()) if resume is None else Qwen3ForCausalLM.from_pretrained(resume)
+    opts, batches = optimisers(model), Batches(tokenizer, SEED + (resume is not None), batch_tokens)
+    bases = [[g["lr"] for g in o.param_groups] for o in opts]
+    seen, step, started, recent = 0, 0, time.time(), []
+    for ids, mask, floor in batches:
+        factor = schedule(seen / tokens)
+        for opt, lrs in zip(opts, bases, strict=True):
+            for group, lr in zip(opt.param_groups, lrs, strict=True):
+                group["lr"] = lr * factor
+        losses = nll(model, ids, mask)
+        losses.mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for opt in opts:
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+        seen, step = seen + ids.numel(), step + 1
+        recent.append((float(losses.detach().sum()), floor, len(losses), len(ids)))
+        if step % 25 == 0:
+            print(line(step, seen, tokens, started, recent), flush=True)
+        if step % 200 == 0 or seen >= tokens:
+            model.save_pretrained(out)
+        if seen >= tokens:
+            break
+        recent = recent[-50:]
+    total, low, count, episodes = (sum(r[i] for r in recent) for i in range(4))
+    return {"tokens": seen, "steps": step, "loss": total / count, "floor": low / count,
+            "excess_nats_per_episode": (total - low) / episodes, "corpus_sha256": batches.hash.hexdigest(),
+            "wall_s": time.time() - started}
+
+
+def line(step: int, seen: int, tokens: float, started: float, recent: list[tuple[float, float, int, int]]) -> str:
+    """One line of progress."""
+    total, low, count, episodes = (sum(r[i] for r in recent[-25:]) for i in range(4))
+    took = time.time() - started
+    return (f"step {step} of ~{step * tokens / seen:.0f}  {seen / 1e6:.2f} M tokens  {seen / took:.0f} tok/s  "
+            f"left {took * (tokens / seen - 1) / 60:.0f} min  loss {total / count:.4f} floor {low / count:.4f}  "
+            f"excess {(total - low) / episodes:.3f} nats/episode")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tokens", type=float, default=24e6)
+    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokenizer-only", action="store_true")
+    parser.add_argument("--resume", type=Path, default=None, help="continue from the weights in this folder")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    tokenizer = build_tokenizer(args.out)
+    if not args.tokenizer_only:
+        figures = train(tokenizer, args.out, args.tokens, args.batch_tokens, args.resume)
+        (args.out / "training.json").write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
