@@ -345,7 +345,7 @@ def check_spans(branch: Branch) -> None:
     covered, last = np.zeros(len(branch.token_ids), bool), 0
     for call in branch.calls:
         if not last <= call.start <= call.end <= len(covered):
-            raise RowError(f"call {call.call_id} spans [{call.start}, {call.end}) after {last} of {len(covered)} tokens",
+            raise RowError(f"call {call.call_id} spans [{call.start}, {call.end}), after {last}, of {len(covered)} ids",
                            fix="append calls in token order without overlap")
         edges = [0, *(s.end for s in call.versions)]
         if [s.start for s in call.versions] != edges[:-1] or edges[-1] != call.end - call.start:

@@ -1,0 +1,125 @@
+"""The configuration of a run: the rooms' settings side by side, read from one TOML file.
+
+::
+
+    name = "first"
+    preset = "robust"          # starting point of [learn], see learn/presets.py
+    steps = 200
+    [learn]
+    max_staleness = 16
+
+What the file does not say is the preset's, then the default. ``config.toml`` in a run folder holds everything.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from agentsdpo.collect.config import CollectConfig
+from agentsdpo.errors import ConfigError
+from agentsdpo.hint.config import HintConfig
+from agentsdpo.learn.config import LearnConfig
+from agentsdpo.learn.presets import PRESETS, TOY, resolve
+from agentsdpo.publish.config import PublishConfig
+from agentsdpo.replay.config import ReplayConfig
+from agentsdpo.settings import Settings
+from agentsdpo.settings_io import Setting, build, read_toml, to_toml, with_sets
+from agentsdpo.settings_io import describe as _describe
+
+SEED_MODEL = "seed"
+"""Name of the small model that ships with the package and is trained with the presets' toy learning rates."""
+
+
+class EvalConfig(Settings):
+    """Which tasks the policy is evaluated on, and when. The same seeds every time, so that curves compare."""
+
+    splits: tuple[str, ...] = Field(default=("train", "test_names"), description="splits of the suite, in order")
+    episodes: int = Field(default=128, ge=1, le=100_000, description="episodes per split and evaluation; 1 or more")
+    every: int = Field(default=10, ge=1, le=100_000, description="optimiser steps between evaluations; 1 or more")
+
+
+class RunConfig(Settings):
+    """Everything that decides how a run goes.
+
+    >>> config = RunConfig()
+    >>> config.learn.max_staleness, config.eval.every
+    (8, 10)
+    """
+
+    name: str = Field(default="run", min_length=1, description="of the run, shown in reports")
+    seed: int = Field(default=0, ge=0, le=2**31 - 1, description="of tasks, sampling and drawing; 0 or more")
+    model: str = Field(default=SEED_MODEL, min_length=1, description=(
+        "folder or hub name of the model to train, or 'seed' for the small one that ships with the package"))
+    suite: Literal["desk-mini", "desk"] = Field(default="desk-mini", description="tasks the agent is trained on")
+    firm_seed: int = Field(default=7, ge=0, le=2**31 - 1, description="fixes the firm's house rules; 0 or more")
+    preset: str = Field(default="robust", description=f"starting point of [learn]: {', '.join(PRESETS)}")
+    steps: int = Field(default=150, ge=1, le=10_000_000, description="optimiser steps of the whole run; 1 or more")
+    episodes_per_step: int = Field(default=32, ge=1, le=65_536, description=(
+        "fresh episodes collected per optimiser step; learn.batch over this is the samples per insert; 1 or more"))
+    staleness: int = Field(default=0, ge=0, le=1_000_000, description=(
+        "policy versions the collector is held behind the learner on purpose; 0 samples from the newest"))
+    collect: CollectConfig = CollectConfig()
+    replay: ReplayConfig = ReplayConfig()
+    hint: HintConfig = HintConfig()
+    learn: LearnConfig = resolve("robust", TOY["robust"])
+    publish: PublishConfig = PublishConfig()
+    eval: EvalConfig = EvalConfig()
+
+    def to_toml(self) -> str:
+        """Every setting as TOML, defaults included; :func:`from_mapping` reads it back to an equal config."""
+        return to_toml(self)
+
+
+def from_mapping(data: Mapping[str, Any], sets: Iterable[str] = ()) -> RunConfig:
+    """A config from nested mappings, with overrides ``learn.lr=1e-4`` and the preset beneath both.
+
+    Raises:
+        ConfigError: see :func:`agentsdpo.settings_io.build`; also an unknown preset.
+
+    >>> from_mapping({"preset": "sdpopp"}, ["learn.cap=3", "steps=5"]).learn.cap
+    3.0
+    >>> from_mapping({"learn": {"ration": "tis"}})
+    Traceback (most recent call last):
+    agentsdpo.errors.ConfigError: learn.ration is not a setting; did you mean learn.ratio?
+    """
+    merged = with_sets(data, sets)
+    preset, learn = merged.get("preset", RunConfig.model_fields["preset"].default), merged.get("learn", {})
+    if preset not in list(PRESETS):
+        raise ConfigError(f"preset is {preset!r}", fix=f"it must be one of {', '.join(PRESETS)}")
+    if isinstance(learn, dict):
+        toy = TOY[preset] if merged.get("model", SEED_MODEL) == SEED_MODEL else {}
+        merged["learn"] = {**PRESETS[preset], **toy, **learn}
+    return _checked(build(RunConfig, merged))
+
+
+def load(path: Path | str | None = None, sets: Iterable[str] = ()) -> RunConfig:
+    """A config from a TOML file (the defaults without one) and overrides.
+
+    Raises:
+        ConfigError: the file cannot be read, or what it says cannot be used.
+    """
+    return from_mapping(read_toml(Path(path)) if path else {}, sets)
+
+
+def describe() -> list[Setting]:
+    """Every setting of a run with type, range, default and unit: the reference page, and ``config --describe``.
+
+    >>> [s.expected for s in describe() if s.key == "learn.beta"]
+    ['a number in [0.0, 1.0]']
+    """
+    return _describe(RunConfig)
+
+
+def _checked(config: RunConfig) -> RunConfig:
+    """Refuse what no single room can see.
+
+    Raises:
+        ConfigError: every row would be evicted, because collection is held further behind than the learner accepts.
+    """
+    bound = config.learn.max_staleness
+    if bound is not None and config.staleness > bound:
+        raise ConfigError(f"staleness is {config.staleness} but learn.max_staleness is {bound}: every row would be "
+                          "evicted", fix=f"set learn.max_staleness to {config.staleness} or more, or lower staleness")
+    return config

@@ -1,0 +1,118 @@
+"""Every number a run writes: key, unit, meaning, and the alarm where there is one. Nothing else may be written.
+
+Keys are ``<room>/<quantity>[/<stat>]``. ``{a,b}`` in a pattern stands for each of the words, ``*`` for one word that is
+not known beforehand (a reason, a split). Formulas: student, teacher and behaviour log-probs are ``p``, ``q``, ``mu`` of
+the sampled token, ``gap = q - p``, ``r = exp(p - mu)``; ``S`` is staleness.
+"""
+
+import itertools
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from agentsdpo.errors import ConfigError
+from agentsdpo.settings_io import nearest
+
+_STATS = "{mean,p50,p95,p99,max,min}"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One line of the table; ``alarm`` says when to look closer, empty when there is no rule."""
+
+    pattern: str
+    unit: str
+    meaning: str
+    alarm: str = ""
+
+    def spelt_out(self) -> list[str]:
+        """The pattern with its braces spelt out.
+
+        >>> Metric("learn/gap/{mean,abs}", "nats", "").spelt_out()
+        ['learn/gap/mean', 'learn/gap/abs']
+        """
+        parts = re.split(r"\{([^}]*)\}", self.pattern)
+        choices = [part.split(",") if i % 2 else [part] for i, part in enumerate(parts)]
+        return ["".join(pieces) for pieces in itertools.product(*choices)]
+
+
+TABLE = (
+    Metric("learn/loss", "nats per token", "the objective, normalised as learn.normaliser says"),
+    Metric("learn/gap/{mean,abs,negative_share}", "nats; share", "mean gap; mean |gap|; share of sum |gap| below zero",
+           "abs under 1e-3: dead; negative_share above 0.9: use the divergence form"),
+    Metric("learn/divergence/" + _STATS, "nats", "divergence of teacher and student per loss token"),
+    Metric("learn/ratio/" + _STATS, "ratio", "importance ratio r", "mean off 1 by 0.05 at S = 0; max above 20"),
+    Metric("learn/mismatch/{mean,max}", "nats", "|p - mu| at S = 0: engine against learner", "mean above 0.02"),
+    Metric("learn/ess_frac", "share", "effective sample size of r over the tokens", "below 0.5"),
+    Metric("learn/{kl_k1,kl_k3,chi2,kl_base}", "nats", "mean -log r; mean r-1-log r; mean r^2-1; KL to the first "
+           "weights", "rising at constant S, or without gain in score"),
+    Metric("learn/masked_frac/{pos,neg}", "share", "tokens whose update the ratio mask stopped, by sign of the gap",
+           "above 0.5"),
+    Metric("learn/{capped_frac,gated_frac}", "share", "ratios truncated at the cap; tokens in gated turns",
+           "above 0.5"),
+    Metric("learn/adv_clip/{frac,bound,mass}", "share; nats; share", "gaps clipped; the bound; share of sum |gap| cut",
+           "frac above 0.25"),
+    Metric("learn/hijack/{max,top0.1pct}", "share", "of the whole update held by one token; by the top 0.1 %",
+           "above 0.1"),
+    Metric("learn/entropy/{student,teacher}", "nats", "entropy of the next token", "outside 30-300 % of the start"),
+    Metric("learn/top1_agree", "share", "tokens on which student and teacher agree about the likeliest one"),
+    Metric("learn/tail_mass/{student,teacher}", "share", "probability off the top-k support", "above 0.1: raise top_k"),
+    Metric("learn/grad_norm", "norm", "of the whole gradient before clipping", "above 4x its running median"),
+    Metric("learn/lr", "per step", "learning rate of this step"),
+    Metric("learn/{rows,tokens,episodes,microbatches}", "count", "trained on in this step"),
+    Metric("learn/{version,step_s,tokens_per_s}", "version; seconds; 1/s", "learner's policy version; time; speed"),
+    Metric("replay/staleness/" + _STATS, "policy versions", "of the rows as they were consumed"),
+    Metric("replay/evicted_frac", "share", "rows too stale when consumed", "above 0.3"),
+    Metric("replay/{age_s/p95,version_span,rows,samples_per_insert}", "seconds; versions; count; mean uses",
+           "state of the store as the learner sees it"),
+    Metric("replay/refused/*", "count", "rows refused, by reason", "any"),
+    Metric("hint/{made,dropped_frac,novelty,leak_frac}", "count; share", "hints made; episodes without one; distinct "
+           "texts; hints found in the agent's words", "dropped_frac above 0 for long; any leak; novelty near 0"),
+    Metric("hint/tokens/" + _STATS, "tokens", "length of the hint as the teacher reads it"),
+    Metric("hint/{empty_gap,wrong_gap,lift}", "nats; nats; score", "mean |gap| without a hint; per-token difference to "
+           "a wrong hint; gain of the hinted teacher", "empty_gap above 1e-3; wrong_gap near 0; lift 0 or less"),
+    Metric("collect/{pass,score/mean,unscored_frac}", "share", "fresh episodes: passed; mean score; not scored"),
+    Metric("collect/{episodes,sampled_tokens}", "count", "collected for this step"),
+    Metric("collect/{turns,branches,tokens_per_turn,wall_s}/mean", "count; seconds", "per episode, tokens per turn",
+           "length off by 25 % from the last good version"),
+    Metric("collect/act/{calls,valid_frac,mutating_ok_frac,refusal_frac,early_finish_frac}", "count; share",
+           "tool calls per episode; parsed and accepted; changed state; refused; finished without a valid call",
+           "worse by 10 %"),
+    Metric("collect/{repeat_frac,truncated_frac}", "share", "calls made before; turns cut at max_tokens"),
+    Metric("collect/stop/*", "share", "episodes by stop reason"),
+    Metric("collect/{version,step_s,tokens_per_s}", "version; seconds; 1/s", "version sampled from; time; speed"),
+    Metric("eval/{zero_shot_delta,retention}", "share", "score minus zero-shot; unrelated suite", "below 0; -0.02"),
+    Metric("teacher/{score,version,refreshes}", "score; version; count", "the teacher's hinted free run, its weights"),
+    Metric("publish/{version,lag_s,bytes,step_s}", "version; seconds; bytes", "announced version and what it cost"),
+)
+"""The table, by room."""
+
+ROW_FIELDS = {
+    "step": {"seed": "of the run"},
+    "eval": {"seed": "of the run", "split": "of the suite", "decoding": "sampled or greedy", "n": "episodes",
+             "pass": "share of episodes passed", "score": "mean score", "version": "policy version evaluated",
+             "hinted": "whether the policy read hints: the teacher's own free run"},
+}
+"""Plain fields a row of each kind may carry beside ``kind``, ``step``, ``wall_s`` and metric keys."""
+
+_EXACT = frozenset(key for metric in TABLE for key in metric.spelt_out() if "*" not in key)
+_OPEN = tuple(key.removesuffix("*") for metric in TABLE for key in metric.spelt_out() if "*" in key)
+
+
+def check_keys(keys: Iterable[str], kind: str) -> None:
+    """Refuse a key that is not in the table.
+
+    Raises:
+        ConfigError: names the key and the nearest one that exists.
+
+    >>> check_keys(["learn/loss", "replay/refused/no_hint", "seed"], "step")
+    >>> check_keys(["learn/los"], "step")
+    Traceback (most recent call last):
+    agentsdpo.errors.ConfigError: learn/los is not in the table of metrics; did you mean learn/loss? ...
+    """
+    for key in keys:
+        known = key in _EXACT or key in ROW_FIELDS[kind]
+        if not known and not any(key.startswith(stem) and "/" not in key[len(stem):] for stem in _OPEN):
+            hint = nearest(key, [*_EXACT, *ROW_FIELDS[kind]])
+            fix = f"{hint} " if hint.startswith("did") else ""
+            raise ConfigError(f"{key} is not in the table of metrics", fix=f"{fix}add new ones to agentsdpo/metrics.py")

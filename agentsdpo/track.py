@@ -1,0 +1,112 @@
+"""``metrics.jsonl``: one JSON object per line, appended and flushed as it happens.
+
+Two kinds of lines::
+
+    {"kind": "step", "step": 12, "wall_s": 80.1, "learn/loss": 0.02, ...}
+    {"kind": "eval", "step": 20, "wall_s": 131.0, "split": "val", "decoding": "sampled", "pass": 0.5, "n": 128}
+
+``step`` counts optimiser steps from 1 (0 is before the first), ``wall_s`` is seconds since the run began, resumed time
+included. NaN and infinities are written as null, since JSON has neither.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from agentsdpo.metrics import check_keys
+from agentsdpo.rundir import read_rows
+from agentsdpo.types import Json
+
+Kind = Literal["step", "eval"]
+
+
+class MetricsWriter:
+    """Appends lines; use as a context manager.
+
+    Args:
+        path: the file; its folder must exist.
+        resume_step: lines of later steps, and a torn last line, are removed first: they will be written anew. None
+            starts an empty file.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "metrics.jsonl"
+    >>> with MetricsWriter(path) as metrics:
+    ...     metrics.write("step", 1, {"learn/loss": 0.5, "learn/grad_norm": float("nan")})
+    >>> row = read_metrics(path)[0]
+    >>> row["kind"], row["step"], row["learn/loss"], row["learn/grad_norm"]
+    ('step', 1, 0.5, None)
+    """
+
+    def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
+        kept = [] if resume_step is None else [r for r in read_metrics(path) if r["step"] <= resume_step]
+        _replace(path, kept)
+        self._before = max((float(row["wall_s"]) for row in kept), default=0.0)
+        self._began = time.monotonic()
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, kind: Kind, step: int, values: Mapping[str, Any]) -> None:
+        """Append one line.
+
+        Args:
+            kind: ``step`` or ``eval``.
+            step: optimiser steps done.
+            values: metric keys of :data:`agentsdpo.metrics.TABLE` and the kind's plain fields.
+
+        Raises:
+            ConfigError: a key is not in the table.
+        """
+        check_keys(values, kind)
+        row = {"kind": kind, "step": step, "wall_s": round(self.wall_s, 3), **{k: _plain(v) for k, v in values.items()}}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds since the run began, those before a resume included."""
+        return self._before + time.monotonic() - self._began
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[Json]:
+    """All lines; a torn last one (the run was killed) is left out, a missing file has none.
+
+    Raises:
+        RunError: another line is not a JSON object.
+    """
+    return read_rows(path)
+
+
+def _replace(path: Path, rows: list[Json]) -> None:
+    """Write the file anew in one rename, so that a crash here loses nothing."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value: numpy scalars become numbers, what is not finite becomes null.
+
+    >>> import numpy as np
+    >>> _plain(np.float32(0.5)), _plain(float("inf")), _plain("val"), _plain(True)
+    (0.5, None, 'val', True)
+    """
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
