@@ -33,11 +33,27 @@ SEED_MODEL = "seed"
 
 
 class EvalConfig(Settings):
-    """Which tasks the policy is evaluated on, and when. The same seeds every time, so that curves compare."""
+    """Which tasks the policy is evaluated on, and when. The same tasks and seeds every time, so that curves compare."""
 
-    splits: tuple[str, ...] = Field(default=("train", "test_names"), description="splits of the suite, in order")
-    episodes: int = Field(default=128, ge=1, le=100_000, description="episodes per split and evaluation; 1 or more")
-    every: int = Field(default=10, ge=1, le=100_000, description="optimiser steps between evaluations; 1 or more")
+    splits: tuple[str, ...] = Field(default=("test_names",), description="splits of the curve, played sampled")
+    episodes: int = Field(default=64, ge=1, le=100_000, description="episodes per split of the curve; 1 or more")
+    every: int = Field(default=20, ge=1, le=100_000, description="optimiser steps between evaluations; 1 or more")
+    final_splits: tuple[str, ...] = Field(
+        default=("val", "test_world", "test_names", "test_period", "test_firm"),
+        description="splits before and after training, played sampled and greedy")
+    final_episodes: int = Field(default=128, ge=1, le=100_000, description="episodes per final split; 1 or more")
+
+
+class DeskConfig(Settings):
+    """The built-in world, for the suites ``desk-mini`` and ``desk``."""
+
+    firm_seed: int = Field(default=7, ge=0, le=2**31 - 1, description="fixes the firm's house rules; 0 or more")
+    families: tuple[Literal["lookup", "correct", "reconcile", "rollup", "close"], ...] = Field(
+        default=("lookup",), min_length=1, description="task families, drawn from evenly")
+    n: tuple[Literal[1, 2, 4, 8, 16, 32, 48], ...] = Field(
+        default=(1,), min_length=1, description="horizon knob, figures to file, drawn from evenly")
+    distractors: int = Field(default=2, ge=0, le=100, description="mails that ask for nothing; 0 or more")
+    fault_rate: float = Field(default=0.0, ge=0.0, le=0.5, description="share of reads that fail once, 0 to 0.5")
 
 
 class RunConfig(Settings):
@@ -45,21 +61,24 @@ class RunConfig(Settings):
 
     >>> config = RunConfig()
     >>> config.learn.max_staleness, config.eval.every
-    (8, 10)
+    (8, 20)
     """
 
     name: str = Field(default="run", min_length=1, description="of the run, shown in reports")
     seed: int = Field(default=0, ge=0, le=2**31 - 1, description="of tasks, sampling and drawing; 0 or more")
     model: str = Field(default=SEED_MODEL, min_length=1, description=(
         "folder or hub name of the model to train, or 'seed' for the small one that ships with the package"))
-    suite: Literal["desk-mini", "desk"] = Field(default="desk-mini", description="tasks the agent is trained on")
-    firm_seed: int = Field(default=7, ge=0, le=2**31 - 1, description="fixes the firm's house rules; 0 or more")
+    suite: str = Field(default="desk-mini", min_length=1, description=(
+        "tasks the agent is trained on: 'desk-mini', 'desk', or 'package.module:factory' of your own"))
     preset: str = Field(default="robust", description=f"starting point of [learn]: {', '.join(PRESETS)}")
     steps: int = Field(default=150, ge=1, le=10_000_000, description="optimiser steps of the whole run; 1 or more")
     episodes_per_step: int = Field(default=32, ge=1, le=65_536, description=(
         "fresh episodes collected per optimiser step; learn.batch over this is the samples per insert; 1 or more"))
     staleness: int = Field(default=0, ge=0, le=1_000_000, description=(
         "policy versions the collector is held behind the learner on purpose; 0 samples from the newest"))
+    checkpoint_every: int = Field(default=25, ge=1, le=1_000_000, description=(
+        "optimiser steps between two checkpoints, from which a stopped run goes on; 1 or more"))
+    desk: DeskConfig = DeskConfig()
     collect: CollectConfig = CollectConfig()
     replay: ReplayConfig = ReplayConfig()
     hint: HintConfig = HintConfig()

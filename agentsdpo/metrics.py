@@ -87,10 +87,12 @@ TABLE = (
 )
 """The table, by room."""
 
+_TOTALS = {"episodes": "collected since the run began", "env_steps": "tool calls since the run began",
+           "tokens": "sampled since the run began", "version": "newest policy version", "seed": "of the run"}
 ROW_FIELDS = {
-    "step": {"seed": "of the run"},
-    "eval": {"seed": "of the run", "split": "of the suite", "decoding": "sampled or greedy", "n": "episodes",
-             "pass": "share of episodes passed", "score": "mean score", "version": "policy version evaluated",
+    "step": _TOTALS,
+    "eval": {**_TOTALS, "split": "of the suite", "decoding": "sampled or greedy", "n": "episodes scored",
+             "pass": "share of episodes passed", "score": "mean score",
              "hinted": "whether the policy read hints: the teacher's own free run"},
 }
 """Plain fields a row of each kind may carry beside ``kind``, ``step``, ``wall_s`` and metric keys."""

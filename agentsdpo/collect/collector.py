@@ -12,7 +12,7 @@ from agentsdpo.collect.engine import Engine
 from agentsdpo.collect.policy import EnginePolicy, Policy, mix
 from agentsdpo.collect.rollout import Rollout, run_episode
 from agentsdpo.errors import EnvError
-from agentsdpo.replay.ids import uuid7
+from agentsdpo.replay.ids import derived_uuid, uuid7
 from agentsdpo.types import Episode, Frozen, Grade, Hint, StopReason, Suite, Task
 
 PolicyFactory = Callable[[Task, int], Policy]
@@ -109,7 +109,8 @@ class Collector:
                    seed: int) -> Episode:
         async with gate:
             task = self.suite.task(split, index)
-            own, episode_id = mix(seed, split, index, attempt), uuid7()
+            own = mix(seed, split, index, attempt)
+            episode_id = self.episode_id(split, index, attempt, seed)
             run = await run_episode(self.suite.env(), self.policy(task, own), task, seed=own, episode_id=episode_id,
                                     budget=self.config.budget(task.budget))
             grade, fault = await self._grade(task, run)
@@ -127,6 +128,12 @@ class Collector:
             return await self._grader.grade(task, run.outcome), ""
         except EnvError as fault:
             return None, f"{type(fault).__name__}: {fault}"
+
+    def episode_id(self, split: str, index: int, attempt: int, seed: int) -> str:
+        """Id of one episode: derived from the run and its place in it, so that a run can be repeated and resumed to
+        the bit; random when the run has no id."""
+        run = self.stamp.run_id
+        return derived_uuid(run, split, index, attempt, seed) if run else uuid7()
 
     def _hint(self, task: Task, grade: Grade | None) -> Hint | None:
         allowed = task.train_allowed and not self.evaluate and grade is not None

@@ -1,0 +1,57 @@
+"""Loading a model folder with sentences for what can be wrong with it."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from agentsdpo.chat import ChatFormat
+from agentsdpo.errors import ModelError, TokenizerMismatch
+
+
+def load_chat(path: Path | str) -> ChatFormat:
+    """The chat format of a model folder (or hub name).
+
+    Raises:
+        ModelError: no such folder, no tokenizer in it, or no chat template.
+    """
+    folder = Path(path)
+    looks_local = folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1
+    if looks_local and not folder.is_dir():
+        raise ModelError(f"there is no model folder {str(path)!r}",
+                         fix="give a folder with config.json and safetensors, a hub name, or 'seed'")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"no tokenizer can be loaded from {str(path)!r}: {_first_line(error)}",
+                         fix="put tokenizer.json and tokenizer_config.json beside the weights") from error
+    return ChatFormat(tokenizer)
+
+
+def load_model(path: Path | str, chat: ChatFormat) -> Any:
+    """The causal LM of a model folder in float32, eval mode.
+
+    Args:
+        path: folder or hub name.
+        chat: its chat format; no id of the tokenizer may lie outside the model's vocabulary.
+
+    Raises:
+        ModelError: nothing can be loaded.
+        TokenizerMismatch: the tokenizer knows more ids than the model.
+    """
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="float32")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"no model can be loaded from {str(path)!r}: {_first_line(error)}",
+                         fix="put config.json and model.safetensors of a causal language model there") from error
+    size = model.config.get_text_config().vocab_size
+    if chat.vocab_size > size:
+        raise TokenizerMismatch(f"the tokenizer of {str(path)!r} has {chat.vocab_size} ids, its model {size}",
+                                fix="use the tokenizer the model was trained with, or resize the embedding")
+    return model.eval()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
