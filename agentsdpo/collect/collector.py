@@ -13,7 +13,7 @@ from agentsdpo.collect.policy import EnginePolicy, Policy, mix
 from agentsdpo.collect.rollout import Rollout, run_episode
 from agentsdpo.errors import EnvError
 from agentsdpo.replay.ids import derived_uuid, uuid7
-from agentsdpo.types import Episode, Frozen, Grade, Hint, StopReason, Suite, Task
+from agentsdpo.types import Episode, Frozen, Grade, Hint, Json, StopReason, Suite, Task
 
 PolicyFactory = Callable[[Task, int], Policy]
 """Makes the policy of one episode from its task and seed."""
@@ -111,12 +111,14 @@ class Collector:
             task = self.suite.task(split, index)
             own = mix(seed, split, index, attempt)
             episode_id = self.episode_id(split, index, attempt, seed)
-            run = await run_episode(self.suite.env(), self.policy(task, own), task, seed=own, episode_id=episode_id,
+            env = self.suite.env()
+            run = await run_episode(env, self.policy(task, own), task, seed=own, episode_id=episode_id,
                                     budget=self.config.budget(task.budget))
             grade, fault = await self._grade(task, run)
-            group_id = f"{self.stamp.run_id}/{split}/{index}/{seed}"
-            episode = self._episode(task, run, grade, episode_id=episode_id, attempt=attempt, group_id=group_id,
-                                    group_size=group_size, seed=own, split=split, index=index, fault=fault)
+            place = {"episode_id": episode_id, "env_id": env.env_id, "attempt": attempt, "group_size": group_size,
+                     "group_id": f"{self.stamp.run_id}/{split}/{index}/{seed}"}
+            notes = {"split": split, "index": index, "seed": own, **({"error": fault} if fault else {})}
+            episode = self._episode(task, run, grade, place, notes)
             self.finished.append(episode)
             return episode
 
@@ -139,19 +141,13 @@ class Collector:
         allowed = task.train_allowed and not self.evaluate and grade is not None
         return self.suite.hint(task, grade) if allowed and grade is not None else None
 
-    def _episode(self, task: Task, run: Rollout, grade: Grade | None, *, episode_id: str, attempt: int, group_id: str,
-                 group_size: int, seed: int, split: str, index: int, fault: str) -> Episode:
-        metadata: dict[str, Any] = {**run.counts, "wall_s": round(run.wall_s, 6), "split": split, "index": index,
-                                    "seed": seed}
-        if fault:
-            metadata["error"] = fault
+    def _episode(self, task: Task, run: Rollout, grade: Grade | None, place: Json, notes: Json) -> Episode:
+        metadata: Json = {**run.counts, "wall_s": round(run.wall_s, 6), **notes}
         if run.answer is not None:
             metadata["answer"] = run.answer
-        hint = self._hint(task, grade)
-        return Episode(episode_id=episode_id, task_id=task.task_id, env_id=self.suite.name, attempt=attempt,
-                       group_id=group_id, group_size=group_size, branches=run.branches,
-                       stop_reason=run.stop_reason if grade is not None else StopReason.ENGINE_ERROR,
-                       grade=without_feedback(grade) if self.evaluate else grade, hint=hint,
+        stop = run.stop_reason if grade is not None else StopReason.ENGINE_ERROR
+        return Episode(**place, task_id=task.task_id, branches=run.branches, stop_reason=stop,
+                       grade=without_feedback(grade) if self.evaluate else grade, hint=self._hint(task, grade),
                        train_allowed=task.train_allowed and not self.evaluate, messages=run.messages,
                        metadata=metadata, **self.stamp.model_dump())
 

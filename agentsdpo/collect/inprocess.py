@@ -28,10 +28,11 @@ GROUP_WASTE = 64
 
 
 def length_groups(sizes: np.ndarray) -> list[np.ndarray]:
-    """Partition rows with ``sizes`` pending tokens into batches of like length; indices into ``sizes``.
+    """Partition rows with ``sizes`` pending tokens into batches of like length; ascending indices
+    into ``sizes``.
 
     >>> [g.tolist() for g in length_groups(np.array([3, 100, 4]))]
-    [[1], [2, 0]]
+    [[1], [0, 2]]
     """
     groups: list[np.ndarray] = []
     order = np.argsort(-sizes, kind="stable")
@@ -40,9 +41,9 @@ def length_groups(sizes: np.ndarray) -> list[np.ndarray]:
         head = int(sizes[order[begin]])
         waste += head - int(sizes[index])
         if waste > GROUP_WASTE or head * (i - begin + 1) > max(GROUP_TOKENS, head):
-            groups.append(order[begin:i])
+            groups.append(np.sort(order[begin:i]))
             begin, waste = i, 0
-    return [*groups, order[begin:]]
+    return [*groups, np.sort(order[begin:])]
 
 
 class InProcessEngine:
@@ -153,9 +154,12 @@ class InProcessEngine:
         self._table.cached[:] = 0
         for request in requests:
             if not request.future.done():
-                request.future.set_exception(EngineError(f"the model's forward failed: {error}", fix="see the cause"))
+                fault = EngineError(f"the model's forward failed: {error!r}", fix="see the cause")
+                fault.__cause__ = error
+                request.future.set_exception(fault)
 
     def _tick(self) -> None:
+        self._table.clock += 1
         for slot in [s for s, r in self._table.requests.items() if r.future.done()]:
             self._table.drop(slot)
         self._seat()
@@ -167,10 +171,12 @@ class InProcessEngine:
         cold: list[int] = []
         while self._waiting:
             if not self._waiting[0].future.done():
+                known = self._waiting[0].session in self._table.slot_of
                 slot = self._table.seat(self._waiting[0])
                 if slot is None:
                     break
-                if self._table.pending[slot] > MIN_SHARED:
+                new = not known or not self._table.cached[slot]
+                if new and self._table.known[slot] - self._table.cached[slot] > MIN_SHARED:
                     cold.append(slot)
             self._waiting.popleft()
         cold = self._borrow(cold)

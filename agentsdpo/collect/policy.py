@@ -6,7 +6,7 @@ sampled ids, and the template's tokens around what the environment answered. Not
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from agentsdpo.chat import ChatFormat
 from agentsdpo.collect.branch import BranchBuilder, ForkReason
@@ -72,6 +72,15 @@ class Policy(Protocol):
             EngineError: the engine broke; the episode ends unscored.
             ContextOverflow: the prompt does not fit.
         """
+        ...
+
+
+@runtime_checkable
+class Releases(Protocol):
+    """A policy that holds something for an episode until told that it is over."""
+
+    def release(self, ctx: Context) -> None:
+        """The episode of this context is over."""
         ...
 
 

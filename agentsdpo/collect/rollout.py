@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from agentsdpo.collect.policy import Context, ContextOverflow, EnginePolicy, Policy, PromptBudget
+from agentsdpo.collect.policy import Context, ContextOverflow, Policy, PromptBudget, Releases
 from agentsdpo.collect.turns import OPEN_CALL, check_call, read_turn, refusal, unique_ids, visible
 from agentsdpo.errors import EngineError, EnvError
 from agentsdpo.types import (
@@ -111,7 +111,7 @@ async def run_episode(env: Env, policy: Policy, task: Task, *, seed: int, episod
     except (EnvError, EngineError) as fault:
         stop, error = StopReason.ENGINE_ERROR, f"{type(fault).__name__}: {fault}"
     finally:
-        if isinstance(policy, EnginePolicy):
+        if isinstance(policy, Releases):
             policy.release(ctx)
     run.counts["prompt_tokens"] = ctx.prompt_tokens
     return Rollout(stop_reason=stop, branches=ctx.builder.finish(), messages=tuple(ctx.messages), outcome=outcome,

@@ -15,6 +15,8 @@ from agentsdpo.types import Completion, Sampling, VersionSpan
 
 MIN_SHARED = 16
 """Shortest common prefix, in tokens, worth copying from another slot."""
+PATIENCE = 64
+"""Ticks a session may sit idle, its environment at work, before its slot is given to one that waits."""
 
 
 @dataclass
@@ -58,6 +60,8 @@ class SlotTable:
         tokens: int64[S, W]; known, cached, start, limit: int64[S] (start: prompt length, limit: longest total).
         logps: float32[S, W]; versions: int64[S, W]; uniforms: float64[S, W], one number per position to sample.
         active: bool[S], whether a request is in flight.
+        used: int64[S], tick at which the slot's last request began or ended; clock: ticks so far.
+        requests: slot to the request in flight there; slot_of: session to its slot.
     """
 
     def __init__(self, slots: int, window: int) -> None:
@@ -71,7 +75,7 @@ class SlotTable:
         self.requests: dict[int, Request] = {}
         self.slot_of: dict[str, int] = {}
         self._owner: list[str | None] = [None] * slots
-        self._clock = 0
+        self.clock = 0
 
     @property
     def pending(self) -> np.ndarray:
@@ -81,8 +85,8 @@ class SlotTable:
     def seat(self, request: Request) -> int | None:
         """Give the request a slot and load its prompt; None when every slot is busy.
 
-        The session's own slot first, then the lowest free one, then the longest idle one of another session
-        (which will have to encode its prompt again). What the slot holds of the prompt already stays cached.
+        The session's own slot first, then the lowest free one, then the longest idle one of another session, once
+        its patience is over (it will encode its prompt again). What the slot holds of the prompt stays cached.
         """
         slot = self.slot_of.get(request.session)
         if slot is None:
@@ -97,7 +101,7 @@ class SlotTable:
         for slot, owner in enumerate(self._owner):
             if owner is None:
                 return slot
-        idle = np.flatnonzero(~self.active)
+        idle = np.flatnonzero(~self.active & (self.clock - self.used > PATIENCE))
         if not idle.size:
             return None
         slot = int(idle[self.used[idle].argmin()])
@@ -115,8 +119,7 @@ class SlotTable:
         self.sampling.temperature[slot] = sampling.temperature
         self.sampling.top_k[slot], self.sampling.top_p[slot] = sampling.top_k, sampling.top_p
         self.requests[slot], self.active[slot] = request, True
-        self._clock += 1
-        self.used[slot] = self._clock
+        self.used[slot] = self.clock
 
     def best_source(self, slot: int) -> tuple[int, int]:
         """Slot that caches the longest prefix of this slot's prompt, and that length (at most prompt - 1)."""
@@ -144,7 +147,7 @@ class SlotTable:
     def finish(self, slot: int, *, stopped: bool) -> tuple[Request, Completion]:
         """Take the request out of its slot, which stays with its session, and build the completion."""
         request = self.requests.pop(slot)
-        self.active[slot] = False
+        self.active[slot], self.used[slot] = False, self.clock
         span = slice(int(self.start[slot]), int(self.known[slot]))
         greedy = request.sampling.temperature == 0.0
         completion = Completion(
@@ -156,7 +159,7 @@ class SlotTable:
     def drop(self, slot: int) -> None:
         """Forget a request nobody waits for any more."""
         self.requests.pop(slot)
-        self.active[slot] = False
+        self.active[slot], self.used[slot] = False, self.clock
 
     def forget(self, session: str) -> None:
         """Free the session's slot; its tokens stay cached until the slot is used again."""

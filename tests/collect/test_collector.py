@@ -11,6 +11,7 @@ from agentsdpo.collect.collector import Collector
 from agentsdpo.collect.config import CollectConfig
 from agentsdpo.collect.inprocess import InProcessEngine
 from agentsdpo.collect.metrics import collect_metrics
+from agentsdpo.replay.rules import check_episode, check_vocabulary
 from agentsdpo.types import StopReason, Task
 
 CONFIG = CollectConfig(concurrency=4, max_tokens=12, window=1024, max_turns=3)
@@ -105,6 +106,9 @@ def test_a_model_plays_and_the_same_seed_gives_the_same_tokens(world: Any, tiny_
     assert episode.tokenizer_sha256 == chat.tokenizer_sha256
     assert episode.vocab_size == engine.vocab_size
     assert episode.branches[0].n_trainable > 0
+    for one in first:
+        check_episode(one)
+        check_vocabulary(one.branches[0], one.vocab_size)
     metrics = collect_metrics(first)
     assert metrics["collect/sampled_tokens"] == sum(b.n_sampled for e in first for b in e.branches)
 
