@@ -24,6 +24,14 @@ def lines(figure: Figure) -> dict[str, Line2D]:
     return {str(line.get_label()): line for line in axes_of(figure).get_lines()}
 
 
+def xs(line: Line2D) -> list[float]:
+    return [float(x) for x in np.asarray(line.get_xdata())]
+
+
+def ys(line: Line2D) -> list[float]:
+    return [float(y) for y in np.asarray(line.get_ydata())]
+
+
 def axes_of(figure: Figure) -> Axes:
     return figure.axes[0]
 
@@ -32,14 +40,14 @@ def test_learning_curve_shows_the_evaluations_and_both_baselines(arm_rows: Rows)
     rows = arm_rows(0, steps=60)
     figure = plots.learning_curve(rows, x="episodes", split="val", baseline=0.0078)
     found, expected = lines(figure), evals(rows, "val", "sampled")
-    assert list(found["sampled"].get_xdata()) == [row["episodes"] for row in expected]
-    assert list(found["sampled"].get_ydata()) == pytest.approx([100 * row["pass"] for row in expected])
-    assert list(found["zero-shot 0.8 %"].get_ydata()) == pytest.approx([0.78, 0.78])
-    assert set(found["oracle 100 %"].get_ydata()) == {100}
+    assert xs(found["sampled"]) == [row["episodes"] for row in expected]
+    assert ys(found["sampled"]) == pytest.approx([100 * row["pass"] for row in expected])
+    assert ys(found["zero-shot 0.8 %"]) == pytest.approx([0.78, 0.78])
+    assert set(ys(found["oracle 100 %"])) == {100}
     assert found["sampled"].get_color() == plots.ROLES["student"]
     assert found["training episodes"].get_color() == plots.ROLES["behaviour"]
     assert found["greedy"].get_linestyle() == "--"
-    assert len(found["training episodes"].get_xdata()) == 60
+    assert len(xs(found["training episodes"])) == 60
     words = [text.get_text() for text in axes_of(figure).texts]
     assert words == ["n = 128 episodes per evaluation, 1 seed"]
 
@@ -47,7 +55,7 @@ def test_learning_curve_shows_the_evaluations_and_both_baselines(arm_rows: Rows)
 def test_one_seed_has_the_wilson_band(arm_rows: Rows) -> None:
     rows = arm_rows(0, steps=20)
     figure = plots.learning_curve(rows, split="val", baseline=0.0)
-    corners = axes_of(figure).collections[0].get_paths()[0].vertices
+    corners = np.asarray(axes_of(figure).collections[0].get_paths()[0].vertices)
     last = evals(rows, "val", "sampled")[-1]
     low, high = wilson(128 * last["pass"], 128)[1:]
     ends = sorted({round(float(y), 6) for x, y in corners if x == last["episodes"]})
@@ -62,7 +70,7 @@ def test_several_seeds_are_thin_and_their_iqm_is_bold(arm_rows: Rows) -> None:
     assert len(thin) == 8
     last = [row["pass"] for row in evals(rows, "val", "sampled") if row["step"] == 40]
     iqm = lines(figure)["sampled, IQM"]
-    assert np.asarray(iqm.get_ydata())[-1] == pytest.approx(100 * stratified_bootstrap(last).estimate)
+    assert ys(iqm)[-1] == pytest.approx(100 * stratified_bootstrap(last).estimate)
     assert iqm.get_linewidth() > 2
     assert "4 seeds; staleness 4" in axes_of(figure).texts[0].get_text()
 
@@ -73,7 +81,7 @@ def test_wall_clock_states_its_unit(longest: float, label: str, last: float) -> 
     rows = [{"kind": "eval", "split": "val", "step": i, "pass": 0.5, "n": 8, "wall_s": i * longest} for i in (0, 1)]
     figure = plots.learning_curve(rows, x="wall_s", split="val")
     assert axes_of(figure).get_xlabel() == label
-    assert np.asarray(lines(figure)["sampled"].get_xdata())[-1] == last
+    assert xs(lines(figure)["sampled"])[-1] == last
 
 
 def test_split_bars_show_every_rate_with_its_interval(arm_summary: Summary) -> None:
@@ -89,7 +97,7 @@ def test_split_bars_show_every_rate_with_its_interval(arm_summary: Summary) -> N
     labels = [tick.get_text() for tick in axes.get_yticklabels()]
     assert labels[3] == "test_firm (n = 128)\nuntaught firm (control)"
     diamonds = lines(figure)["final, greedy"]
-    assert list(diamonds.get_xdata()) == pytest.approx([99.0, 94.0, 48.0, 7.0])
+    assert xs(diamonds) == pytest.approx([99.0, 94.0, 48.0, 7.0])
 
 
 def test_split_bars_leave_out_what_is_missing() -> None:
@@ -114,7 +122,7 @@ def test_every_panel_has_a_baseline_and_its_data(panel: panels.Panel, arm_rows: 
     assert drawn <= set(found)
     assert len(found) > len(drawn)
     for one in panel.recorded(rows):
-        assert list(found[one.label].get_ydata()) == [row[one.key] for row in rows if row["kind"] == "step"]
+        assert ys(found[one.label]) == [row[one.key] for row in rows if row["kind"] == "step"]
         assert found[one.label].get_color() == plots.ROLES[one.role]
 
 
@@ -125,7 +133,7 @@ def test_a_panel_without_data_is_none_and_gaps_stay_gaps() -> None:
     rows = [{"kind": "step", "step": i, "replay/staleness/mean": mean} for i, mean in enumerate(means)]
     figure = panels.diagnostic(rows, panel)
     assert figure is not None
-    values = np.asarray(lines(figure)["mean"].get_ydata(), float)
+    values = ys(lines(figure)["mean"])
     assert values[0] == 1.0
     assert np.isnan(values[1])
     assert values[2] == 3.0
@@ -135,7 +143,7 @@ def test_the_gap_alarm_is_a_tenth_of_the_first_step() -> None:
     rows = [{"kind": "step", "step": i, "learn/gap/abs": value} for i, value in enumerate([0.8, 0.4])]
     figure = panels.diagnostic(rows, next(p for p in panels.PANELS if p.name == "gap"))
     assert figure is not None
-    assert list(lines(figure)["alarm: 10 % of the first"].get_ydata()) == pytest.approx([0.08, 0.08])
+    assert ys(lines(figure)["alarm: 10 % of the first"]) == pytest.approx([0.08, 0.08])
 
 
 def test_svg_is_repeatable_prefixed_and_transparent(run_dir: Path) -> None:
