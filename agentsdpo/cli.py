@@ -82,7 +82,7 @@ def train(
     from agentsdpo import loop
 
     folder = out or Path("runs") / resolved.name
-    with _keeping(folder, f"agentsdpo train {config} --out {folder} --resume"):
+    with _keeping(folder, shlex.join(["agentsdpo", *sys.argv[1:], *([] if resume else ["--resume"])])):
         loop.train(resolved, out=folder, resume=resume)
 
 
