@@ -1,5 +1,37 @@
-"""The replay store: episodes with exact token ids and behaviour log-probs, kept in Parquet."""
+"""The replay store: agent episodes with exact token ids and behaviour log-probs, as plain Parquet files.
+
+>>> import tempfile
+>>> from agentsdpo.replay import ReplayStore
+>>> store = ReplayStore.open(tempfile.mkdtemp())
+>>> len(store.snapshot())
+0
+"""
 
 if not __name__.startswith("agentsdpo."):
-    raise ImportError(f"this folder was imported as {__name__!r}; import agentsdpo.replay instead, "
-                      "the same files under a name that cannot collide with other distributions")
+    raise ImportError("this folder is the package agentsdpo.replay; write `import agentsdpo.replay`, "
+                      "not `import replay`")
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from agentsdpo.replay.ids import Key, uuid7
+
+if TYPE_CHECKING:
+    from agentsdpo.replay.config import ReplayConfig
+    from agentsdpo.replay.rows import Row, to_episode, to_rows
+    from agentsdpo.replay.sampler import Sampler
+    from agentsdpo.replay.schema import SCHEMA
+    from agentsdpo.replay.snapshot import Snapshot
+    from agentsdpo.replay.store import ReplayStore
+
+_HOMES = {"ReplayConfig": "config", "Row": "rows", "to_rows": "rows", "to_episode": "rows", "Sampler": "sampler",
+          "SCHEMA": "schema", "Snapshot": "snapshot", "ReplayStore": "store"}
+__all__ = ["SCHEMA", "Key", "ReplayConfig", "ReplayStore", "Row", "Sampler", "Snapshot", "to_episode", "to_rows",
+           "uuid7"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use: pyarrow is slow to load, and a command's ``--help`` does without it."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

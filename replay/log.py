@@ -1,0 +1,231 @@
+"""The commit log: one stream of immutable JSON files per writer, and the fold of all streams into the live rows.
+
+``log/<writer_id>/<seq:012d>.json`` holds ``{v, writer, seq, prev, ts_us, ops, sha}`` as canonical JSON; ``sha`` hashes
+all other fields and ``prev`` is the ``sha`` of the entry before (empty for entry 0), so that a stream is a chain.
+Streams are never shared: an append needs no lock and no compare-and-swap, and the fold does not depend on the order
+in which streams are read. An entry exists, hence its rows are visible, or it does not.
+"""
+
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from agentsdpo.errors import CorruptionError, StoreError
+from agentsdpo.replay.canonical import canonical_json
+from agentsdpo.replay.files import create_exclusive, read_whole
+from agentsdpo.replay.ids import Key, uuid7
+from agentsdpo.types import Json
+
+_RANK = {"sealed": 3, "truncated": 2, "aborted": 1, "salvaged": 0}
+Vector = dict[str, tuple[int, str]]
+"""Per stream the last entry that was read: its number and its ``sha``."""
+
+
+class WriterFenced(StoreError):
+    """The next slot of a writer's stream is taken: somebody closed the stream; a new one must be opened."""
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A live row: where it is, what it must hash to, and what a sampler filters by."""
+
+    key: Key
+    path: str
+    row_group: int
+    index: int
+    size: int
+    footer_len: int
+    footer_sha256: str
+    tokens_sha256: str
+    content_sha256: str
+    n_tokens: int
+    n_trainable: int
+    version_min: int
+    version_max: int
+    group_id: str
+    group_size: int
+    status: str
+    trainable: bool
+    train_allowed: bool
+    tokenizer_sha256: str
+    logprob_kind: str
+    kept_set: str
+    ts_us: int
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        """Which of several rows of one key wins: whole before salvaged, longer before shorter, then the lower hash."""
+        return (_RANK[self.status], self.n_tokens, -int(self.content_sha256, 16))
+
+
+def make_entry(writer: str, seq: int, prev: str, ops: list[Json]) -> Json:
+    """A signed log entry; the clock in it is for people and never decides order."""
+    entry: Json = {"v": 1, "writer": writer, "seq": seq, "prev": prev, "ts_us": time.time_ns() // 1000, "ops": ops}
+    return entry | {"sha": hashlib.sha256(canonical_json(entry)).hexdigest()}
+
+
+def read_entry(path: Path, writer: str, seq: int, prev: str) -> Json:
+    """Read and check one log entry.
+
+    Raises:
+        CorruptionError: not canonical JSON, a wrong hash, or a link to another entry than ``prev``.
+        StoreError: an entry of a newer release.
+    """
+    raw = read_whole(path)
+    try:
+        entry = json.loads(raw)
+        body = {name: value for name, value in entry.items() if name != "sha"}
+        whole = canonical_json(entry) == raw and entry["sha"] == hashlib.sha256(canonical_json(body)).hexdigest()
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CorruptionError(f"log entry {path} is not readable: {error}", fix="restore it from a backup") from error
+    if not whole or (entry["writer"], entry["seq"], entry["prev"]) != (writer, seq, prev):
+        raise CorruptionError(f"log entry {path} does not match its hash or its place in the chain",
+                              fix="restore it from a backup")
+    if entry["v"] != 1:
+        raise StoreError(f"log entry {path} has version {entry['v']}, this release reads 1",
+                         fix="install a newer agentsdpo")
+    return entry
+
+
+class LogWriter:
+    """One stream, of one process lifetime. Entry 0 says who writes."""
+
+    def __init__(self, root: Path) -> None:
+        self.writer_id, self.pid = uuid7(), os.getpid()
+        self._folder, self._seq, self._prev = root / "log" / self.writer_id, 0, ""
+        self.commit([{"op": "open", "host": socket.gethostname(), "pid": self.pid}])
+
+    def commit(self, ops: list[Json]) -> None:
+        """Write the next entry; it is durable and visible when this returns.
+
+        Raises:
+            WriterFenced: the slot is taken.
+            StoreError: the entry could not be written. The stream must not be used again.
+        """
+        entry = make_entry(self.writer_id, self._seq, self._prev, ops)
+        try:
+            create_exclusive(entry_path(self._folder, self._seq), canonical_json(entry))
+        except FileExistsError as error:
+            raise WriterFenced(f"slot {self._seq} of stream {self.writer_id} is taken",
+                               fix="open a new stream") from error
+        self._seq, self._prev = self._seq + 1, entry["sha"]
+
+
+def entry_path(folder: Path, seq: int) -> Path:
+    """File of one entry."""
+    return folder / f"{seq:012d}.json"
+
+
+@dataclass
+class Fold:
+    """Live rows after all entries read so far; :meth:`refresh` reads what is new and nothing else."""
+
+    root: Path
+    rows: dict[Key, Located] = field(default_factory=dict)
+    vector: Vector = field(default_factory=dict)
+    conflicts: set[Key] = field(default_factory=set)
+    overlays: dict[str, list[Json]] = field(default_factory=dict)
+    closed: set[str] = field(default_factory=set)
+
+    def refresh(self, upto: Mapping[str, tuple[int, str]] | None = None) -> None:
+        """Read all new entries, or those up to the position ``upto``.
+
+        Raises:
+            CorruptionError: an entry is damaged, or missing in the middle of its stream.
+            StoreError: the log has another history than ``upto``, or holds operations of a newer release.
+        """
+        for writer in sorted(upto) if upto is not None else self._streams():
+            if writer not in self.closed:
+                self._refresh_stream(writer, upto[writer] if upto is not None else None)
+
+    def _streams(self) -> list[str]:
+        try:
+            return sorted(entry.name for entry in os.scandir(self.root / "log") if entry.is_dir())
+        except FileNotFoundError:
+            return []
+
+    def _refresh_stream(self, writer: str, upto: tuple[int, str] | None) -> None:
+        folder, (seq, prev) = self.root / "log" / writer, self.vector.get(writer, (-1, ""))
+        if seq < 0:
+            _check_gaps(folder)
+        while upto is None or seq < upto[0]:
+            path = entry_path(folder, seq + 1)
+            if upto is None and not path.exists():
+                break
+            entry = read_entry(path, writer, seq + 1, prev)
+            for op in entry["ops"]:
+                self._apply(op, entry)
+            seq, prev = seq + 1, entry["sha"]
+            self.vector[writer] = (seq, prev)
+        if upto is not None and (seq, prev) != tuple(upto):
+            raise StoreError(f"stream {writer} holds {prev[:12]} at {seq}, the snapshot was taken at {upto[1][:12]}",
+                             fix="the log was changed since; take a new snapshot")
+
+    def _apply(self, op: Json, entry: Json) -> None:
+        """Fold one operation in."""
+        kind = op.get("op")
+        if kind == "add":
+            for row in located(op, entry["ts_us"]):
+                self._add(row)
+        elif kind == "overlay":
+            self.overlays.setdefault(op["kind"], []).append(op)
+        elif kind == "close":
+            self.closed.add(entry["writer"])
+        elif kind not in ("open", "group_close"):
+            raise StoreError(f"the log of {self.root} holds the operation {kind!r}", fix="install a newer agentsdpo")
+
+    def _add(self, row: Located) -> None:
+        """Keep the best row of a key; two whole rows of unequal content are a conflict and both withheld."""
+        have = self.rows.get(row.key)
+        if have and have.status == row.status == "sealed" and have.content_sha256 != row.content_sha256:
+            self.conflicts.add(row.key)
+        if have is None or row.rank > have.rank:
+            self.rows[row.key] = row
+
+
+def _check_gaps(folder: Path) -> None:
+    """A stream read for the first time must hold every number up to its last one."""
+    last = max((int(p.stem) for p in folder.glob("*.json") if p.stem.isdigit()), default=-1)
+    missing = [seq for seq in range(last + 1) if not entry_path(folder, seq).exists()]
+    if missing:
+        raise CorruptionError(f"stream {folder} has entry {last} but lacks entry {missing[0]}",
+                              fix="restore the missing file: rows behind a gap are never shown")
+
+
+def located(op: Json, ts_us: int) -> list[Located]:
+    """The rows of an ``add`` operation, in file order."""
+    rows: list[Located] = []
+    place: dict[int, int] = {}
+    for row in op["rows"]:
+        group, index = row["rg"], place.get(row["rg"], 0)
+        place[group] = index + 1
+        rows.append(Located(
+            key=Key(*row["key"]), path=op["path"], row_group=group, index=index, size=op["bytes"],
+            footer_len=op["footer_len"], footer_sha256=op["footer_sha256"], version_min=row["pv"][0],
+            version_max=row["pv"][1], group_id=row["group"][0], group_size=row["group"][1], ts_us=ts_us,
+            **{name: row[name] for name in ENTRY_COLUMNS}))
+    return rows
+
+
+ENTRY_COLUMNS: tuple[str, ...] = ("tokens_sha256", "content_sha256", "n_tokens", "n_trainable", "status", "trainable",
+                                  "train_allowed", "tokenizer_sha256", "logprob_kind", "kept_set")
+"""Columns an ``add`` operation repeats for every row, so that folding and sampling open no data file."""
+
+
+def entry_rows(columns: Mapping[str, list[Any]], row_groups: list[int]) -> list[Json]:
+    """The ``rows`` of an ``add`` operation from the columns of the table that was written."""
+    rows = []
+    for i, group in enumerate(row_groups):
+        row: Json = {name: columns[name][i] for name in ENTRY_COLUMNS}
+        row |= {"tokens_sha256": row["tokens_sha256"].hex(), "content_sha256": row["content_sha256"].hex(), "rg": group,
+                "key": [columns[name][i] for name in Key._fields],
+                "pv": [columns["policy_version_min"][i], columns["policy_version_max"][i]],
+                "group": [columns["group_id"][i], columns["group_size"][i]]}
+        rows.append(row)
+    return rows

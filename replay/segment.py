@@ -1,0 +1,129 @@
+"""Segments: whole Parquet files of sealed rows, encoded in memory and verified on every read."""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Lock
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from agentsdpo.errors import CorruptionError
+from agentsdpo.replay.log import Located, entry_rows
+from agentsdpo.replay.rows import RowReader
+from agentsdpo.replay.schema import LEARNER_COLUMNS, SCHEMA, WRITE_OPTIONS
+from agentsdpo.types import Json
+
+GROUP_TOKENS, GROUP_ROWS = 65_536, 256
+"""A row group is closed once it holds this many tokens or rows."""
+_ENTRY_NAMES = ("episode_id", "branch_id", "attempt", "policy_version_min", "policy_version_max", "group_id",
+                "group_size", "tokens_sha256", "content_sha256", "n_tokens", "n_trainable", "status", "trainable",
+                "train_allowed", "tokenizer_sha256", "logprob_kind", "kept_set")
+
+
+def encode(table: pa.Table) -> tuple[pa.Buffer, Json]:
+    """Parquet bytes of a table of rows, and the ``add`` operation that commits them (without ``path``)."""
+    bounds = _group_bounds(table.column("n_tokens").to_pylist())
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, SCHEMA, **WRITE_OPTIONS) as writer:
+        for start, stop in bounds:
+            writer.write_table(table.slice(start, stop - start), row_group_size=stop - start)
+    data = sink.getvalue()
+    columns = {name: table.column(name).to_pylist() for name in _ENTRY_NAMES}
+    groups = [group for group, (start, stop) in enumerate(bounds) for _ in range(start, stop)]
+    tail = _footer_len(data[-8:].to_pybytes()) + 8
+    return data, {"op": "add", "bytes": data.size, "sha256": hashlib.sha256(data).hexdigest(), "footer_len": tail - 8,
+                  "footer_sha256": hashlib.sha256(data[-tail:]).hexdigest(), "rows": entry_rows(columns, groups)}
+
+
+def _footer_len(tail: bytes) -> int:
+    """Length of the Parquet metadata from the last 8 bytes of a file."""
+    return int.from_bytes(tail[:4], "little")
+
+
+def _group_bounds(n_tokens: Sequence[int]) -> list[tuple[int, int]]:
+    """Row ranges of the row groups; a row is never split.
+
+    >>> _group_bounds([40_000, 40_000, 10])
+    [(0, 2), (2, 3)]
+    """
+    bounds, start, tokens = [], 0, 0
+    for i, n in enumerate(n_tokens, 1):
+        tokens += n
+        if tokens >= GROUP_TOKENS or i - start >= GROUP_ROWS:
+            bounds.append((start, i))
+            start, tokens = i, 0
+    return bounds + [(start, len(n_tokens))] * (start < len(n_tokens))
+
+
+def open_segment(root: Path, row: Located) -> pq.ParquetFile:
+    """Open the file of a row; its size and footer are checked now, its pages whenever they are read.
+
+    Raises:
+        CorruptionError: the file is missing, has another size, or another footer than was committed.
+    """
+    path, tail = root / row.path, row.footer_len + 8
+    try:
+        source = pa.OSFile(str(path))
+        if source.size() != row.size:
+            raise CorruptionError(f"{path} has {source.size()} bytes, {row.size} were written",
+                                  fix="restore it from a backup")
+        source.seek(row.size - tail)
+        if hashlib.sha256(source.read(tail)).hexdigest() != row.footer_sha256:
+            raise CorruptionError(f"the footer of {path} is not the one that was written",
+                                  fix="restore it from a backup")
+        return pq.ParquetFile(source, page_checksum_verification=True)
+    except FileNotFoundError as error:
+        raise CorruptionError(f"{path} is missing though the log names it", fix="restore it from a backup") from error
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(error, row, path) from error
+
+
+def read_group(root: Path, row: Located, columns: Sequence[str] | None) -> pa.Table:
+    """One row group with verified page checksums; ``columns`` the file does not have are left out.
+
+    Raises:
+        CorruptionError: damaged pages; names file, row group and key.
+    """
+    with open_segment(root, row) as file:
+        try:
+            return file.read_row_group(row.row_group, columns=list(columns) if columns else None, use_threads=False)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise _damaged(error, row, root / row.path) from error
+
+
+def _damaged(error: Exception, row: Located, path: Path) -> CorruptionError:
+    if isinstance(error, CorruptionError):
+        return error
+    return CorruptionError(f"{path}, row group {row.row_group}, branch {row.key} cannot be read: {error}",
+                           fix="restore the file from a backup")
+
+
+class GroupCache:
+    """Decoded row groups, the least recently used dropped first.
+
+    Args:
+        root: folder of the store.
+        max_bytes: Arrow bytes to keep; a row group that is larger alone is decoded anew for every read.
+    """
+
+    def __init__(self, root: Path, max_bytes: int) -> None:
+        self._root, self._max, self._held, self._lock = root, max_bytes, 0, Lock()
+        self._groups: OrderedDict[tuple[str, int], RowReader] = OrderedDict()
+
+    def get(self, row: Located) -> RowReader:
+        """The row group of a row. Raises what :func:`read_group` does."""
+        at = (row.path, row.row_group)
+        with self._lock:
+            if at in self._groups:
+                self._groups.move_to_end(at)
+                return self._groups[at]
+        reader = RowReader(read_group(self._root, row, LEARNER_COLUMNS))
+        with self._lock:
+            if reader.nbytes <= self._max and at not in self._groups:
+                self._groups[at] = reader
+                self._held += reader.nbytes
+                while self._held > self._max:
+                    self._held -= self._groups.popitem(last=False)[1].nbytes
+        return reader

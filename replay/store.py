@@ -1,0 +1,255 @@
+"""The store: append episodes, take snapshots, keep late hints and policy manifests.
+
+    store = ReplayStore.open("runs/1/replay")
+    store.append(episodes)                  # durable and visible when it returns
+    view = store.snapshot()                 # never changes
+    rows = view.read(view.keys()[:32])      # verified
+
+An append is one Parquet file and one log entry. A crash between the two leaves a file that nothing names.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from threading import RLock
+
+import pyarrow as pa
+
+from agentsdpo.errors import RowError, StoreError, TokenizerMismatch
+from agentsdpo.replay import layout
+from agentsdpo.replay.canonical import canonical_json
+from agentsdpo.replay.files import create_exclusive, read_whole
+from agentsdpo.replay.ids import Key, uuid7
+from agentsdpo.replay.log import Fold, LogWriter, Vector, WriterFenced, located
+from agentsdpo.replay.overlay import LateHint, encode_hints, read_hints
+from agentsdpo.replay.rows import to_rows
+from agentsdpo.replay.rules import check_episode, check_vocabulary
+from agentsdpo.replay.segment import GroupCache, encode
+from agentsdpo.replay.snapshot import Snapshot
+from agentsdpo.types import Episode, Hint, Json
+
+_IDENTITY = ("weights_id", "tokenizer_sha256", "chat_template_sha256", "vocab_size")
+
+
+class ReplayStore:
+    """One folder of episodes. Any number of processes may append and read at once; open it by :meth:`open`.
+
+    An object may be shared by threads; after a fork the child writes a log stream of its own.
+    """
+
+    def __init__(self, root: Path, *, cache_bytes: int) -> None:
+        self.root, self.about = root, layout.read(root)
+        self._fold, self._cache, self._lock = Fold(root), GroupCache(root, cache_bytes), RLock()
+        self._hints: dict[Key, LateHint] = {}
+        self._hints_read = 0
+        self._writer: LogWriter | None = None
+        self._policies: dict[int, Json] = {}
+
+    @classmethod
+    def open(cls, path: str | Path, create: bool = True, *, cache_bytes: int = 256 << 20) -> "ReplayStore":
+        """Open a store, making it first if nothing is there and ``create`` is true. Nothing is read yet.
+
+        Args:
+            path: folder of the store, on a file system with hard links and an honest fsync.
+            cache_bytes: bytes of decoded rows to keep in memory.
+
+        Raises:
+            StoreError: no store and ``create`` is false, a folder of something else, or a newer format.
+        """
+        root = Path(path)
+        if create and not (root / "STORE.json").exists():
+            layout.create(root)
+        return cls(root, cache_bytes=cache_bytes)
+
+    # -------------------------------------------------------------------------------------------------- writing
+
+    def append(self, episodes: Sequence[Episode]) -> None:
+        """Write episodes, all or none: durable and visible to every reader when this returns.
+
+        Appending an episode again with the same content is harmless.
+
+        Raises:
+            TrainForbidden: an episode is not stamped ``train_allowed``.
+            TokenizerMismatch: an episode's tokenizer is not that of the recorded policy that sampled it.
+            RowError: a row rule is broken, or a key was used before for other content.
+            StoreError: no space, no permission or a failing disk; nothing of this append is visible then.
+        """
+        if not episodes:
+            return
+        with self._lock:
+            for episode in episodes:
+                check_episode(episode)
+                self._check_policy(episode)
+            self._check_writable()
+            try:
+                self._seal(episodes)
+            except WriterFenced:
+                self._writer = None
+                self._seal(episodes)
+
+    def _seal(self, episodes: Sequence[Episode]) -> None:
+        """Segment first, then the log entry that makes it count."""
+        writer = self._own_writer()
+        table = to_rows(episodes, writer.writer_id)
+        data, op = encode(table)
+        path = f"data/{datetime.now(UTC):%Y%m%d}/{writer.writer_id}-{uuid7()}.parquet"
+        self._check_keys(op)
+        create_exclusive(self.root / path, memoryview(data))
+        self._commit({**op, "path": path})
+
+    def _commit(self, op: Json) -> None:
+        """Commit one operation; after a failure the stream is given up, as its last entry is in doubt."""
+        writer, self._writer = self._own_writer(), None
+        writer.commit([op])
+        self._writer = writer
+
+    def _own_writer(self) -> LogWriter:
+        if self._writer is None or self._writer.pid != os.getpid():
+            self._writer = LogWriter(self.root)
+        return self._writer
+
+    def _check_writable(self) -> None:
+        if int(self.about["min_writer"]) > layout.RELEASE:
+            raise StoreError(f"{self.root} needs writer {self.about['min_writer']}, this is writer {layout.RELEASE}",
+                             fix="install a newer agentsdpo; reading works")
+
+    def _check_keys(self, op: Json) -> None:
+        """Refuse a key that stands twice in one append, or that the log already gives to other content."""
+        rows = located({**op, "path": ""}, 0)
+        if len({row.key for row in rows}) < len(rows):
+            raise RowError("an append holds the same branch of the same attempt twice",
+                           fix="give every episode an id of its own (agentsdpo.replay.uuid7)")
+        self._fold.refresh()
+        for row in rows:
+            have = self._fold.rows.get(row.key)
+            if have and have.content_sha256 != row.content_sha256 and have.status != "salvaged":
+                raise RowError(f"branch {row.key} is already stored with other content",
+                               fix="never reuse an episode id; count attempts up for a second try")
+
+    def _check_policy(self, episode: Episode) -> None:
+        """Tokenizer and vocabulary agree with the recorded policies that sampled the episode."""
+        spans = {span.version for branch in episode.branches for call in branch.calls for span in call.versions}
+        for version in sorted(spans):
+            manifest = self.policy(version) or {}
+            theirs = manifest.get("tokenizer_sha256")
+            if theirs and theirs != episode.tokenizer_sha256:
+                raise TokenizerMismatch(
+                    f"episode {episode.episode_id} has tokenizer {episode.tokenizer_sha256[:12]!r}, policy {version} "
+                    f"has {theirs[:12]!r}", fix="collect with the tokenizer of the policy's own model folder")
+            for branch in episode.branches:
+                check_vocabulary(branch, int(manifest.get("vocab_size") or 0))
+
+    def add_hints(self, hints: Mapping[Key, Hint]) -> None:
+        """Attach hints that were written after the append; each replaces the hint its branch had.
+
+        Raises:
+            StoreError: a key is not in the store, or the overlay cannot be written.
+        """
+        if not hints:
+            return
+        with self._lock:
+            self._check_writable()
+            view = self.snapshot()
+            marked = {key: (view.located(key), self._revision(key), hint) for key, hint in hints.items()}
+            data, path = encode_hints(marked), f"overlay/hint/{uuid7()}.parquet"
+            create_exclusive(self.root / path, data)
+            self._commit({"op": "overlay", "kind": "hint", "path": path, "bytes": len(data), "rows": len(marked),
+                          "sha256": hashlib.sha256(data).hexdigest()})
+
+    def _revision(self, key: Key) -> int:
+        return self._hints[key].revision + 1 if key in self._hints else 1
+
+    def close(self) -> None:
+        """Close this object's log stream, so that readers stop looking at it. Appending again opens a new one."""
+        with self._lock:
+            if self._writer is not None and self._writer.pid == os.getpid():
+                self._commit({"op": "close"})
+            self._writer = None
+
+    # -------------------------------------------------------------------------------------------------- reading
+
+    def snapshot(self, at: Mapping[str, Sequence] | None = None) -> Snapshot:
+        """The rows that are live now, or were at the position ``at`` (a snapshot's ``vector``).
+
+        Costs the log entries that are new since the last call.
+
+        Raises:
+            CorruptionError: a log entry or an overlay is damaged or missing.
+            StoreError: the log does not reach ``at``, or holds operations of a newer release.
+        """
+        with self._lock:
+            if at is not None:
+                fold, hints = Fold(self.root), {}
+                fold.refresh({writer: (int(seq), str(sha)) for writer, (seq, sha) in at.items()})
+                self._read_overlays(fold, 0, hints)
+                return self._view(fold, hints)
+            self._fold.refresh()
+            self._hints_read = self._read_overlays(self._fold, self._hints_read, self._hints)
+            return self._view(self._fold, self._hints)
+
+    def _read_overlays(self, fold: Fold, start: int, hints: dict[Key, LateHint]) -> int:
+        """Fold hint overlays from number ``start`` on into ``hints``; returns how many there are."""
+        ops = fold.overlays.get("hint", [])
+        for op in ops[start:]:
+            for key, late in read_hints(self.root, op).items():
+                if key not in hints or late[:2] > hints[key][:2]:
+                    hints[key] = late
+        return len(ops)
+
+    def _view(self, fold: Fold, hints: Mapping[Key, LateHint]) -> Snapshot:
+        rows = {key: row for key, row in fold.rows.items() if key not in fold.conflicts}
+        vector: Vector = dict(fold.vector)
+        return Snapshot(self.root, rows, vector, frozenset(fold.conflicts), dict(hints), self._cache)
+
+    def __len__(self) -> int:
+        return len(self.snapshot())
+
+    def episode(self, episode_id: str, attempt: int | None = None) -> Episode:
+        """A whole episode as of now; see :meth:`Snapshot.episode`."""
+        return self.snapshot().episode(episode_id, attempt)
+
+    def to_arrow(self) -> pa.Table:
+        """Everything as of now; see :meth:`Snapshot.to_arrow`."""
+        return self.snapshot().to_arrow()
+
+    # ------------------------------------------------------------------------------------------------- policies
+
+    def record_policy(self, version: int, manifest: Json) -> None:
+        """Say what a policy version is: ``weights_id``, ``tokenizer_sha256``, ``chat_template_sha256``, ``vocab_size``.
+
+        Recording the same version again is harmless as long as these four agree.
+
+        Raises:
+            StoreError: the version was recorded with other weights, tokenizer, template or vocabulary.
+        """
+        have = self.policy(version)
+        if have is None:
+            try:
+                create_exclusive(self._policy_path(version), canonical_json(manifest))
+                return
+            except FileExistsError:
+                have = self.policy(version) or {}
+        other = [n for n in _IDENTITY if n in have and n in manifest and have[n] != manifest[n]]
+        if other:
+            raise StoreError(f"policy version {version} is recorded with {other[0]} {have[other[0]]!r}, "
+                             f"not {manifest[other[0]]!r}", fix="publish under the next version number")
+
+    def policy(self, version: int) -> Json | None:
+        """The manifest of a policy version, None when it was not recorded.
+
+        Raises:
+            CorruptionError: the file is not JSON.
+        """
+        path = self._policy_path(version)
+        if version not in self._policies and version >= 0 and path.exists():
+            try:
+                self._policies[version] = json.loads(read_whole(path))
+            except ValueError as error:
+                raise StoreError(f"{path} is damaged: {error}", fix="restore it from a backup") from error
+        return self._policies.get(version)
+
+    def _policy_path(self, version: int) -> Path:
+        return self.root / "policies" / f"{version:012d}.json"
