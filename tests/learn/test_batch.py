@@ -1,0 +1,166 @@
+"""Padding, alignment, normalisers, and that nothing but loss tokens gets a gradient."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from agentsdpo.errors import HintError, LearnError
+from agentsdpo.learn import batch as batching
+from agentsdpo.learn.batch import MicroBatch, collate, loss_weights, microbatches, teacher_ids
+from agentsdpo.learn.learner import Learner
+from agentsdpo.learn.model import scores
+from agentsdpo.learn.presets import resolve
+from agentsdpo.learn.rows import LossRow, TrainRow, admit
+
+CONFIG = resolve("robust", {"lr": 1e-4})
+LENGTHS = [((4, 3), (3, 2)), ((9, 1),), ((2, 2), (5, 9), (3, 1)), ((1, 0),)]
+
+
+def admitted(rows: list[TrainRow], config: Any = CONFIG) -> list[LossRow]:
+    return admit(rows, 0, config, window=4096, vocab_size=448).rows
+
+
+def ragged(make_row: Callable[..., TrainRow], **fields: Any) -> list[TrainRow]:
+    return [make_row(seed=i, turns=turns, versions=(0,) * len(turns), episode=f"e{i}", prompt=4 + 7 * i, **fields)
+            for i, turns in enumerate(LENGTHS)]
+
+
+def test_right_padding_without_a_mask_equals_one_row_at_a_time(
+        tiny_model: Any, make_row: Callable[..., TrainRow], plain_logp: Callable[..., np.ndarray]) -> None:
+    rows = admitted(ragged(make_row))
+    (micro,) = microbatches(rows, normaliser="token", max_tokens=10_000)
+    assert micro.student_ids.shape[0] == len(LENGTHS)
+    for ids, at, longer in ((micro.student_ids, micro.student_pos, lambda r: (r.ids, r.position)),
+                            (micro.teacher_ids, micro.teacher_pos,
+                             lambda r: (teacher_ids(r), r.position + len(r.row.hint_ids)))):
+        with torch.no_grad():
+            got = scores(tiny_model, ids, at).log_probs().gather(1, micro.tokens.tok[:, None])[:, 0]
+        order = sorted(rows, key=lambda r: -r.teacher_length)
+        expected = np.concatenate([plain_logp(tiny_model, longer(r)[0])[longer(r)[1]] for r in order])
+        np.testing.assert_allclose(got.numpy(), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_what_is_padded_with_does_not_matter(tiny_model: Any, make_row: Callable[..., TrainRow]) -> None:
+    (micro,) = microbatches(admitted(ragged(make_row)), normaliser="token", max_tokens=10_000)
+    noise, lengths = micro.student_ids.clone(), [r.ids for r in admitted(ragged(make_row))]
+    for i, ids in enumerate(sorted(lengths, key=len, reverse=True)):
+        noise[i, len(ids):] = 77
+    assert not torch.equal(noise, micro.student_ids)
+    with torch.no_grad():
+        left, right = (scores(tiny_model, ids, micro.student_pos).hidden for ids in (micro.student_ids, noise))
+    torch.testing.assert_close(left, right, atol=1e-6, rtol=0.0)
+
+
+@pytest.mark.parametrize("hint", [(9,), (9, 8, 7), tuple(range(20, 120))])
+@pytest.mark.parametrize("hint_at", [0, 3, 6, 13])
+def test_alignment_at_every_placement_and_hint_length(
+        hint: tuple[int, ...], hint_at: int, make_row: Callable[..., TrainRow]) -> None:
+    (row,) = admitted([make_row(hint=hint, hint_at=hint_at)])
+    micro = collate([row], [1.0])
+    assert micro.teacher_ids[0].tolist() == [*row.ids[:hint_at], *hint, *row.ids[hint_at:]]
+    student, teacher = micro.student_ids.ravel(), micro.teacher_ids.ravel()
+    assert torch.equal(student[micro.student_pos + 1], micro.tokens.tok)
+    assert torch.equal(teacher[micro.teacher_pos + 1], micro.tokens.tok)
+    hinted = row.position >= hint_at
+    assert ((micro.teacher_pos - micro.student_pos).numpy()[hinted] == len(hint)).all()
+
+
+def test_a_misaligned_row_is_an_error(make_row: Callable[..., TrainRow], monkeypatch: pytest.MonkeyPatch) -> None:
+    (row,) = admitted([make_row()])
+    monkeypatch.setattr(batching, "teacher_position", lambda row: row.position + 2)
+    with pytest.raises(HintError, match="the teacher's"):
+        collate([row], [1.0])
+
+
+def test_a_hint_behind_the_last_loss_token_is_an_error(make_row: Callable[..., TrainRow]) -> None:
+    with pytest.raises(HintError, match="behind the last loss token"):
+        collate(admitted([make_row(hint_at=16)]), [1.0])
+
+
+def test_microbatches_hold_every_row_once_within_the_budget(make_row: Callable[..., TrainRow]) -> None:
+    rows = admitted(ragged(make_row) * 3)
+    parts = microbatches(rows, normaliser="token", max_tokens=100)
+    assert len(parts) > 1
+    assert sum(len(part.student_ids) for part in parts) == len(rows)
+    assert all(part.teacher_ids.numel() <= 100 or len(part.teacher_ids) == 1 for part in parts)
+    assert sum(float(part.tokens.weight.sum()) for part in parts) == pytest.approx(1.0, abs=1e-6)
+    alone = microbatches(rows, normaliser="token", max_tokens=1)
+    assert [len(part.teacher_ids) for part in alone] == [1] * len(rows)
+    with pytest.raises(LearnError, match="no row is left"):
+        microbatches([], normaliser="token", max_tokens=1)
+
+
+def test_turn_numbers_do_not_meet_across_rows(make_row: Callable[..., TrainRow]) -> None:
+    (micro,) = microbatches(admitted(ragged(make_row)), normaliser="token", max_tokens=10_000)
+    pairs = set(zip(micro.seg.tolist(), micro.tokens.turn.tolist(), strict=True))
+    assert len(pairs) == len(set(micro.tokens.turn.tolist())) == sum(map(len, LENGTHS))
+
+
+def test_token_and_episode_normalisers(make_row: Callable[..., TrainRow]) -> None:
+    rows = admitted([make_row(episode="a"), make_row(episode="b", turns=((10, 1), (4, 1))), make_row(episode="b")])
+    assert loss_weights(rows, "token") == [pytest.approx(1 / 28)] * 3
+    assert loss_weights(rows, "episode") == [pytest.approx(1 / 14), pytest.approx(1 / 42), pytest.approx(1 / 42)]
+
+
+def test_an_episode_in_several_branches_has_the_gradient_of_one(
+        tiny_model: Any, make_row: Callable[..., TrainRow]) -> None:
+    """A branch that holds the same tokens but trains only some of its turns, per turn: the pieces add up."""
+    whole, other = make_row(seed=1, turns=((4, 3), (3, 2), (5, 1)), versions=(0, 0, 0)), make_row(seed=2, episode="f")
+    pieces = []
+    for call in whole.branch.calls:
+        kinds = np.where(whole.branch.token_kind == 1, 4, whole.branch.token_kind).astype(np.uint8)
+        kinds[call.start:call.end] = 1
+        pieces.append(replace(whole, branch=whole.branch.model_copy(update={"token_kind": kinds})))
+    config = resolve("sdft", {"lr": 1e-4})
+    grads = []
+    for rows in ([whole, other], [*pieces, other]):
+        learner = Learner(tiny_model, config)
+        for micro in microbatches(admitted(rows, config), normaliser="episode", max_tokens=10_000):
+            learner.objective(micro, 1.0)[0].backward()
+        grads.append(torch.cat([p.grad.ravel() for p in learner.parameters if p.grad is not None]))
+        tiny_model.zero_grad()
+    torch.testing.assert_close(grads[0], grads[1], atol=1e-7, rtol=1e-4)
+
+
+@pytest.mark.parametrize("preset", ["robust", "sdpopp"])
+def test_only_positions_that_predict_a_loss_token_get_a_gradient(
+        preset: str, tiny_model: Any, make_row: Callable[..., TrainRow]) -> None:
+    config = resolve(preset, {"lr": 1e-4, "teacher": "frozen", "gate": "off", "veto": None, "top_k": 8})
+    learner = Learner(tiny_model, config)
+    (micro,) = microbatches(admitted(ragged(make_row, logp=-6.0), config), normaliser="token", max_tokens=10_000)
+    seen: list[torch.Tensor] = []
+
+    def keep(module: Any, args: Any, output: Any) -> None:
+        output.last_hidden_state.retain_grad()
+        seen.append(output.last_hidden_state)
+
+    handle = tiny_model.get_decoder().register_forward_hook(keep)
+    loss = learner.objective(micro, 5.0)[0]
+    handle.remove()
+    loss.backward()
+    assert seen[-1].grad is not None
+    moved = seen[-1].grad.abs().sum(-1).ravel() > 0
+    expected = torch.zeros_like(moved)
+    expected[micro.student_pos] = True
+    assert torch.equal(moved & ~expected, torch.zeros_like(moved))
+    assert (moved & expected).sum() > 0.5 * expected.sum()
+
+
+def test_the_fast_causal_path_is_taken(tiny_model: Any, make_row: Callable[..., TrainRow],
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    masks: list[Any] = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        masks.append((kwargs.get("attn_mask"), kwargs.get("is_causal")))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    micro: MicroBatch
+    (micro,) = microbatches(admitted(ragged(make_row)), normaliser="token", max_tokens=10_000)
+    scores(tiny_model, micro.student_ids, micro.student_pos)
+    assert masks == [(None, True)] * 2

@@ -1,0 +1,200 @@
+"""Whole optimiser steps on a tiny model: what moves, what is refused, what is reported."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from agentsdpo.errors import LearnError
+from agentsdpo.learn.diagnostics import empty_hint_gap
+from agentsdpo.learn.learner import Learner
+from agentsdpo.learn.model import scores
+from agentsdpo.learn.presets import resolve
+from agentsdpo.learn.rows import TrainRow
+
+FAST = {"teacher": "frozen", "lr": 3e-4}
+
+
+def batch_of(make_row: Callable[..., TrainRow], record: Callable[..., TrainRow], model: Any, n: int = 5,
+             **fields: Any) -> list[TrainRow]:
+    """Rows of different lengths whose behaviour log-probs are those of ``model`` itself."""
+    return [record(model, make_row(seed=i, episode=f"e{i}", prompt=5 + 3 * i, hint=tuple(range(30 + i, 40 + i)),
+                                   **fields)) for i in range(n)]
+
+
+def weights(model: Any) -> torch.Tensor:
+    return torch.cat([p.detach().ravel() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("preset", ["robust", "sdpopp", "naive", "sdft"])
+def test_ratios_are_one_at_staleness_zero(preset: str, tiny_model: Any, make_row: Callable[..., TrainRow],
+                                          record: Callable[..., TrainRow]) -> None:
+    """Behaviour log-probs come from a plain forward with all logits; the learner's own path must agree."""
+    rows = batch_of(make_row, record, tiny_model)
+    report = Learner(tiny_model, resolve(preset, FAST)).step(rows, version=0)
+    m = report.metrics
+    assert m["learn/ratio/mean"] == pytest.approx(1.0, abs=1e-5)
+    assert m["learn/ratio/max"] == pytest.approx(1.0, abs=1e-4)
+    assert m["learn/mismatch/max"] < 1e-4
+    assert m["learn/ess_frac"] == pytest.approx(1.0, abs=1e-5)
+    assert (report.n_trained, report.n_tokens, report.refused, report.evicted) == (5, 35, {}, 0)
+    assert all(isinstance(value, float) and np.isfinite(value) for value in m.values())
+
+
+@pytest.mark.parametrize("preset", ["robust", "sdpopp"])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_one_step_raises_what_the_teacher_likes_and_a_flipped_sign_lowers_it(
+        preset: str, sign: float, tiny_model: Any, make_row: Callable[..., TrainRow],
+        record: Callable[..., TrainRow], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gap, weighted by itself, must shrink: sum over tokens of gap * change of log p is positive."""
+    learner = Learner(tiny_model, resolve(preset, {**FAST, "lr": 3e-5, "adv_clip": None}))
+    rows = batch_of(make_row, record, tiny_model)
+    honest = Learner.objective
+
+    def maybe_flipped(self: Learner, batch: Any, bound: float) -> Any:
+        loss, stats = honest(self, batch, bound)
+        return sign * loss, stats
+
+    monkeypatch.setattr(Learner, "objective", maybe_flipped)
+    from agentsdpo.learn.batch import microbatches
+    (micro,) = microbatches(learner.admit(rows, 0).rows, normaliser="token", max_tokens=10_000)
+
+    def student_logp() -> torch.Tensor:
+        with torch.no_grad():
+            head = scores(tiny_model, micro.student_ids, micro.student_pos)
+            return head.log_probs().gather(1, micro.tokens.tok[:, None])[:, 0]
+
+    with torch.no_grad():
+        gap = honest(learner, micro, float("inf"))[1].gap
+    before = student_logp()
+    learner.step(rows, version=0)
+    assert sign * float((gap * (student_logp() - before)).sum()) > 0
+
+
+def test_forward_kl_training_closes_the_gap(tiny_model: Any, make_row: Callable[..., TrainRow],
+                                            record: Callable[..., TrainRow]) -> None:
+    learner = Learner(tiny_model, resolve("robust", {**FAST, "lr": 1e-3, "gate": "off", "veto": None}))
+    rows = batch_of(make_row, record, tiny_model)
+    losses = [learner.step(rows, version=0).metrics["learn/loss"] for _ in range(8)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("preset", ["robust", "sdpopp"])
+def test_loss_gradient_and_clipper_do_not_depend_on_the_split(
+        preset: str, tiny_model: Any, make_row: Callable[..., TrainRow], record: Callable[..., TrainRow]) -> None:
+    rows = batch_of(make_row, record, tiny_model)
+    start = {name: p.detach().clone() for name, p in tiny_model.named_parameters()}
+    seen = []
+    for tokens in (10_000, 60, 1):
+        tiny_model.load_state_dict({**start, "lm_head.weight": start["model.embed_tokens.weight"]})
+        learner = Learner(tiny_model, resolve(preset, {**FAST, "microbatch_tokens": tokens}))
+        reports = [learner.step(rows, version=0).metrics for _ in range(2)]
+        clip = learner.clipper.state_dict() if learner.clipper else {}
+        seen.append([*(m["learn/loss"] for m in reports), *(m["learn/grad_norm"] for m in reports),
+                     *(m.get("learn/adv_clip/bound", 0.0) for m in reports), *clip.values()])
+    assert seen[1] == pytest.approx(seen[0], rel=2e-4)
+    assert seen[2] == pytest.approx(seen[0], rel=2e-4)
+
+
+def test_the_gap_bound_excludes_the_batch_at_hand_after_the_first_step(
+        tiny_model: Any, make_row: Callable[..., TrainRow], record: Callable[..., TrainRow]) -> None:
+    learner = Learner(tiny_model, resolve("sdpopp", FAST))
+    rows = batch_of(make_row, record, tiny_model)
+    first = learner.step(rows, 0).metrics
+    assert first["learn/adv_clip/bound"] == pytest.approx(3 * first["learn/gap/abs"], rel=1e-5)
+    second = learner.step(rows[:1], 0).metrics
+    assert second["learn/adv_clip/bound"] == pytest.approx(3 * first["learn/gap/abs"], rel=1e-5)
+    third = learner.step(rows, 0).metrics
+    assert third["learn/adv_clip/bound"] != pytest.approx(second["learn/adv_clip/bound"], rel=1e-6)
+
+
+@pytest.mark.parametrize("preset", ["robust", "sdpopp"])
+def test_an_empty_hint_has_no_gap_and_no_gradient(preset: str, tiny_model: Any, make_row: Callable[..., TrainRow],
+                                                  record: Callable[..., TrainRow]) -> None:
+    from agentsdpo.learn.batch import microbatches
+    learner = Learner(tiny_model, resolve(preset, FAST))
+    rows = learner.admit(batch_of(make_row, record, tiny_model), 0).rows
+    bare = [replace(row, row=replace(row.row, hint_ids=())) for row in rows]
+    assert empty_hint_gap(tiny_model, rows, learner.config) < 1e-5
+    for micro in microbatches(bare, normaliser="token", max_tokens=80):
+        loss, stats = learner.objective(micro, float("inf"))
+        loss.backward()
+        assert stats.gap.abs().max() < 1e-4
+    norm = torch.cat([p.grad.ravel() for p in learner.parameters if p.grad is not None]).norm()
+    assert norm < 1e-4
+
+
+def test_stale_rows_are_evicted_and_counted(tiny_model: Any, make_row: Callable[..., TrainRow],
+                                            record: Callable[..., TrainRow]) -> None:
+    learner = Learner(tiny_model, resolve("sdpopp", FAST))
+    old, new = batch_of(make_row, record, tiny_model, 2), batch_of(make_row, record, tiny_model, 2, versions=(4, 3))
+    report = learner.step([*old, *new, replace(new[0], hint_ids=None)], version=4)
+    assert (report.n_trained, report.evicted, report.refused) == (2, 2, {"no_hint": 1})
+    assert report.metrics["replay/staleness/max"] == 4.0
+    assert report.metrics["replay/evicted_frac"] == 0.5
+    assert report.metrics["replay/refused/no_hint"] == 1.0
+    assert "learn/mismatch/mean" not in report.metrics, "no row is of the present version"
+    with pytest.raises(LearnError, match="2 evicted as staler than 3"):
+        learner.step(old, version=4)
+
+
+def test_a_loss_that_is_not_finite_changes_nothing(tiny_model: Any, make_row: Callable[..., TrainRow],
+                                                   record: Callable[..., TrainRow]) -> None:
+    learner = Learner(tiny_model, resolve("sdpopp", FAST))
+    rows = batch_of(make_row, record, tiny_model)
+    learner.step(rows, 0)
+    with torch.no_grad():
+        learner.teacher.model.lm_head.weight[7] = float("nan")  # type: ignore[attr-defined]
+    before, clip = weights(tiny_model), learner.clipper.state_dict() if learner.clipper else None
+    with pytest.raises(LearnError, match="loss of step 2 is nan"):
+        learner.step(rows, 0)
+    assert torch.equal(weights(tiny_model), before)
+    assert learner.clipper is not None
+    assert learner.clipper.state_dict() == clip
+    assert learner.step_count == 1
+    assert all(p.grad is None for p in learner.parameters)
+
+
+@pytest.mark.parametrize("preset", ["robust", "sdpopp"])
+def test_a_batch_without_one_open_token_is_refused(preset: str, tiny_model: Any, make_row: Callable[..., TrainRow],
+                                                   record: Callable[..., TrainRow]) -> None:
+    learner = Learner(tiny_model, resolve(preset, {**FAST, "gate": "k3", "veto": None}))
+    rows = [replace(row, branch=row.branch.model_copy(update={"logprobs": row.branch.logprobs - 5.0}))
+            for row in batch_of(make_row, record, tiny_model)]
+    before = weights(tiny_model)
+    with pytest.raises(LearnError, match="all 35 loss tokens of step 1 are masked"):
+        learner.step(rows, 0)
+    assert torch.equal(weights(tiny_model), before)
+
+
+def test_dropout_is_off_on_both_sides(tiny_model: Any, make_row: Callable[..., TrainRow],
+                                      record: Callable[..., TrainRow]) -> None:
+    for layer in tiny_model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    rows = batch_of(make_row, record, tiny_model)
+    tiny_model.train()
+    learner = Learner(tiny_model, resolve("robust", {**FAST, "lr": 1e-8}))
+    tiny_model.train()
+    losses = {learner.step(rows, 0).metrics["learn/loss"] for _ in range(2)}
+    assert max(losses) == pytest.approx(min(losses), rel=1e-4)
+
+
+def test_unlogged_rows_train_without_ratio_metrics(tiny_model: Any, make_row: Callable[..., TrainRow]) -> None:
+    config = resolve("sdft", {**FAST, "allow_unlogged_behaviour": True})
+    m = Learner(tiny_model, config).step([make_row(kind="raw")], 0).metrics
+    assert "learn/ratio/mean" not in m
+    assert m["learn/grad_norm"] > 0
+
+
+def test_preset_metrics_are_those_that_apply(tiny_model: Any, make_row: Callable[..., TrainRow],
+                                             record: Callable[..., TrainRow]) -> None:
+    rows = batch_of(make_row, record, tiny_model, 2)
+    keys = {preset: set(Learner(tiny_model, resolve(preset, FAST)).step(rows, 0).metrics)
+            for preset in ("robust", "sdpopp", "naive")}
+    clip = {f"learn/adv_clip/{stat}" for stat in ("frac", "bound", "mass")}
+    mask = {"learn/masked_frac/pos", "learn/masked_frac/neg"}
+    assert keys["sdpopp"] - keys["naive"] == clip | mask
+    assert keys["robust"] - keys["naive"] == {"learn/tail_mass/student", "learn/tail_mass/teacher"}
