@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TextIO
 
 from agentsdpo.errors import ConfigError
 from agentsdpo.formats import MISSING, duration, interval, is_number, number, percent
-from agentsdpo.rundir import Arm, arm_rate, eval_interval, rate, summary_split
+from agentsdpo.rundir import Arm, arm_rate, arm_records, eval_interval, rate, summary_split
 from agentsdpo.types import Json
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def print_summary(summary: Json, file: TextIO | None = None) -> None:
 
     out = file or sys.stdout
     console = Console(file=out, highlight=False, width=None if out.isatty() else 160)
-    arms = list((summary.get("arms") or {"run": summary}).items())
+    arms = list(arm_records(summary).items())
     for i in range(0, len(arms), ARMS_ABREAST):
         console.print(_arms_table(arms[i:i + ARMS_ABREAST]))
     for name, record in arms:
@@ -241,7 +241,7 @@ def _arms_table(arms: Sequence[tuple[str, Json]]) -> "Table":
     _row(table, "evaluated on", *(summary_split(record) or MISSING for record in records))
     _row(table, "zero-shot pass", *(_rate(arm_rate(arm, "zero_shot")) for arm in both))
     _row(table, "final pass", *(_rate(arm_rate(arm, "final")) for arm in both))
-    for key, words, show in COSTS:
+    for key, words, show in (cost for cost in COSTS if any(is_number(one.get(cost[0])) for one in records)):
         _row(table, words, *(show(record.get(key)) for record in records))
     return table
 

@@ -82,7 +82,8 @@ def learning_curve(
     if baseline is not None:
         reference(axes, baseline * 100, f"zero-shot {percent(baseline)}", (0, (6, 3)))
     reference(axes, 100, "oracle 100 %", (0, (1, 2)))
-    axes.set(ylim=(-3, 104), xlabel=f"{AXES[x]}{unit}", ylabel=f"{VALUES[value][0]} [%]")
+    right = max(axes.get_xlim()[1], 1.0)
+    axes.set(xlim=(-0.03 * right, right), ylim=(-3, 104), xlabel=f"{AXES[x]}{unit}", ylabel=f"{VALUES[value][0]} [%]")
     counted = _sizes(evals(rows, split))
     words = f"{SPLIT_WORDS[split].capitalize()} ({split})" if split in SPLIT_WORDS else split
     _title(axes, words, f"{counted}; {below}" if below else counted)

@@ -6,7 +6,7 @@ figures take their colours from the page by role. What was not recorded is named
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from agentsdpo.rundir import (
     evals,
     headline_split,
     rate,
+    reached,
     read_run,
     staleness_words,
     summary_split,
@@ -108,7 +109,7 @@ def _page(run: Run) -> dict[str, Any]:
     """Everything the template prints."""
     main, split = run.main, headline_split(run.main.rows)
     curves, no_curves = _curves(run, split)
-    arms = [_arm_row(arm) for arm in run.arms]
+    costs = [cost for cost in COSTS if any(formats.is_number(_record(arm).get(cost[0])) for arm in run.arms)]
     splits = main.summary.get("splits") or {}
     diagnostics = [(arm.name, *_diagnostics(arm, i)) for i, arm in enumerate(_main_first(run))]
     return {
@@ -116,8 +117,9 @@ def _page(run: Run) -> dict[str, Any]:
         "provenance": [(key, _plain(run.summary[key])) for key in PROVENANCE if run.summary.get(key) is not None],
         "unstated": [key for key in PROVENANCE if run.summary.get(key) is None],
         "configs": [("run", run.config)] * bool(run.config) + [(a.name, a.config) for a in run.arms if a.config],
-        "main": _arm_row(main), "staleness_words": staleness_words(main), "arms": arms,
-        "costs": [words for _, words, _ in COSTS], "missing_words": missing_words,
+        "main": _arm_row(main, costs), "staleness_words": staleness_words(main), "finished": bool(run.summary),
+        "arms": [_arm_row(arm, costs) for arm in run.arms], "costs": [words for _, words, _ in costs],
+        "missing_words": missing_words,
         "curves": curves, "missing_curves": no_curves, "evaluations": _evaluations(main),
         "arms_picture": _arms_picture(run), "splits": [_split_row(name, splits[name]) for name in splits],
         "splits_picture": _splits_picture(splits), "control": _control(splits), "diagnostics": diagnostics,
@@ -137,16 +139,21 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
-def _arm_row(arm: Arm) -> Json:
+def _record(arm: Arm) -> Json:
+    """An arm's summary, with what its rows say where it has none."""
+    return {**reached(arm), **arm.summary}
+
+
+def _arm_row(arm: Arm, costs: Sequence[tuple[str, str, Callable[[Any], str]]]) -> Json:
     """One line of the headline table."""
-    record, split = arm.summary, summary_split(arm.summary)
+    record, split = _record(arm), summary_split(arm.summary)
     of_split = (record.get("splits") or {}).get(split) or {}
     before, after = arm_rate(arm, "zero_shot"), arm_rate(arm, "final")
     return {
         "name": arm.name, "split": split, "before": before, "after": after, "gain": _gain(before, after),
         "greedy": record.get("final_greedy_pass", of_split.get("final_greedy_pass")),
         "staleness": record.get("staleness"),
-        "costs": [formatted(record.get(key)) for key, _, formatted in COSTS],
+        "costs": [formatted(record.get(key)) for key, _, formatted in costs],
     }
 
 

@@ -70,7 +70,7 @@ def read_run(run_dir: Path | str) -> Run:
     """
     path = Path(run_dir)
     summary = _read_json(path / "summary.json")
-    of_arms = summary.get("arms") or {}
+    of_arms = arm_records(summary) if summary.get("arms") else {}
     names = sorted(p.parent.name for p in path.glob("arms/*/metrics.jsonl"))
     ordered = [name for name in of_arms if name in names] + [name for name in names if name not in of_arms]
     ordered += [name for name in of_arms if name not in names]
@@ -79,6 +79,25 @@ def read_run(run_dir: Path | str) -> Run:
                        fix="give the folder that a run wrote, for example runs/demo")
     arms = [_read_arm(path, name, of_arms.get(name) or {}, name in names) for name in ordered]
     return Run(path, _read_text(path / "config.toml"), summary, tuple(arms) or (Arm("run", "", (), summary),))
+
+
+def arm_records(summary: Json) -> dict[str, Json]:
+    """Every arm's part of a summary; a lone arm also has what only the run as a whole measured (memory, seed).
+
+    >>> arm_records({"peak_rss_mib": 900, "arms": {"robust": {"steps": 3}}})
+    {'robust': {'peak_rss_mib': 900, 'steps': 3}}
+    """
+    arms = summary.get("arms") or {"run": {}}
+    whole = {key: value for key, value in summary.items() if key != "arms"}
+    return {name: {**whole, **record} if len(arms) == 1 else record for name, record in arms.items()}
+
+
+def reached(arm: Arm) -> Json:
+    """Steps, episodes and seconds of an arm's last rows, for a run that has no summary yet."""
+    rows = [row for row in arm.rows if row.get("kind") in ("step", "eval")]
+    tops = {name: [row[key] for row in rows if is_number(row.get(key))]
+            for name, key in (("steps", "step"), ("episodes", "episodes"), ("wall_s", "wall_s"))}
+    return {name: max(values) for name, values in tops.items() if values}
 
 
 def _read_arm(run: Path, name: str, summary: Json, has_folder: bool) -> Arm:

@@ -144,7 +144,8 @@ def test_a_killed_run_still_has_a_report(bare_run: Path) -> None:
     text = report.write_report(bare_run).read_text(encoding="utf-8")
     words = " ".join(" ".join(assert_self_contained(text).words).split())
     for expected in ("Not recorded: command, commit, seed, hardware.", "No configuration was stored",
-                     "No split was evaluated", f"control split {CONTROL_SPLIT}", "learn/ratio/p99",
+                     "No split was evaluated", "it has not finished",
+                     f"control split {CONTROL_SPLIT}", "learn/ratio/p99",
                      "Not recorded: pass rate against environment steps, pass rate against wall clock"):
         assert expected in words, expected
 

@@ -59,3 +59,9 @@ def test_missing_ends_of_an_interval_are_computed_from_n() -> None:
     record = {"final_pass": 0.5, "zero_shot_pass": 0.25, "splits": {"val": {"final_pass": 0.5, "zero_shot_pass": 0.25,
                                                                             "n": 64}}}
     assert rundir.arm_rate(rundir.Arm("a", "", (), record), "zero_shot") == wilson(16, 64)
+
+
+def test_an_unfinished_arm_says_how_far_it_got() -> None:
+    rows = ({"kind": "eval", "step": 0, "episodes": 0, "wall_s": 1.0}, {"kind": "step", "step": 4, "episodes": 128})
+    assert rundir.reached(rundir.Arm("a", "", rows, {})) == {"steps": 4, "episodes": 128, "wall_s": 1.0}
+    assert rundir.reached(rundir.Arm("a", "", (), {})) == {}
