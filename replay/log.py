@@ -116,6 +116,11 @@ class LogWriter:
                                fix="open a new stream") from error
         self._seq, self._prev = self._seq + 1, entry["sha"]
 
+    def names(self, path: str) -> bool:
+        """Whether the entry of a failed :meth:`commit` stands in its slot after all and names this file."""
+        slot = entry_path(self._folder, self._seq)
+        return slot.exists() and path.encode() in slot.read_bytes()
+
 
 def entry_path(folder: Path, seq: int) -> Path:
     """File of one entry."""

@@ -92,7 +92,7 @@ def _record(episode: Episode, branch: Branch, writer_id: str) -> Json:
         "branch_id": branch.branch_id, "parent_branch_id": branch.parent_branch_id, "fork_at": branch.fork_at,
         "fork_reason": branch.fork_reason,
         "status": _status(episode.stop_reason), "stop_reason": str(episode.stop_reason),
-        "trainable": bool(count[1]), "untrainable_reason": _untrainable(episode, branch),
+        "trainable": bool(count[1]), "untrainable_reason": _untrainable(episode, branch, count),
         "policy_version_min": low, "policy_version_max": high, "policy_version_start": _first_version(branch),
         "logprob_kind": kind, "kept_set": _kept_set(branch),
         "reward": episode.reward, "rewards_json": to_json(episode.grade.model_dump()) if episode.grade else None,
@@ -176,16 +176,16 @@ def _kept_set(branch: Branch) -> str:
     return next((state for state in ("missing", "present") if state in states), "not_needed")
 
 
-def _untrainable(episode: Episode, branch: Branch) -> str | None:
-    """Why a row has nothing to learn from; None when it has."""
-    if branch.n_trainable:
+def _untrainable(episode: Episode, branch: Branch, count: np.ndarray) -> str | None:
+    """Why a row has nothing to learn from, None when it has; ``count`` is tokens by kind."""
+    if count[1]:
         return None
     named = next((call.untrainable_reason for call in branch.calls if call.untrainable_reason), None)
     if named or episode.stop_reason in _UNSCORED:
         return named or "engine_error"
-    if not branch.n_sampled:
+    if not count[4] + count[5]:
         return "no_token_ids"
-    return _KIND_REASON.get(_weakest(branch), "no_logprobs") if (branch.token_kind == 5).any() else "masked_by_policy"
+    return _KIND_REASON.get(_weakest(branch), "no_logprobs") if count[5] else "masked_by_policy"
 
 
 def _first_version(branch: Branch) -> int:

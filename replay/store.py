@@ -82,7 +82,7 @@ class ReplayStore:
         with self._lock:
             for episode in episodes:
                 check_episode(episode)
-                self._check_policy(episode)
+            self._check_policies(episodes)
             self._check_writable()
             try:
                 self._seal(episodes)
@@ -98,7 +98,12 @@ class ReplayStore:
         path = f"data/{datetime.now(UTC):%Y%m%d}/{writer.writer_id}-{uuid7()}.parquet"
         self._check_keys(op)
         create_exclusive(self.root / path, memoryview(data))
-        self._commit({**op, "path": path})
+        try:
+            self._commit({**op, "path": path})
+        except StoreError:
+            if not writer.names(path):
+                (self.root / path).unlink(missing_ok=True)
+            raise
 
     def _commit(self, op: Json) -> None:
         """Commit one operation; after a failure the stream is given up, as its last entry is in doubt."""
@@ -129,11 +134,12 @@ class ReplayStore:
                 raise RowError(f"branch {row.key} is already stored with other content",
                                fix="never reuse an episode id; count attempts up for a second try")
 
-    def _check_policy(self, episode: Episode) -> None:
-        """Tokenizer and vocabulary agree with the recorded policies that sampled the episode."""
-        spans = {span.version for branch in episode.branches for call in branch.calls for span in call.versions}
-        for version in sorted(spans):
-            manifest = self.policy(version) or {}
+    def _check_policies(self, episodes: Sequence[Episode]) -> None:
+        """Tokenizer and vocabulary agree with the recorded policies that sampled each episode."""
+        sampled = [(_versions(episode), episode) for episode in episodes]
+        known = {version: self.policy(version) for version in set().union(*(versions for versions, _ in sampled))}
+        for version, episode in ((version, episode) for versions, episode in sampled for version in versions):
+            manifest = known[version] or {}
             theirs = manifest.get("tokenizer_sha256")
             if theirs and theirs != episode.tokenizer_sha256:
                 raise TokenizerMismatch(
@@ -253,3 +259,8 @@ class ReplayStore:
 
     def _policy_path(self, version: int) -> Path:
         return self.root / "policies" / f"{version:012d}.json"
+
+
+def _versions(episode: Episode) -> set[int]:
+    """All policy versions that sampled a token of the episode."""
+    return {span.version for branch in episode.branches for call in branch.calls for span in call.versions}

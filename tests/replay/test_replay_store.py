@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import resource
@@ -12,7 +13,7 @@ import pytest
 from replay_factories import TOKENIZER, make_branch, make_episode, same_branch, same_episode
 
 from agentsdpo.errors import CorruptionError, RowError, StoreError, TokenizerMismatch, TrainForbidden
-from agentsdpo.replay import Key, ReplayStore
+from agentsdpo.replay import Key, ReplayStore, files
 from agentsdpo.replay.canonical import canonical_json
 from agentsdpo.replay.log import make_entry
 from agentsdpo.replay.rows import to_rows
@@ -203,6 +204,29 @@ def test_no_space_is_said_plainly_and_leaves_nothing(store: ReplayStore) -> None
     assert sorted(p for p in store.root.rglob("*") if p.is_file()) == before
     store.append([make_episode(2)])
     assert len(ReplayStore.open(store.root)) == 2
+
+
+@pytest.mark.parametrize("visible", [False, True])
+def test_a_failed_commit_leaves_no_orphan_unless_it_shows(store: ReplayStore, monkeypatch: pytest.MonkeyPatch,
+                                                          visible: bool) -> None:
+    """The entry cannot be linked, or it was linked and only the last fsync failed."""
+    store.append([make_episode(1)])
+
+    def fail(*args: object) -> None:
+        if "/log/" in str(args[-1]):
+            raise OSError(errno.EIO, "broken")
+        if not visible:
+            link(*args)  # pyright: ignore[reportArgumentType]
+
+    link = os.link
+    monkeypatch.setattr(*((files, "sync_folder") if visible else (os, "link")), fail)
+    with pytest.raises(StoreError, match="nothing was acknowledged"):
+        store.append([make_episode(2)])
+    monkeypatch.undo()
+    assert len(segments(store)) == len(ReplayStore.open(store.root)) == 1 + visible
+    store.append([make_episode(3)])
+    view = ReplayStore.open(store.root).snapshot()
+    assert len(view.read(view.keys())) == 2 + visible
 
 
 # -------------------------------------------------------------------------------------------- log and overlays
