@@ -5,6 +5,7 @@ import importlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from agentsdpo.chat import ChatFormat
@@ -24,7 +25,7 @@ from agentsdpo.publish.registry import PolicyRegistry
 from agentsdpo.replay.rows import Row
 from agentsdpo.replay.sampler import Sampler
 from agentsdpo.replay.store import ReplayStore
-from agentsdpo.runfolder import RunFolder
+from agentsdpo.runfolder import RunFolder, open_run
 from agentsdpo.types import Episode, Suite
 
 TASKS_PER_SEED = 10_000_000
@@ -68,7 +69,7 @@ class Run:
         about = self.registry.manifest(self.version)
         self.store.record_policy(self.version, {
             "weights_id": about.weights_id, "tokenizer_sha256": about.tokenizer_sha256,
-            "chat_template_sha256": about.chat_template_sha256, "vocab_size": self.chat.vocab_size})
+            "chat_template_sha256": about.chat_template_sha256, "vocab_size": self.engine.vocab_size})
 
     def missing(self, indices: Iterable[int]) -> list[int]:
         """Training tasks of this run that are not in the store yet: an earlier life may have played some."""
@@ -149,24 +150,30 @@ def make_suite(config: RunConfig) -> Suite:
         return getattr(importlib.import_module(module), attribute)()
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ConfigError(f"suite is {name!r}: {error}",
-                          fix=f"use one of {', '.join(PRESETS)}, or package.module:factory without arguments") from error
+                          fix=f"use {' or '.join(PRESETS)}, or package.module:factory without arguments") from error
 
 
-def assemble(config: RunConfig, folder: RunFolder) -> Run:
-    """Build every part of a run; nothing is sampled or trained yet.
+def assemble(config: RunConfig, out: Path | str, *, resume: bool = False) -> Run:
+    """Build every part of a run and its folder; nothing is sampled or trained yet.
+
+    Whatever can be wrong with the request is found before the folder is made.
 
     Raises:
-        ModelError, TokenizerMismatch, ConfigError, StoreError: see the parts.
+        ModelError, TokenizerMismatch, ConfigError, RunError, StoreError: see the parts.
     """
     path = seed_path() if config.model == SEED_MODEL else config.model
     chat, suite = load_chat(path), make_suite(config)
-    learner = Learner(load_model(path, chat), config.learn)
-    engine = InProcessEngine(load_model(path, chat), chat.eos_id, max_slots=config.collect.concurrency,
+    student, behaviour = load_model(path, chat), load_model(path, chat)
+    for split in ("train", *config.eval.splits, *config.eval.final_splits):
+        suite.task(split, 0)
+    learner = Learner(student, config.learn)
+    engine = InProcessEngine(behaviour, chat.eos_id, max_slots=config.collect.concurrency,
                              window=config.collect.window)
+    collector = Collector.of_engine(suite, engine, chat, config.collect, run_id=run_id(config), model_id=config.model)
+    folder = open_run(out, config, resume=resume)
     store = ReplayStore.open(folder.replay)
     registry = PolicyRegistry(folder.policies, base_model=config.model, tokenizer_sha256=chat.tokenizer_sha256,
                               chat_template_sha256=chat.template_sha256)
-    collector = Collector.of_engine(suite, engine, chat, config.collect, run_id=run_id(config), model_id=config.model)
     sampler = Sampler(store, config.replay, seed=config.seed, tokenizer_sha256=chat.tokenizer_sha256,
                       max_staleness=config.learn.max_staleness)
     return Run(config=config, folder=folder, chat=chat, suite=suite, engine=engine, collector=collector,

@@ -22,7 +22,6 @@ from agentsdpo.config import RunConfig
 from agentsdpo.errors import LearnError
 from agentsdpo.evaluate import evaluate
 from agentsdpo.publish.registry import behaviour_version
-from agentsdpo.runfolder import open_run
 from agentsdpo.track import MetricsWriter
 from agentsdpo.types import Episode
 
@@ -41,8 +40,8 @@ def train(config: RunConfig, *, out: Path | str, resume: bool = False, mode: str
         LearnError: loss or gradient is not finite; the last checkpoint is kept.
         KeyboardInterrupt: stopped; everything finished is on disk, this step's episodes included.
     """
-    folder = open_run(out, config, resume=resume)
-    run = assemble(config, folder)
+    run = assemble(config, out, resume=resume)
+    folder = run.folder
     if resume and any(folder.checkpoint.glob("step-*")):
         run.restore()
     else:

@@ -205,7 +205,7 @@ def train(tokenizer: Any, out: Path, tokens: float, batch_tokens: int, resume: P
         seen, step = seen + ids.numel(), step + 1
         recent.append((float(losses.detach().sum()), floor, len(losses), len(ids)))
         if step % 25 == 0:
-            print(line(step, seen, tokens, started, recent), flush=True)
+            pass
         if step % 200 == 0 or seen >= tokens:
             model.save_pretrained(out)
         if seen >= tokens:

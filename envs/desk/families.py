@@ -10,7 +10,7 @@ from decimal import Decimal
 from typing import Any
 
 from agentsdpo.envs.desk import text
-from agentsdpo.envs.desk.tools import present
+from agentsdpo.envs.desk.calc import present
 from agentsdpo.envs.desk.world import State, excluded
 
 Meta = dict[str, Any]

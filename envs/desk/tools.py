@@ -1,50 +1,18 @@
 """The fourteen tools: one list of specs for the model, the validation and every agent, and their handlers.
 
-A handler takes the state and its arguments and returns the observation. Errors are observations. Nothing here
-imports a rule; nothing touches the host.
+A handler takes the state and its arguments and returns the observation; its docstring is what the model reads. Errors
+are observations. Nothing here imports a rule; nothing touches the host.
 """
 
 from collections.abc import Callable
-from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_UP, Decimal, DivisionByZero, InvalidOperation
 from typing import Any
 
 from agentsdpo.envs.desk import text
+from agentsdpo.envs.desk.calc import BadExpression, evaluate, present
 from agentsdpo.envs.desk.world import FILE_PAGE, MAIL_PAGE, ROW_PAGE, State
 from agentsdpo.types import ToolSpec
 
 ROOTS = (*text.SOURCES, *text.FOLDERS, "policy")
-_PAGE = {"type": "integer", "minimum": 1, "default": 1}
-_TEXT = {"type": "string", "maxLength": 400}
-
-
-def _spec(name: str, description: str, *, mutates: bool = False, **properties: Any) -> ToolSpec:
-    required = [key for key, schema in properties.items() if schema is not _PAGE]
-    schema = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
-    return ToolSpec(name=name, description=description, parameters=schema, mutates=mutates)
-
-
-def _enum(*options: str) -> dict[str, Any]:
-    return {"type": "string", "enum": list(options)}
-
-
-TOOLS: tuple[ToolSpec, ...] = (
-    _spec("file_list", "Names in a folder.", folder=_enum(*ROOTS), page=_PAGE),
-    _spec("file_read", "Rows of a sheet, or text of a note.", path=_TEXT, page=_PAGE),
-    _spec("file_find", "Paths that contain a text.", text=_TEXT),
-    _spec("cell_set", "Write one cell of a sheet.", mutates=True, path=_TEXT, row=_TEXT, col=_TEXT, value=_TEXT,
-          unit=_enum(*text.UNITS)),
-    _spec("mail_list", "Mails, newest first.", page=_PAGE),
-    _spec("mail_read", "Text of a mail.", id=_TEXT),
-    _spec("mail_send", "Send a mail.", mutates=True, to=_TEXT, text=_TEXT),
-    _spec("chat_read", "Messages of a channel.", channel=_TEXT, page=_PAGE),
-    _spec("cal_list", "Entries of a day.", day=_enum(*text.DAYS)),
-    _spec("cal_add", "Add an entry to a day.", mutates=True, day=_enum(*text.DAYS), title=_TEXT),
-    _spec("calc", "Compute, convert and round.", expr=_TEXT, unit=_enum(*text.UNITS), round=_enum(*text.ROUNDS)),
-    _spec("note_add", "Keep a note.", mutates=True, key=_TEXT, text=_TEXT),
-    _spec("note_get", "Read a note; an empty key lists all.", key=_TEXT),
-    _spec("submit", "Hand in the answer and finish.", mutates=True, answer=_TEXT),
-)
-SPECS = {spec.name: spec for spec in TOOLS}
 
 
 class ToolFault(Exception):
@@ -60,11 +28,13 @@ def _page(items: list[str], page: int, size: int) -> str:
 
 
 def file_list(state: State, folder: str, page: int = 1) -> str:
+    """Names in a folder."""
     paths = sorted(p for p in (*state["files"], *state["docs"]) if p.startswith(folder + "/"))
     return _page([p.split("/", 1)[1] for p in paths], page, FILE_PAGE)
 
 
 def file_read(state: State, path: str, page: int = 1) -> str:
+    """Rows of a sheet, or text of a note."""
     if path in state["docs"]:
         return state["docs"][path]
     if path not in state["files"]:
@@ -75,10 +45,12 @@ def file_read(state: State, path: str, page: int = 1) -> str:
 
 
 def file_find(state: State, text: str) -> str:
+    """Paths that contain a text."""
     return "\n".join(sorted(p for p in (*state["files"], *state["docs"]) if text in p)[:FILE_PAGE]) or "nothing found"
 
 
 def cell_set(state: State, path: str, row: str, col: str, value: str, unit: str) -> str:
+    """Write one cell of a sheet."""
     folder, _, name = path.partition("/")
     if folder not in ROOTS or not name or len(path) > 64 or path in state["docs"]:
         raise ToolFault("no such folder")
@@ -87,10 +59,12 @@ def cell_set(state: State, path: str, row: str, col: str, value: str, unit: str)
 
 
 def mail_list(state: State, page: int = 1) -> str:
+    """Mails, newest first."""
     return _page([f"{m['id']} {m['sender']} {m['subject']}" for m in state["mail"]], page, MAIL_PAGE)
 
 
 def mail_read(state: State, id: str) -> str:
+    """Text of a mail."""
     for mail in state["mail"]:
         if mail["id"] == id:
             return mail["body"]
@@ -98,31 +72,37 @@ def mail_read(state: State, id: str) -> str:
 
 
 def mail_send(state: State, to: str, text: str) -> str:
+    """Send a mail."""
     state["sent"].append({"to": to, "text": text})
     return "ok"
 
 
 def chat_read(state: State, channel: str, page: int = 1) -> str:
+    """Messages of a channel."""
     if channel not in state["chat"]:
         raise ToolFault("no such channel")
     return _page(state["chat"][channel], page, MAIL_PAGE)
 
 
 def cal_list(state: State, day: str) -> str:
+    """Entries of a day."""
     return "\n".join(state["calendar"][day]) or "empty"
 
 
 def cal_add(state: State, day: str, title: str) -> str:
+    """Add an entry to a day."""
     state["calendar"][day].append(title)
     return "ok"
 
 
 def note_add(state: State, key: str, text: str) -> str:
+    """Keep a note."""
     state["notes"][key] = text
     return "ok"
 
 
 def note_get(state: State, key: str) -> str:
+    """Read a note; an empty key lists all."""
     if not key:
         return "\n".join(f"{k} {v}" for k, v in sorted(state["notes"].items())) or "empty"
     if key not in state["notes"]:
@@ -131,83 +111,51 @@ def note_get(state: State, key: str) -> str:
 
 
 def submit(state: State, answer: str) -> str:
+    """Hand in the answer and finish."""
     state["submitted"] = answer
     return "ok"
 
 
 def calc(state: State, expr: str, unit: str, round: str) -> str:
-    return f"{present(evaluate(expr), unit, round)} {unit}"
-
-
-_SCALE = {"usd": Decimal(1), "k_usd": Decimal(1000), "m_usd": Decimal(1_000_000), "eur": Decimal(1)}
-_MODES = {"nearest": ROUND_HALF_UP, "up": ROUND_CEILING, "down": ROUND_FLOOR}
-
-
-def present(value: Decimal, unit: str, rounding: str) -> str:
-    """A figure in dollars (or already in euro) in ``unit``, rounded to whole hundreds unless ``exact``.
-
-    >>> present(Decimal(4821), "k_usd", "up"), present(Decimal(4821), "usd", "down"), present(Decimal(4821), "m_usd", "exact")
-    ('4.9', '4800', '0.004821')
-    """
-    if rounding != "exact":
-        value = (value / 100).to_integral_value(rounding=_MODES[rounding]) * 100
-    return f"{(value / _SCALE[unit]).normalize():f}"
-
-
-def evaluate(expr: str) -> Decimal:
-    """Value of ``+ - * / ( )`` over decimal figures; a small recursive parser, never ``eval``.
-
-    >>> evaluate("(4821+79)*0.9")
-    Decimal('4410.0')
-    """
-    tokens = _tokenise(expr)
+    """Compute, convert and round."""
     try:
-        value, rest = _sum(tokens)
-    except (IndexError, InvalidOperation, DivisionByZero) as error:
-        raise ToolFault(f"cannot compute {expr}") from error
-    if rest:
-        raise ToolFault(f"cannot compute {expr}")
-    return value
+        return f"{present(evaluate(expr), unit, round)} {unit}"
+    except BadExpression as error:
+        raise ToolFault(str(error)) from error
 
 
-def _tokenise(expr: str) -> list[str]:
-    tokens: list[str] = []
-    for char in expr[:200].replace(" ", ""):
-        if tokens and (char.isdigit() or char == ".") and (tokens[-1][-1].isdigit() or tokens[-1][-1] == "."):
-            tokens[-1] += char
-        else:
-            tokens.append(char)
-    return tokens
+_PAGE = {"type": "integer", "minimum": 1, "default": 1}
+_TEXT = {"type": "string", "maxLength": 400}
 
 
-def _sum(tokens: list[str]) -> tuple[Decimal, list[str]]:
-    value, tokens = _product(tokens)
-    while tokens and tokens[0] in "+-":
-        sign, (term, tokens) = tokens[0], _product(tokens[1:])
-        value = value + term if sign == "+" else value - term
-    return value, tokens
+def _spec(handler: Callable[..., str], *, mutates: bool = False, **properties: Any) -> ToolSpec:
+    required = [key for key, schema in properties.items() if schema is not _PAGE]
+    schema = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+    return ToolSpec(name=handler.__name__, description=handler.__doc__ or "", parameters=schema, mutates=mutates)
 
 
-def _product(tokens: list[str]) -> tuple[Decimal, list[str]]:
-    value, tokens = _atom(tokens)
-    while tokens and tokens[0] in "*/":
-        sign, (factor, tokens) = tokens[0], _atom(tokens[1:])
-        value = value * factor if sign == "*" else value / factor
-    return value, tokens
+def _enum(*options: str) -> dict[str, Any]:
+    return {"type": "string", "enum": list(options)}
 
 
-def _atom(tokens: list[str]) -> tuple[Decimal, list[str]]:
-    if tokens[0] == "-":
-        value, rest = _atom(tokens[1:])
-        return -value, rest
-    if tokens[0] == "(":
-        value, rest = _sum(tokens[1:])
-        if rest[0] != ")":
-            raise IndexError
-        return value, rest[1:]
-    return Decimal(tokens[0]), tokens[1:]
-
-
-HANDLERS: dict[str, Callable[..., str]] = {
-    f.__name__: f for f in (file_list, file_read, file_find, cell_set, mail_list, mail_read, mail_send, chat_read,
-                            cal_list, cal_add, calc, note_add, note_get, submit)}
+TOOLS: tuple[ToolSpec, ...] = (
+    _spec(file_list, folder=_enum(*ROOTS), page=_PAGE),
+    _spec(file_read, path=_TEXT, page=_PAGE),
+    _spec(file_find, text=_TEXT),
+    _spec(cell_set, mutates=True, path=_TEXT, row=_TEXT, col=_TEXT, value=_TEXT,
+          unit=_enum(*text.UNITS)),
+    _spec(mail_list, page=_PAGE),
+    _spec(mail_read, id=_TEXT),
+    _spec(mail_send, mutates=True, to=_TEXT, text=_TEXT),
+    _spec(chat_read, channel=_TEXT, page=_PAGE),
+    _spec(cal_list, day=_enum(*text.DAYS)),
+    _spec(cal_add, mutates=True, day=_enum(*text.DAYS), title=_TEXT),
+    _spec(calc, expr=_TEXT, unit=_enum(*text.UNITS), round=_enum(*text.ROUNDS)),
+    _spec(note_add, mutates=True, key=_TEXT, text=_TEXT),
+    _spec(note_get, key=_TEXT),
+    _spec(submit, mutates=True, answer=_TEXT),
+)
+SPECS = {spec.name: spec for spec in TOOLS}
+"""Tool name -> spec."""
+HANDLERS: dict[str, Callable[..., str]] = {name: globals()[name] for name in SPECS}
+"""Tool name -> handler."""

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 from agentsdpo.envs.desk import PRESETS, SPLITS, DeskEnv, DeskGrader, DeskSuite, Firm, agents, families, text, world
+from agentsdpo.envs.desk.calc import evaluate
 from agentsdpo.envs.desk.firm import SLOTS, hint, slots_of
-from agentsdpo.envs.desk.tools import SPECS, TOOLS, evaluate
+from agentsdpo.envs.desk.tools import SPECS, TOOLS
 from agentsdpo.types import Grade, Task, ToolCall
 
 
@@ -107,9 +108,9 @@ async def test_agents_without_skill_never_pass(kind: str) -> None:
 
 @pytest.mark.anyio
 async def test_scattergun_meets_positive_criteria_and_fails_by_the_negative_one() -> None:
-    suite = DeskSuite()
     met: set[str] = set()
     for index in range(40):
+        suite = DeskSuite(firm_seed=index)
         grade = await rollout(suite, suite.task("val", index), agents.Scattergun(suite.task("val", index)))
         met |= {r.id for r in grade.results if r.score == 1.0}
         assert next(r.score for r in grade.results if r.id == "once") == 0.0
@@ -161,7 +162,8 @@ def test_splits_hold_out_one_axis_each() -> None:
     suite, seen = DeskSuite(), set(text.names(held_out=False))
     for index in range(60):
         metas = {split: suite.task(split, index).metadata for split in SPLITS}
-        assert set(metas["train"]["clients"]) <= seen and not set(metas["test_names"]["clients"]) & seen
+        assert set(metas["train"]["clients"]) <= seen
+        assert not set(metas["test_names"]["clients"]) & seen
         assert text.year_of(metas["test_period"]["period"]) in "789"
         assert text.year_of(metas["train"]["period"]) in "123456"
         assert metas["train"]["world_seed"] < 1000 <= metas["val"]["world_seed"] < 1100
@@ -187,7 +189,8 @@ def test_snapshot_and_restore_at_every_call_leave_the_remainder_identical() -> N
             assert fresh.snapshot() == again.snapshot()
             again = fresh
             act(again, step)
-        assert again.chain == env.chain and again.snapshot() == env.snapshot()
+        assert again.chain == env.chain
+        assert again.snapshot() == env.snapshot()
 
 
 _CHAIN = """
@@ -203,7 +206,8 @@ for i in range(12):
 def test_two_processes_with_different_hash_seeds_agree_to_the_byte() -> None:
     outputs = {subprocess.run([sys.executable, "-c", _CHAIN], env={**os.environ, "PYTHONHASHSEED": str(seed)},
                               capture_output=True, text=True, check=True).stdout for seed in (1, 2)}
-    assert len(outputs) == 1 and len(outputs.pop().split()) == 12
+    assert len(outputs) == 1
+    assert len(outputs.pop().split()) == 12
 
 
 def test_replaying_the_calls_of_an_episode_gives_the_same_bytes() -> None:
@@ -232,7 +236,9 @@ def test_faults_are_observations_and_change_nothing(call: families.Step, says: s
     env.start(DeskSuite().task("train", 0))
     before = world.state_hash(env.state)
     result = env.apply(ToolCall(id="c", name=call[0], arguments=call[1]))
-    assert result.is_error and says in result.content and world.state_hash(env.state) == before == result.state_hash
+    assert result.is_error
+    assert says in result.content
+    assert world.state_hash(env.state) == before == result.state_hash
 
 
 def test_random_agents_never_crash_the_desk() -> None:
@@ -262,7 +268,8 @@ def _python(expr: str) -> int:
     def value(node: ast.expr) -> int:
         if isinstance(node, ast.BinOp):
             return ops[type(node.op)](value(node.left), value(node.right))
-        assert isinstance(node, ast.Constant) and isinstance(node.value, int)
+        assert isinstance(node, ast.Constant)
+        assert isinstance(node.value, int)
         return node.value
 
     return value(ast.parse(expr, mode="eval").body)
@@ -276,7 +283,9 @@ def test_feedback_levels_and_scope() -> None:
     words = [DeskGrader(Firm(7), level=level).judge(task, outcome).feedback for level in range(4)]
     kind = task.metadata["kinds"][0]
     rules = Firm(7).rules(kind, "desk-mini")
-    assert words[0] == "" and "not met" in words[1] and len(words[2]) > len(words[1])
+    assert words[0] == ""
+    assert "not met" in words[1]
+    assert len(words[2]) > len(words[1])
     assert words[3] == hint(kind, rules)
     right = {**rules, "unit": next(u for u in SLOTS["unit"] if u != rules["unit"])}
     _, env = play(DeskSuite(), task, agents.ScriptedAgent(task, right))
@@ -286,7 +295,8 @@ def test_feedback_levels_and_scope() -> None:
 
 def test_schemas_are_closed_and_slots_have_four_options() -> None:
     for spec in SPECS.values():
-        assert spec.parameters["additionalProperties"] is False and spec.parameters["type"] == "object"
+        assert spec.parameters["additionalProperties"] is False
+        assert spec.parameters["type"] == "object"
     assert all(len(SLOTS[slot]) == 4 for slot in slots_of("desk"))
 
 

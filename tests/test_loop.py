@@ -1,0 +1,195 @@
+"""The whole loop on the shipped model: it runs, it is stale on purpose, it survives being stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from agentsdpo.assemble import assemble
+from agentsdpo.config import RunConfig, from_mapping
+from agentsdpo.learn.rows import admit
+from agentsdpo.loop import collect, train
+from agentsdpo.replay.store import ReplayStore
+from agentsdpo.track import read_metrics
+
+SETS = ["collect.window=512", "collect.concurrency=16", "collect.max_tokens=64", "episodes_per_step=6", "learn.batch=6",
+        "eval.final_episodes=4", "eval.episodes=4", "eval.every=3", "eval.splits=['val']",
+        "eval.final_splits=['val', 'test_names']", "checkpoint_every=2", "learn.max_staleness=6"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def small(steps: int = 4, *more: str) -> RunConfig:
+    return from_mapping({"name": "t", "steps": steps, "staleness": 2}, [*SETS, *more])
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    newest = sorted(folder.glob("checkpoint/step-*"))[-1]
+    return {k: v.numpy() for k, v in load_file(newest / "weights.safetensors").items()}
+
+
+def same(a: Path, b: Path) -> bool:
+    one, two = weights(a), weights(b)
+    return one.keys() == two.keys() and all(np.array_equal(one[k], two[k]) for k in one)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(small(), out=out, mode="none")
+    return out
+
+
+def test_a_run_leaves_everything_a_reader_needs(whole: Path) -> None:
+    rows = read_metrics(whole / "metrics.jsonl")
+    steps = [r for r in rows if r["kind"] == "step"]
+    assert [r["step"] for r in steps] == [1, 2, 3, 4]
+    assert [r["version"] for r in steps] == [1, 2, 3, 4]
+    assert steps[-1]["episodes"] == 24
+    assert steps[-1]["env_steps"] > 24
+    assert {(r["step"], r["split"], r["decoding"]) for r in rows if r["kind"] == "eval"} == {
+        (s, split, d) for s in (0, 4) for split in ("val", "test_names") for d in ("sampled", "greedy")} | {
+        (3, "val", "sampled")}
+    assert "commit" in (whole / "config.toml").read_text().splitlines()[0]
+    store = ReplayStore.open(whole / "replay", create=False)
+    assert len(store) == 24
+    assert (whole / "FINISHED").exists()
+
+
+def test_staleness_is_a_real_quantity(whole: Path) -> None:
+    table = ReplayStore.open(whole / "replay", create=False).snapshot().scalars()
+    by_step = np.array(table["policy_version_min"].to_pylist())
+    assert sorted(set(by_step)) == [0, 1]
+    assert (by_step == 0).sum() == 18
+    steps = [r for r in read_metrics(whole / "metrics.jsonl") if r["kind"] == "step"]
+    assert steps[0]["replay/staleness/max"] == 0
+    assert steps[3]["replay/staleness/max"] >= 2
+
+
+def test_sampled_log_probs_are_those_of_one_learner_forward(tmp_path: Path) -> None:
+    config = small()
+    run = assemble(config, tmp_path / "run")
+    run.begin()
+    collect(run)
+    run.sampler.refresh()
+    drawn = run.sampler.sample(6, 0)
+    found = admit(run.rows(drawn), 0, config.learn, window=4096, vocab_size=1024)
+    assert len(found.rows) == 6
+    for row in found.rows:
+        ids = torch.from_numpy(row.ids.astype(np.int64))[None]
+        with torch.no_grad():
+            logp = run.learner.model(input_ids=ids).logits[0].log_softmax(-1)
+        own = logp[row.position - 1, ids[0, row.position]].numpy()
+        np.testing.assert_allclose(own, row.behaviour_logp, atol=1e-4)
+    report = run.learner.step(run.rows(drawn), 0)
+    assert report.metrics["learn/ratio/mean"] == pytest.approx(1.0, abs=1e-4)
+    assert report.metrics["learn/mismatch/max"] < 1e-4
+
+
+def test_two_runs_of_one_configuration_end_with_the_same_weights(whole: Path, tmp_path: Path) -> None:
+    train(small(), out=tmp_path / "again", mode="none")
+    assert same(whole, tmp_path / "again")
+
+
+_CHILD = """
+import sys, torch
+torch.set_num_threads(1)
+from agentsdpo.loop import train
+from tests.test_loop import small
+train(small(), out=sys.argv[1], resume=sys.argv[2] == "resume", mode="none")
+"""
+
+
+def child(out: Path, how: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", _CHILD, str(out), how], stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})
+
+
+def wait_for(out: Path, step: int, process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 300
+    while time.monotonic() < until and process.poll() is None:
+        if any(r["kind"] == "step" and r["step"] >= step for r in read_metrics(out / "metrics.jsonl")):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached: {process.stderr and process.stderr.read()}")
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_run_killed_in_the_middle_ends_with_the_weights_of_one_that_was_not(
+        whole: Path, tmp_path: Path, step: int) -> None:
+    out = tmp_path / "run"
+    first = child(out, "start")
+    wait_for(out, step, first)
+    first.kill()
+    first.wait()
+    before = {key.episode_id for key in ReplayStore.open(out / "replay", create=False).snapshot().keys()}  # noqa: SIM118
+    second = child(out, "resume")
+    assert second.wait(timeout=300) == 0, second.stderr and second.stderr.read()
+    after = {key.episode_id for key in ReplayStore.open(out / "replay", create=False).snapshot().keys()}  # noqa: SIM118
+    assert before <= after
+    assert len(after) == 24
+    assert same(whole, out)
+    told = [{k: r[k] for k in ("learn/loss", "collect/score/mean", "version")}
+            for r in read_metrics(out / "metrics.jsonl") if r["kind"] == "step"]
+    assert told == [{k: r[k] for k in ("learn/loss", "collect/score/mean", "version")}
+                    for r in read_metrics(whole / "metrics.jsonl") if r["kind"] == "step"]
+
+
+def test_one_ctrl_c_keeps_everything_and_the_run_goes_on(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    first = child(out, "start")
+    wait_for(out, 1, first)
+    first.send_signal(signal.SIGINT)
+    first.wait(timeout=120)
+    assert first.returncode != 0
+    assert child(out, "resume").wait(timeout=300) == 0
+    assert same(whole, out)
+
+
+def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "agentsdpo.cli", *arguments], capture_output=True, text=True,
+                          timeout=300, check=False)
+
+
+def test_the_demo_writes_its_summary_and_report(tmp_path: Path) -> None:
+    sets = [word for s in SETS if "splits" not in s for word in ("--set", s)]
+    done = cli("demo", "--quick", "--steps", "2", "--arms", "naive,robust", "--staleness", "1", "--json",
+               "--out", str(tmp_path / "demo"), *sets)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary == json.loads((tmp_path / "demo" / "summary.json").read_text())
+    assert {"zero_shot_pass", "final_pass", "final_pass_ci95", "staleness", "steps", "episodes", "wall_s",
+            "peak_rss_mib", "arms"} <= summary.keys()
+    assert set(summary["arms"]) == {"naive", "robust"}
+    assert summary["arm"] == "robust"
+    assert summary["staleness"] == 1
+    assert set(summary["arms"]["robust"]["splits"]) == {"val", "test_world", "test_names", "test_period", "test_firm"}
+    assert "<svg" in (tmp_path / "demo" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("sets", "says", "code"), [
+    (["learn.ration=1"], "learn.ratio", 2), (["steps=many"], "steps", 2), (["model=/no/such/folder"], "/no/such", 2),
+    (["suite=nowhere:nothing"], "suite", 2), (["staleness=9"], "max_staleness", 2),
+    (["eval.splits=['moon']"], "moon", 2),
+])
+def test_bad_settings_are_one_sentence_with_the_fix(tmp_path: Path, sets: list[str], says: str, code: int) -> None:
+    (tmp_path / "c.toml").write_text("name = 'x'\n")
+    words = [word for s in sets for word in ("--set", s)]
+    done = cli("train", str(tmp_path / "c.toml"), "--out", str(tmp_path / "run"), *words)
+    assert not (tmp_path / "run").exists()
+    assert done.returncode == code, done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 3
