@@ -111,7 +111,8 @@ def diagnostic(rows: Sequence[Json], panel: Panel) -> Figure | None:
         _fan(axes, table, columns)
     for i, (value, label) in enumerate(panel.references(columns)):
         reference(axes, value, label, ((0, (6, 3)), (0, (1, 2)))[i])
-    if panel.log:
+    low, high = axes.get_ylim()
+    if panel.log and low > 0 and high > 3 * low:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

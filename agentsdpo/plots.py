@@ -126,8 +126,12 @@ def _evaluated(
     if not points:
         return
     label = f"{decoding}, IQM" if len(seeds) > 1 else decoding
-    _line(axes, points, scale, color=ROLES["student"], linestyle=style, linewidth=2.4, marker="o",
-          markersize=4 if decoding == "sampled" else 0, label=label)
+    # Two ends are no curve: a decoding measured only before and after training gets markers without a line.
+    ends_only = decoding == "greedy" and len(points) <= 2
+    marker: dict[str, Any] = {"marker": "D", "markerfacecolor": "none", "markersize": 7, "markeredgewidth": 1.6}
+    plain: dict[str, Any] = {"marker": "o", "markersize": 4 if decoding == "sampled" else 0}
+    _line(axes, points, scale, color=ROLES["student"], linestyle="none" if ends_only else style, linewidth=2.4,
+          label=label, **(marker if ends_only else plain))
     low, high = (np.array([100 * getattr(rate, end) for _, rate in points]) for end in ("low", "high"))
     if decoding == "sampled" and np.isfinite(low).any():
         axes.fill_between([at / scale for at, _ in points], low, high, color=ROLES["student"], alpha=0.16,

@@ -150,7 +150,8 @@ def _arm_row(arm: Arm, costs: Sequence[tuple[str, str, Callable[[Any], str]]]) -
     of_split = (record.get("splits") or {}).get(split) or {}
     before, after = arm_rate(arm, "zero_shot"), arm_rate(arm, "final")
     return {
-        "name": arm.name, "split": split, "before": before, "after": after, "gain": _gain(before, after),
+        "name": arm.name, "split": split, "n": record.get("n"),
+        "before": before, "after": after, "gain": _gain(before, after),
         "greedy": record.get("final_greedy_pass", of_split.get("final_greedy_pass")),
         "staleness": record.get("staleness"),
         "costs": [formatted(record.get(key)) for key, _, formatted in costs],
@@ -160,7 +161,8 @@ def _arm_row(arm: Arm, costs: Sequence[tuple[str, str, Callable[[Any], str]]]) -
 def _split_row(name: str, record: Json) -> Json:
     before, after = rate(record, "zero_shot"), rate(record, "final")
     return {"name": name, "words": SPLIT_WORDS.get(name, ""), "n": record.get("n"), "before": before, "after": after,
-            "greedy": record.get("final_greedy_pass"), "gain": _gain(before, after)}
+            "gain": _gain(before, after), "greedy_before": record.get("zero_shot_greedy_pass"),
+            "greedy": record.get("final_greedy_pass")}
 
 
 def _gain(before: Any, after: Any) -> str:

@@ -160,17 +160,22 @@ def evals(rows: Iterable[Json], split: str | None = None, decoding: str | None =
 
 
 def headline_split(rows: Sequence[Json]) -> str | None:
-    """The split whose curve is shown: evaluated at least twice, held-out before seen, else the first seen.
+    """The split whose curve is shown: held-out before seen, among those evaluated at least half as often as any.
 
-    >>> headline_split([{"kind": "eval", "split": s, "step": i} for i in (0, 1) for s in ("val", "test_names")])
+    A split that is only measured before and after training is no curve.
+
+    >>> rows = [{"kind": "eval", "split": "val", "step": step} for step in range(6)]
+    >>> headline_split(rows + [{"kind": "eval", "split": "test_names", "step": step} for step in (0, 5)])
+    'val'
+    >>> headline_split(rows + [{"kind": "eval", "split": "test_names", "step": step} for step in (0, 2, 5)])
     'test_names'
     """
     counts: dict[str, set[object]] = {}
     for row in evals(rows):
         counts.setdefault(str(row.get("split")), set()).add(row.get("step"))
+    most = max(map(len, counts.values()), default=0)
     known = [s for s in HELD_OUT_FIRST if s in counts] + [s for s in counts if s not in HELD_OUT_FIRST]
-    several = [s for s in known if len(counts[s]) > 1]
-    return next(iter(several or known), None)
+    return next((split for split in known if 2 * len(counts[split]) >= most), None)
 
 
 def eval_interval(row: Json) -> Interval | None:

@@ -168,3 +168,18 @@ def test_names_are_text_in_figures(name: str, arm_summary: Summary) -> None:
     text = plots.svg(plots.arms_comparison({name: record, "other": record}), "arms")
     assert "<script" not in text
     assert name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") in text
+
+
+def test_two_ends_of_greedy_decoding_are_markers_not_a_line(arm_rows: Rows) -> None:
+    rows = [row for row in arm_rows(0, steps=60) if row.get("decoding") != "greedy" or row["step"] in (0, 60)]
+    greedy = lines(plots.learning_curve(rows, split="val", baseline=0.0))["greedy"]
+    assert greedy.get_linestyle() == "None"
+    assert len(xs(greedy)) == 2
+
+
+@pytest.mark.parametrize(("top", "scale"), [(1.02, "linear"), (20.0, "log")])
+def test_the_ratio_axis_is_logarithmic_only_when_it_spreads(top: float, scale: str) -> None:
+    rows = [{"kind": "step", "step": i, "learn/ratio/max": value} for i, value in enumerate([1.0, top])]
+    figure = panels.diagnostic(rows, next(p for p in panels.PANELS if p.name == "ratio"))
+    assert figure is not None
+    assert axes_of(figure).get_yscale() == scale
