@@ -77,8 +77,9 @@ class Run:
         return [index for index in indices if self._id(index) not in have]
 
     def keep(self, episodes: list[Episode]) -> None:
-        """Give fresh episodes their hints and store those that were scored."""
-        hinted = [e.model_copy(update={"hint": self.hinter.hint(e)}) for e in episodes]
+        """Give fresh episodes their hints and store those that began."""
+        played = [e for e in episodes if e.branches]  # none: the engine broke before the first token
+        hinted = [e.model_copy(update={"hint": self.hinter.hint(e)}) for e in played]
         self.store.append(hinted)
 
     def stored(self, indices: Iterable[int]) -> list[Episode]:

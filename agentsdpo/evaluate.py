@@ -45,7 +45,7 @@ def summarise(rows: list[Json], steps: int) -> Json:
 
     Keys: ``zero_shot_pass``, ``final_pass``, their ``_ci95`` (Wilson), the greedy counterparts, and ``splits``.
     """
-    ends = [r for r in rows if r["kind"] == "eval" and r["step"] in (0, steps)]
+    ends = [r for r in rows if r["kind"] == "eval" and r["step"] in (0, steps) and "pass" in r]
     splits = {r["split"]: _split([e for e in ends if e["split"] == r["split"]], steps) for r in ends}
     pooled = _split(_pool([r for r in ends if r["split"] in HELD_OUT] or ends), steps)
     return {**pooled, "splits": splits}
