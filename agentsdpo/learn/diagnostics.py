@@ -49,10 +49,14 @@ def gap_metrics(stats: TokenStats) -> Metrics:
 
 
 def shape_metrics(stats: TokenStats, config: LearnConfig) -> Metrics:
-    """Entropies (nats), share of positions with the same first choice, and mass off the support per side."""
+    """Entropies and divergence (nats), share of equal first choices, and mass off the support per side."""
     metrics = {"learn/entropy/student": float(stats.entropy_student.mean()),
                "learn/entropy/teacher": float(stats.entropy_teacher.mean()),
                "learn/top1_agree": _share(stats.top1_agree)}
+    if config.form == "divergence":
+        d = stats.divergence
+        metrics |= {"learn/divergence/mean": float(d.mean()), "learn/divergence/p95": quantile(d, 0.95),
+                    "learn/divergence/max": float(d.max())}
     if config.form == "divergence" and config.support != "full":
         metrics["learn/tail_mass/student"] = float(stats.tail_student.mean())
         metrics["learn/tail_mass/teacher"] = float(stats.tail_teacher.mean())

@@ -87,7 +87,7 @@ class Learner:
         self._after(stats)
         metrics = step_metrics(stats, torch.cat([b.staleness for b in batches]), self.config, bound)
         metrics |= staleness_metrics(found.staleness, found.evicted)
-        metrics |= {"learn/loss": loss, "learn/grad_norm": norm}
+        metrics |= {"learn/loss": loss, "learn/grad_norm": norm, "learn/microbatches": float(len(batches))}
         metrics |= {f"replay/refused/{reason}": float(count) for reason, count in found.refused.items()}
         return StepReport(step=self.step_count, version=version, metrics=metrics, n_trained=len(found.rows),
                           n_tokens=len(stats.gap), refused=dict(found.refused), evicted=found.evicted)

@@ -14,6 +14,7 @@ from agentsdpo.learn.learner import Learner
 from agentsdpo.learn.model import scores
 from agentsdpo.learn.presets import resolve
 from agentsdpo.learn.rows import TrainRow
+from agentsdpo.metrics import check_keys
 
 FAST = {"teacher": "frozen", "lr": 3e-4}
 
@@ -194,7 +195,9 @@ def test_preset_metrics_are_those_that_apply(tiny_model: Any, make_row: Callable
     rows = batch_of(make_row, record, tiny_model, 2)
     keys = {preset: set(Learner(tiny_model, resolve(preset, FAST)).step(rows, 0).metrics)
             for preset in ("robust", "sdpopp", "naive")}
+    check_keys(set().union(*keys.values()), "step")
     clip = {f"learn/adv_clip/{stat}" for stat in ("frac", "bound", "mass")}
     mask = {"learn/masked_frac/pos", "learn/masked_frac/neg"}
     assert keys["sdpopp"] - keys["naive"] == clip | mask
-    assert keys["robust"] - keys["naive"] == {"learn/tail_mass/student", "learn/tail_mass/teacher"}
+    spread = {f"learn/divergence/{stat}" for stat in ("mean", "p95", "max")}
+    assert keys["robust"] - keys["naive"] == {"learn/tail_mass/student", "learn/tail_mass/teacher"} | spread
