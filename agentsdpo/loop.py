@@ -19,7 +19,7 @@ from agentsdpo import console
 from agentsdpo.assemble import TASKS_PER_SEED, Run, assemble
 from agentsdpo.collect.metrics import collect_metrics
 from agentsdpo.config import RunConfig
-from agentsdpo.errors import LearnError
+from agentsdpo.errors import EngineError, LearnError
 from agentsdpo.evaluate import evaluate
 from agentsdpo.publish.registry import behaviour_version
 from agentsdpo.track import MetricsWriter
@@ -38,6 +38,7 @@ def train(config: RunConfig, *, out: Path | str, resume: bool = False, mode: str
     Raises:
         RunError: ``out`` holds another run.
         LearnError: loss or gradient is not finite; the last checkpoint is kept.
+        EngineError: no episode of a step could be scored.
         KeyboardInterrupt: stopped; everything finished is on disk, this step's episodes included.
     """
     run = assemble(config, out, resume=resume)
@@ -79,6 +80,10 @@ def collect(run: Run) -> list[Episode]:
         run.keep(run.collector.finished)
         raise
     run.keep(episodes)
+    if episodes and all(e.grade is None for e in episodes):
+        raise EngineError(f"none of {len(episodes)} episodes of step {run.step + 1} could be scored: "
+                          f"{episodes[0].metadata.get('error', 'no reason was recorded')}",
+                          fix="mend the engine or the environment, then go on with --resume")
     return episodes if len(missing) == len(wanted) else run.stored(wanted)
 
 
