@@ -1,6 +1,6 @@
 """Build the seed model from nothing: tokenizer, then weights, on CPU, with fixed seeds.
 
-    python -m agentsdpo.envs.desk.build_seed --out DIR [--tokens 24e6] [--threads 2] [--tokenizer-only]
+    python -m agentsdpo.envs.desk.build_seed --out DIR [--threads 2] [--tokenizer-only]
 
 Writes ``model.safetensors``, ``config.json``, tokenizer and chat template, and a model card with the corpus hash and
 the loss against its computable floor: an un-hinted episode must guess, so no model can get below
@@ -14,7 +14,8 @@ import math
 import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,22 @@ def seed_config() -> Qwen3Config:
                        attention_dropout=0.0, dtype="float32")
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Optimiser steps with one shape of learning rate: warm up and hold, or fall to zero."""
+
+    steps: int
+    decay: bool
+
+    def factor(self, step: int, seen: int) -> float:
+        """Learning-rate factor in [0, 1] after ``step`` steps and ``seen`` tokens."""
+        return 1.0 - step / self.steps if self.decay else min(1.0, seen / WARM_UP_TOKENS)
+
+
+LEARNING_RATE, WARM_UP_TOKENS = 2e-3, 320_000
+STAGES = (Stage(2000, decay=False), Stage(1300, decay=True))
+
+
 class Batches:
     """Batches of about ``tokens`` tokens, of near equal length, from a seeded stream; hashes what it read."""
 
@@ -175,54 +192,60 @@ def optimisers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW for embedding and norms."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     rest = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    return [Muon(matrices, lr=2e-3),
-            torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)]
+    return [Muon(matrices, lr=LEARNING_RATE),
+            torch.optim.AdamW(rest, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
-def schedule(done: float) -> float:
-    """Learning-rate factor: warm-up over 2 %, constant, then linear to zero over the last 40 %."""
-    return min(1.0, done / 0.02) if done < 0.6 else max(0.0, (1.0 - done) / 0.4)
+def train(tokenizer: Any, out: Path, batch_tokens: int, stages: Sequence[Stage] = STAGES,
+          first: int = 0) -> dict[str, Any]:
+    """Train stage by stage and save; returns the figures of the model card.
 
-
-def train(tokenizer: Any, out: Path, tokens: float, batch_tokens: int, resume: Path | None = None) -> dict[str, Any]:
-    """Train for ``tokens`` tokens and save; returns the figures of the model card."""
+    Args:
+        tokenizer: of :func:`build_tokenizer`.
+        out: folder for the weights, written at the end of each stage and every 200 steps.
+        batch_tokens: tokens of one optimiser step, padding included.
+        stages: what to do.
+        first: stages already done; the weights are then taken from ``out``.
+    """
     torch.manual_seed(SEED)
-    model = Qwen3ForCausalLM(seed_config()) if resume is None else Qwen3ForCausalLM.from_pretrained(resume)
-    opts, batches = optimisers(model), Batches(tokenizer, SEED + (resume is not None), batch_tokens)
-    bases = [[g["lr"] for g in o.param_groups] for o in opts]
-    seen, step, started, recent = 0, 0, time.time(), []
-    for ids, mask, floor in batches:
-        factor = schedule(seen / tokens)
-        for opt, lrs in zip(opts, bases, strict=True):
-            for group, lr in zip(opt.param_groups, lrs, strict=True):
-                group["lr"] = lr * factor
+    model = Qwen3ForCausalLM.from_pretrained(out) if first else Qwen3ForCausalLM(seed_config())
+    figures: dict[str, Any] = {}
+    for number, stage in enumerate(stages[first:], first):
+        figures = _stage(model, stage, Batches(tokenizer, SEED + number, batch_tokens), out)
+    return figures
+
+
+def _stage(model: Qwen3ForCausalLM, stage: Stage, batches: Batches, out: Path) -> dict[str, Any]:
+    """One stage with fresh optimisers."""
+    opts, seen, started, recent = optimisers(model), 0, time.time(), []
+    for step, (ids, mask, floor) in enumerate(islice(batches, stage.steps), 1):
+        for opt in opts:
+            for group in opt.param_groups:
+                group["lr"] = LEARNING_RATE * stage.factor(step - 1, seen)
         losses = nll(model, ids, mask)
         losses.mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt in opts:
             opt.step()
             opt.zero_grad(set_to_none=True)
-        seen, step = seen + ids.numel(), step + 1
-        recent.append((float(losses.detach().sum()), floor, len(losses), len(ids)))
+        seen += ids.numel()
+        recent = [*recent[-49:], (float(losses.detach().sum()), floor, len(losses), len(ids))]
         if step % 25 == 0:
-            pass
-        if step % 200 == 0 or seen >= tokens:
+            print(line(step, stage.steps, seen, started, recent[-25:]), flush=True)  # noqa: T201 - a script's talk
+        if step % 200 == 0 or step == stage.steps:
             model.save_pretrained(out)
-        if seen >= tokens:
-            break
-        recent = recent[-50:]
     total, low, count, episodes = (sum(r[i] for r in recent) for i in range(4))
-    return {"tokens": seen, "steps": step, "loss": total / count, "floor": low / count,
+    return {"tokens": seen, "steps": stage.steps, "loss": total / count, "floor": low / count,
             "excess_nats_per_episode": (total - low) / episodes, "corpus_sha256": batches.hash.hexdigest(),
             "wall_s": time.time() - started}
 
 
-def line(step: int, seen: int, tokens: float, started: float, recent: list[tuple[float, float, int, int]]) -> str:
-    """One line of progress."""
-    total, low, count, episodes = (sum(r[i] for r in recent[-25:]) for i in range(4))
+def line(step: int, steps: int, seen: int, started: float, recent: list[tuple[float, float, int, int]]) -> str:
+    """One line of progress; ``recent`` holds (loss, floor, tokens, episodes) sums of the last batches."""
+    total, low, count, episodes = (sum(r[i] for r in recent) for i in range(4))
     took = time.time() - started
-    return (f"step {step} of ~{step * tokens / seen:.0f}  {seen / 1e6:.2f} M tokens  {seen / took:.0f} tok/s  "
-            f"left {took * (tokens / seen - 1) / 60:.0f} min  loss {total / count:.4f} floor {low / count:.4f}  "
+    return (f"step {step} of {steps}  {seen / 1e6:.2f} M tokens  {seen / took:.0f} tok/s  "
+            f"left {took * (steps / step - 1) / 60:.0f} min  loss {total / count:.4f} floor {low / count:.4f}  "
             f"excess {(total - low) / episodes:.3f} nats/episode")
 
 
@@ -230,16 +253,15 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=float, default=24e6)
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokenizer-only", action="store_true")
-    parser.add_argument("--resume", type=Path, default=None, help="continue from the weights in this folder")
+    parser.add_argument("--first-stage", type=int, default=0, help="go on in --out from this stage (1: the decay)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     tokenizer = build_tokenizer(args.out)
     if not args.tokenizer_only:
-        figures = train(tokenizer, args.out, args.tokens, args.batch_tokens, args.resume)
+        figures = train(tokenizer, args.out, args.batch_tokens, first=args.first_stage)
         (args.out / "training.json").write_text(json.dumps(figures, indent=2) + "\n")
 
 
