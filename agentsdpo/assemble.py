@@ -143,7 +143,7 @@ def make_suite(config: RunConfig) -> Suite:
     name = config.suite
     if name in PRESETS:
         world = config.desk
-        return DeskSuite(name, firm_seed=world.firm_seed, families=world.families, n=world.n,
+        return DeskSuite(name, firm_seed=world.firm_seed, families=world.families, n=world.n, rows=world.rows,
                          distractors=world.distractors, fault_rate=world.fault_rate,
                          feedback_level=config.hint.level, hint_scope=config.hint.scope)
     module, _, attribute = name.partition(":")

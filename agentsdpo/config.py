@@ -52,6 +52,8 @@ class DeskConfig(Settings):
         default=("lookup",), min_length=1, description="task families, drawn from evenly")
     n: tuple[Literal[1, 2, 4, 8, 16, 32, 48], ...] = Field(
         default=(1,), min_length=1, description="horizon knob, figures to file, drawn from evenly")
+    rows: int | None = Field(default=None, ge=0, le=8, description=(
+        "rows of a sheet that are not asked for; none: the suite's own, 0 in desk-mini and 3 in desk"))
     distractors: int = Field(default=2, ge=0, le=100, description="mails that ask for nothing; 0 or more")
     fault_rate: float = Field(default=0.0, ge=0.0, le=0.5, description="share of reads that fail once, 0 to 0.5")
 

@@ -106,6 +106,7 @@ class Stage:
 
     steps: int
     decay: bool
+    mix: corpus.Mix
 
     def factor(self, step: int, seen: int) -> float:
         """Learning-rate factor in [0, 1] after ``step`` steps and ``seen`` tokens."""
@@ -113,14 +114,14 @@ class Stage:
 
 
 LEARNING_RATE, WARM_UP_TOKENS = 2e-3, 320_000
-STAGES = (Stage(2000, decay=False), Stage(1300, decay=True))
+STAGES = (Stage(2000, decay=False, mix=corpus.MIXES[0]), Stage(1300, decay=True, mix=corpus.MIXES[1]))
 
 
 class Batches:
     """Batches of about ``tokens`` tokens, of near equal length, from a seeded stream; hashes what it read."""
 
-    def __init__(self, tokenizer: Any, seed: int, tokens: int) -> None:
-        self.stream = corpus.traces(corpus.Frame(ChatFormat(tokenizer)), seed)
+    def __init__(self, tokenizer: Any, seed: int, tokens: int, mix: corpus.Mix) -> None:
+        self.stream = corpus.traces(corpus.Frame(ChatFormat(tokenizer)), seed, mix)
         self.tokenizer, self.tokens, self.rng = tokenizer, tokens, random.Random(seed)
         self.hash = hashlib.sha256()
 
@@ -211,7 +212,7 @@ def train(tokenizer: Any, out: Path, batch_tokens: int, stages: Sequence[Stage] 
     model = Qwen3ForCausalLM.from_pretrained(out) if first else Qwen3ForCausalLM(seed_config())
     figures: dict[str, Any] = {}
     for number, stage in enumerate(stages[first:], first):
-        figures = _stage(model, stage, Batches(tokenizer, SEED + number, batch_tokens), out)
+        figures = _stage(model, stage, Batches(tokenizer, SEED + number, batch_tokens, stage.mix), out)
     return figures
 
 

@@ -19,12 +19,20 @@ from agentsdpo.envs.desk.suite import DeskSuite
 from agentsdpo.envs.desk.tools import TOOLS
 from agentsdpo.types import Task, ToolCall
 
-MIX: tuple[tuple[float, str, str, tuple[int, ...]], ...] = (
-    (0.60, "desk-mini", "lookup", (1,)), (0.12, "desk-mini", "lookup", (2, 3, 4)), (0.14, "desk", "lookup", (1, 2)),
-    (0.05, "desk-mini", "correct", (1, 2)), (0.03, "desk-mini", "reconcile", (1,)),
-    (0.03, "desk-mini", "rollup", (2, 3)), (0.03, "desk-mini", "close", (1,)),
+Mix = tuple[tuple[float, str, str, tuple[int, ...], int], ...]
+"""Share of episodes, preset, family, n, distractor rows of a sheet."""
+
+MIXES: tuple[Mix, ...] = (
+    ((0.60, "desk-mini", "lookup", (1,), 1), (0.12, "desk-mini", "lookup", (2, 3, 4), 1),
+     (0.14, "desk", "lookup", (1, 2), 3), (0.05, "desk-mini", "correct", (1, 2), 1),
+     (0.03, "desk-mini", "reconcile", (1,), 1), (0.03, "desk-mini", "rollup", (2, 3), 1),
+     (0.03, "desk-mini", "close", (1,), 1)),
+    ((0.44, "desk-mini", "lookup", (1,), 0), (0.10, "desk-mini", "lookup", (1,), 1),
+     (0.20, "desk-mini", "lookup", (2, 3, 4), 0), (0.12, "desk", "lookup", (1, 2), 3),
+     (0.05, "desk-mini", "correct", (1, 2), 0), (0.03, "desk-mini", "reconcile", (1,), 0),
+     (0.03, "desk-mini", "rollup", (2, 3), 0), (0.03, "desk-mini", "close", (1,), 0)),
 )
-"""Share of episodes, preset, family, n."""
+"""One mix a stage of training."""
 
 HINTED, PARTIAL = 0.6, 1 / 3
 """Share of episodes with a hint; share of those that state only some slots."""
@@ -79,12 +87,12 @@ def trace(frame: Frame, task: Task, rng: random.Random, *, stated: list[str] | N
     return Trace(out, tuple(spans), len(rules) - len(rules if stated is None else stated), bool(words))
 
 
-def traces(frame: Frame, seed: int) -> Iterator[Trace]:
-    """An endless, seeded stream of the mix."""
+def traces(frame: Frame, seed: int, mix: Mix = MIXES[0]) -> Iterator[Trace]:
+    """An endless, seeded stream of a mix."""
     rng, index = random.Random(seed), 0
-    suites = [DeskSuite(preset, families=(family,), n=n) for _, preset, family, n in MIX]
+    suites = [DeskSuite(preset, families=(family,), n=n, rows=rows) for _, preset, family, n, rows in mix]
     while True:
-        suite = rng.choices(suites, [share for share, *_ in MIX])[0]
+        suite = rng.choices(suites, [share for share, *_ in mix])[0]
         task = any_year(suite.task("train", seed * 10_000_000 + index), rng)
         slots = list(guess(suite.preset, rng))
         stated = None if rng.random() > PARTIAL else rng.sample(slots, rng.randint(1, len(slots) - 1))

@@ -23,6 +23,7 @@ class DeskSuite:
         firm_seed: fixes the house rules and nothing visible.
         families: drawn from evenly.
         n: horizon knob, drawn from evenly; figures to file, at most 4 in training.
+        rows: rows of a sheet that are not asked for; none in ``desk-mini``, 3 in ``desk``.
         distractors: mails that ask for nothing.
         fault_rate: share of reads that fail once, 0 to 0.5.
         feedback_level: 0 to 3, see :class:`DeskGrader`.
@@ -34,12 +35,13 @@ class DeskSuite:
     """
 
     def __init__(self, preset: str = "desk-mini", *, firm_seed: int = 7, families: tuple[str, ...] = ("lookup",),
-                 n: tuple[int, ...] = (1,), distractors: int = 2, fault_rate: float = 0.0, feedback_level: int = 3,
-                 hint_scope: str = "all") -> None:
+                 n: tuple[int, ...] = (1,), rows: int | None = None, distractors: int = 2, fault_rate: float = 0.0,
+                 feedback_level: int = 3, hint_scope: str = "all") -> None:
         if preset not in PRESETS:
             raise ConfigError(f"there is no suite {preset!r}", fix=f"choose one of {', '.join(PRESETS)}")
         self.name, self.preset, self.firm = preset, preset, Firm(firm_seed)
         self.families, self.n = tuple(families), tuple(n)
+        self.rows = {"desk-mini": 0, "desk": 3}[preset] if rows is None else rows
         self.distractors, self.fault_rate = distractors, fault_rate
         self.feedback_level, self.hint_scope = feedback_level, hint_scope
 
@@ -70,7 +72,7 @@ class DeskSuite:
         quarter, year = 1 + text.digest("quarter", seed) % 4, years[text.digest("year", seed) % len(years)]
         return {"family": family, "preset": self.preset, "n": n, "kinds": kinds, "seed": seed,
                 "clients": pool[:max(1, n // 3) if family == "close" else n], "period": text.period(quarter, year),
-                "world_seed": world_seed, "held_out": held_out, "distractors": self.distractors,
+                "world_seed": world_seed, "held_out": held_out, "rows": self.rows, "distractors": self.distractors,
                 "fault_rate": self.fault_rate, "stranger": split == "test_firm"}
 
     def env(self) -> DeskEnv:

@@ -55,21 +55,25 @@ def other_than(options: tuple[str, ...], known: str, *parts: Any) -> str:
 
 
 def sheet(meta: dict[str, Any], source: str, client: str) -> dict[str, dict[str, list[str]]]:
-    """Rows of one sheet: the kinds asked for, and distractor rows, in an order of their own."""
+    """Rows of one sheet: the kinds asked for, and ``meta["rows"]`` distractor rows, in an order of their own."""
     world, preset, period = meta["world_seed"], meta["preset"], meta["period"]
-    cells = [(kind, period) for kind in meta["kinds"]]
-    if text.digest("line", meta["seed"], client) % 2:
-        cells.append((other_than(text.KINDS, meta["kinds"][0], "row", world, client), period))
-    else:
-        near = f"q{1 + (int(period[1]) + text.digest('near', meta['seed'], client) % 3) % 4}-{text.year_of(period)}"
-        cells.append((meta["kinds"][0], near))
-    for i in range(0 if preset == "desk-mini" else 2):
-        cells.append((text.pick(text.KINDS, "extra", world, client, i), period))
+    cells = [(kind, period) for kind in meta["kinds"]] + _distractor_cells(meta, client)[:meta["rows"]]
     cells = sorted(dict.fromkeys(cells), key=lambda cell: text.digest("order", meta["seed"], client, *cell))
     rows: dict[str, dict[str, list[str]]] = {}
     for kind, when in cells:
         rows.setdefault(kind, {})[when] = [str(figure(world, preset, source, client, kind, when)), "usd"]
     return rows
+
+
+def _distractor_cells(meta: dict[str, Any], client: str) -> list[tuple[str, str]]:
+    """First another kind of the same period, or the same kind of a near period; then other kinds."""
+    world, period, seed = meta["world_seed"], meta["period"], meta["seed"]
+    if text.digest("line", seed, client) % 2:
+        first = (other_than(text.KINDS, meta["kinds"][0], "row", world, client), period)
+    else:
+        near = f"q{1 + (int(period[1]) + text.digest('near', seed, client) % 3) % 4}-{text.year_of(period)}"
+        first = (meta["kinds"][0], near)
+    return [first, *((text.pick(text.KINDS, "extra", world, client, i), period) for i in range(meta["rows"] - 1))]
 
 
 def corrections(meta: dict[str, Any]) -> list[dict[str, str]]:
