@@ -15,6 +15,10 @@ from agentsdpo.errors import HintError
 from agentsdpo.types import Branch, Hint
 
 
+LEAK_NGRAM = 8
+"""So many hint tokens in a row among the agent's own tokens count as a leak (objective, section 6)."""
+
+
 @dataclass(frozen=True)
 class TeacherContext:
     """What the teacher reads for one branch.
@@ -35,6 +39,20 @@ class TeacherContext:
         return tuple(self.token_ids[:self.offset].tolist())
 
 
+def hint_ids(chat: ChatFormat, hint: Hint) -> tuple[int, ...]:
+    """Ids of one hint as a leading system message, to stand in front of a branch.
+
+    Whether hint and branch fit the window is for the learner to say, which knows what of the branch it scores.
+
+    Raises:
+        HintError: the hint asks for a placement or scope other than the whole episode's system prefix.
+    """
+    if (hint.placement, hint.scope) != ("system_prefix", "episode"):
+        raise HintError(f"a hint has placement {hint.placement!r} and scope {hint.scope!r}",
+                        fix="use placement 'system_prefix' with scope 'episode'")
+    return tuple(chat.hint(hint.text))
+
+
 def render_teacher(chat: ChatFormat, hint: Hint, student_ids: np.ndarray, *, window: int) -> TeacherContext:
     """Put one hint in front of a branch as a leading system message.
 
@@ -48,10 +66,7 @@ def render_teacher(chat: ChatFormat, hint: Hint, student_ids: np.ndarray, *, win
         HintError: the hint asks for a placement or scope other than the whole episode's system prefix, or hint and
             branch together exceed the window. Nothing is ever cut.
     """
-    if (hint.placement, hint.scope) != ("system_prefix", "episode"):
-        raise HintError(f"a hint has placement {hint.placement!r} and scope {hint.scope!r}",
-                        fix="use placement 'system_prefix' with scope 'episode'")
-    head = chat.hint(hint.text)
+    head = hint_ids(chat, hint)
     context = TeacherContext(np.concatenate([np.asarray(head, np.int32), np.asarray(student_ids, np.int32)]), len(head))
     if len(context.token_ids) > window:
         raise HintError(f"hint of {len(head)} tokens + branch of {len(student_ids)} tokens = {len(context.token_ids)} "
@@ -90,13 +105,13 @@ def check_aligned(context: TeacherContext, student_ids: np.ndarray) -> None:
                         f"({wrong.size} of {len(tail)} differ)", fix="never re-tokenise a branch")
 
 
-def leaks(chat: ChatFormat, hint: Hint, branch: Branch, *, ngram: int = 8) -> bool:
-    """Whether ``ngram`` tokens of the hint in a row stand among the tokens the agent sampled.
+def leaks(chat: ChatFormat, hint: Hint, branch: Branch) -> bool:
+    """Whether :data:`LEAK_NGRAM` tokens of the hint in a row stand among the tokens the agent sampled.
 
     A student never read the hint, so a long literal run of it in its own words means the hint reached it. Runs are
     looked for inside one completion at a time. A hint of fewer tokens cannot be told from chance: False.
     """
-    return has_run(chat.encode(hint.text), sampled_runs(branch), ngram)
+    return has_run(chat.encode(hint.text), sampled_runs(branch), LEAK_NGRAM)
 
 
 def sampled_runs(branch: Branch) -> list[list[int]]:
