@@ -52,8 +52,8 @@ class HintedChat(ChatFormat):
     """Opens every conversation with a hint, exactly as the teacher reads it."""
 
     def __init__(self, chat: ChatFormat, text: str) -> None:
-        super().__init__(chat.tokenizer)
         self._text = text
+        super().__init__(chat.tokenizer)
 
     def open(self, messages: Any, tools: Any) -> list[int]:
         """Hint, then the student's ids."""

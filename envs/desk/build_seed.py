@@ -2,9 +2,9 @@
 
     python -m agentsdpo.envs.desk.build_seed --out DIR [--threads 2] [--tokenizer-only]
 
-Writes ``model.safetensors``, ``config.json``, tokenizer and chat template, and a model card with the corpus hash and
-the loss against its computable floor: an un-hinted episode must guess, so no model can get below
-(unstated slots x ln 4) / (agent tokens).
+Writes ``model.safetensors``, ``config.json``, tokenizer and chat template, and ``training.json`` with the corpus hash
+and the loss of each stage beside its computable floor: an un-hinted episode must guess, so no model can get below
+(unstated slots x ln 4) / (agent tokens). ``python -m agentsdpo.benchmarks.seed_gates --model DIR`` judges the result.
 """
 
 import argparse
@@ -197,9 +197,8 @@ def optimisers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
             torch.optim.AdamW(rest, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
-def train(tokenizer: Any, out: Path, batch_tokens: int, stages: Sequence[Stage] = STAGES,
-          first: int = 0) -> dict[str, Any]:
-    """Train stage by stage and save; returns the figures of the model card.
+def train(tokenizer: Any, out: Path, batch_tokens: int, stages: Sequence[Stage] = STAGES, first: int = 0) -> None:
+    """Train stage by stage; save weights, and the figures of each stage in ``training.json``.
 
     Args:
         tokenizer: of :func:`build_tokenizer`.
@@ -210,10 +209,11 @@ def train(tokenizer: Any, out: Path, batch_tokens: int, stages: Sequence[Stage] 
     """
     torch.manual_seed(SEED)
     model = Qwen3ForCausalLM.from_pretrained(out) if first else Qwen3ForCausalLM(seed_config())
-    figures: dict[str, Any] = {}
+    log = out / "training.json"
+    figures: list[dict[str, Any]] = json.loads(log.read_text())[:first] if first and log.exists() else []
     for number, stage in enumerate(stages[first:], first):
-        figures = _stage(model, stage, Batches(tokenizer, SEED + number, batch_tokens, stage.mix), out)
-    return figures
+        figures.append(_stage(model, stage, Batches(tokenizer, SEED + number, batch_tokens, stage.mix), out))
+        log.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def _stage(model: Qwen3ForCausalLM, stage: Stage, batches: Batches, out: Path) -> dict[str, Any]:
@@ -262,8 +262,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     tokenizer = build_tokenizer(args.out)
     if not args.tokenizer_only:
-        figures = train(tokenizer, args.out, args.batch_tokens, first=args.first_stage)
-        (args.out / "training.json").write_text(json.dumps(figures, indent=2) + "\n")
+        train(tokenizer, args.out, args.batch_tokens, first=args.first_stage)
 
 
 if __name__ == "__main__":

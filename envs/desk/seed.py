@@ -5,7 +5,7 @@ from pathlib import Path
 
 from agentsdpo.errors import ModelError
 
-SHA256 = ""
+SHA256 = "7a68d25a724efec2f9fb0ae087990713373ce7c6eed51e986e10d387e84d374d"
 """Of ``model.safetensors`` as shipped."""
 
 
@@ -22,7 +22,9 @@ def seed_path(*, verify: bool = True) -> Path:
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise ModelError(f"the seed model is missing: {weights}",
-                         fix="reinstall, or build it: python -m agentsdpo.envs.desk.build_seed --out " + str(folder))
+                         fix="reinstall, or build one with python -m agentsdpo.envs.desk.build_seed --out DIR and use "
+                             "--set model=DIR")
     if verify and hashlib.sha256(weights.read_bytes()).hexdigest() != SHA256:
-        raise ModelError(f"{weights} is not the file that was shipped", fix="reinstall the package")
+        raise ModelError(f"{weights} is not the file that was shipped",
+                         fix="reinstall the package, or name a model of your own: --set model=FOLDER")
     return folder
