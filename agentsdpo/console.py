@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TextIO
 
 from agentsdpo.errors import ConfigError
 from agentsdpo.formats import MISSING, duration, interval, is_number, number, percent
-from agentsdpo.rundir import Arm, arm_rate, arm_records, eval_interval, rate, summary_split
+from agentsdpo.results import arm_rate, eval_interval, rate, split_words
+from agentsdpo.runfolder import Arm, arm_records
 from agentsdpo.types import Json
 
 if TYPE_CHECKING:
@@ -238,7 +239,7 @@ def _arms_table(arms: Sequence[tuple[str, Json]]) -> "Table":
     table = _table("Before and after training", "95 % intervals in brackets", *(name for name, _ in arms))
     records = [record for _, record in arms]
     both = [Arm(name, "", (), record) for name, record in arms]
-    _row(table, "evaluated on", *(summary_split(record) or MISSING for record in records))
+    _row(table, "evaluated on", *(split_words(record) or MISSING for record in records))
     _row(table, "zero-shot pass", *(_rate(arm_rate(arm, "zero_shot")) for arm in both))
     _row(table, "final pass", *(_rate(arm_rate(arm, "final")) for arm in both))
     for key, words, show in (cost for cost in COSTS if any(is_number(one.get(cost[0])) for one in records)):

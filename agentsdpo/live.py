@@ -13,7 +13,7 @@ from rich.text import Text
 
 from agentsdpo.console import ASCII_BARS, BARS, Pace, clean, sparkline, step_words
 from agentsdpo.formats import interval, is_number, percent
-from agentsdpo.rundir import eval_interval
+from agentsdpo.results import eval_interval
 
 REWARD = "collect/score/mean"
 """Metric behind the sparkline, a fraction."""

@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from agentsdpo.formats import is_number
 from agentsdpo.plots import AXES, ROLES, STYLE, by_seed, canvas, finish, reference
-from agentsdpo.rundir import steps
+from agentsdpo.results import steps
 from agentsdpo.types import Json
 
 

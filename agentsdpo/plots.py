@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 
 from agentsdpo import stats
 from agentsdpo.formats import is_number, percent
-from agentsdpo.rundir import SPLIT_WORDS, eval_interval, evals, rate, steps
+from agentsdpo.results import SPLIT_WORDS, eval_interval, evals, rate, steps
 from agentsdpo.types import Json
 
 ROLES = {"student": "#0072b2", "teacher": "#d55e00", "behaviour": "#8c8c8c", "hint": "#009e73", "ink": "#787b80"}
@@ -65,7 +65,7 @@ def learning_curve(
     line; the oracle stands at 100 %. ``context`` adds other arms as labelled grey lines.
 
     Args:
-        rows: metric rows of one arm, see :mod:`agentsdpo.rundir`.
+        rows: metric rows of one arm, see :mod:`agentsdpo.results`.
         x: a key of :data:`AXES`.
         value: ``pass`` or ``score``, fractions in the rows, percent on the axis.
         size: inches.

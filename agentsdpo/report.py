@@ -12,22 +12,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentsdpo import formats
-from agentsdpo.rundir import (
+from agentsdpo.files import write_text
+from agentsdpo.results import (
     CONTROL_SPLIT,
     SPLIT_WORDS,
-    Arm,
-    Run,
     arm_rate,
     eval_interval,
     evals,
     headline_split,
     rate,
     reached,
-    read_run,
+    split_words,
     staleness_words,
     summary_split,
     zero_shot,
 )
+from agentsdpo.runfolder import Arm, RunData, read_run
 from agentsdpo.types import Json
 
 if TYPE_CHECKING:
@@ -72,9 +72,7 @@ def write_report(run_dir: Path | str) -> Path:
     environment = Environment(loader=PackageLoader("agentsdpo"), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(percent=formats.percent, interval=formats.interval, number=formats.number)
-    path = run.path / "report.html"
-    path.write_text(environment.get_template("report.html").render(**_page(run)), encoding="utf-8")
-    return path
+    return write_text(run.path / "report.html", environment.get_template("report.html").render(**_page(run)))
 
 
 def readme_curve(run_dir: Path | str, out: Path | str) -> Path:
@@ -98,14 +96,13 @@ def readme_curve(run_dir: Path | str, out: Path | str) -> Path:
                                   size=(7.6, 4.2), below=staleness_words(arm))
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(plots.svg(figure, "curve") + "\n", encoding="utf-8")
-    return path
+    return write_text(path, plots.svg(figure, "curve") + "\n")
 
 
 # ------------------------------------------------------------------------------------------------ page content
 
 
-def _page(run: Run) -> dict[str, Any]:
+def _page(run: RunData) -> dict[str, Any]:
     """Everything the template prints."""
     main, split = run.main, headline_split(run.main.rows)
     curves, no_curves = _curves(run, split)
@@ -116,7 +113,7 @@ def _page(run: Run) -> dict[str, Any]:
         "title": run.path.resolve().name, "themes": THEMES, "roles": ("student", "teacher", "behaviour", "hint"),
         "provenance": [(key, _plain(run.summary[key])) for key in PROVENANCE if run.summary.get(key) is not None],
         "unstated": [key for key in PROVENANCE if run.summary.get(key) is None],
-        "configs": [("run", run.config)] * bool(run.config) + [(a.name, a.config) for a in run.arms if a.config],
+        "configs": _configs(run),
         "main": _arm_row(main, costs), "staleness_words": staleness_words(main), "finished": bool(run.summary),
         "arms": [_arm_row(arm, costs) for arm in run.arms], "costs": [words for _, words, _ in costs],
         "missing_words": missing_words,
@@ -126,7 +123,14 @@ def _page(run: Run) -> dict[str, Any]:
     }
 
 
-def _main_first(run: Run) -> list[Arm]:
+def _configs(run: RunData) -> list[tuple[str, str]]:
+    """The settings of each arm by name, and those of the run unless they are an arm's."""
+    of_arms = [(arm.name, arm.config) for arm in run.arms if arm.config]
+    own = bool(run.config) and run.config not in [text for _, text in of_arms]
+    return [("run", run.config)] * own + of_arms
+
+
+def _main_first(run: RunData) -> list[Arm]:
     return [run.main, *(arm for arm in run.arms if arm is not run.main)]
 
 
@@ -150,7 +154,7 @@ def _arm_row(arm: Arm, costs: Sequence[tuple[str, str, Callable[[Any], str]]]) -
     of_split = (record.get("splits") or {}).get(split) or {}
     before, after = arm_rate(arm, "zero_shot"), arm_rate(arm, "final")
     return {
-        "name": arm.name, "split": split, "n": record.get("n"),
+        "name": arm.name, "split": split_words(arm.summary), "n": record.get("n"),
         "before": before, "after": after, "gain": _gain(before, after),
         "greedy": record.get("final_greedy_pass", of_split.get("final_greedy_pass")),
         "staleness": record.get("staleness"),
@@ -207,7 +211,7 @@ def _picture(figure: "Figure", name: str, caption: str, title: str = "", wide: b
     return Picture(text, caption, title, wide)
 
 
-def _curves(run: Run, split: str | None) -> tuple[list[Picture], list[str]]:
+def _curves(run: RunData, split: str | None) -> tuple[list[Picture], list[str]]:
     """Pass rate and score against what was spent, and the ones that could not be drawn."""
     from agentsdpo import plots
 
@@ -234,7 +238,7 @@ def _splits_picture(splits: Mapping[str, Json]) -> Picture | None:
     return _picture(plots.split_bars(drawn), "splits", "Zero-shot against final pass rate of each split", wide=True)
 
 
-def _arms_picture(run: Run) -> Picture | None:
+def _arms_picture(run: RunData) -> Picture | None:
     from agentsdpo import plots
 
     drawn = {arm.name: arm.summary for arm in run.arms if rate(arm.summary, "final")}

@@ -1,33 +1,38 @@
-"""The folder a run writes: what was asked for, with what code, and where everything goes.
+"""Run folders: where everything goes, opening one to write, and reading one back.
 
 ::
 
-    RUN/  config.toml        every setting, with the commit in its first line
-          environment.json   versions of Python and packages, commit, machine, command
+    RUN/  config.toml        every setting, with the commit of the first start in its first line
+          environment.json   one entry per start: versions of Python and packages, commit, machine, command
           metrics.jsonl      replay/   policies/   checkpoint/
           FINISHED           written last; a run without it was stopped and can be resumed
+          LOCK               held by the process that runs here; names its pid
+          summary.json       report.html
+
+A demo holds several such folders, one per arm: ``RUN/config.toml  summary.json  report.html  arms/<arm>/...``.
+Both are read by :func:`read_run`; what is missing is empty there, so that a run that was killed can be looked at.
 """
 
+import fcntl
 import json
-import platform
-import subprocess
-import sys
+import os
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from agentsdpo import __version__
 from agentsdpo.config import RunConfig
 from agentsdpo.errors import RunError
+from agentsdpo.files import FULL, write_text
+from agentsdpo.provenance import describe_environment
+from agentsdpo.provenance import git_commit as git_commit  # callers find it beside the folder it is written into
+from agentsdpo.track import read_metrics
 from agentsdpo.types import Json
 
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "accelerate", "peft", "pyarrow", "numpy", "pydantic",
-            "litellm")
-EXTENDABLE = ("steps", "name")
+EXTENDABLE = ("steps",)
 """Settings that may differ when a run is resumed; any other would make two runs of one."""
 
 
@@ -41,6 +46,11 @@ class RunFolder:
     def config(self) -> Path:
         """Resolved settings."""
         return self.path / "config.toml"
+
+    @property
+    def environment(self) -> Path:
+        """What the run was started with, each time."""
+        return self.path / "environment.json"
 
     @property
     def metrics(self) -> Path:
@@ -68,12 +78,22 @@ class RunFolder:
         return (self.path / "FINISHED").is_file()
 
     def finish(self) -> None:
-        """Mark the run as complete."""
-        (self.path / "FINISHED").write_text(datetime.now(UTC).isoformat(timespec="seconds") + "\n")
+        """Mark the run as complete and let go of the folder."""
+        write_text(self.path / "FINISHED", datetime.now(UTC).isoformat(timespec="seconds") + "\n")
+        self.release()
+
+    def release(self) -> None:
+        """Let another process run here; the end of this process does it as well."""
+        held = _HELD.pop(self.path.resolve(), None)
+        if held is not None:
+            os.close(held)
+
+
+# ----------------------------------------------------------------------------------------------------------- writing
 
 
 def open_run(path: Path | str, config: RunConfig, *, resume: bool = False) -> RunFolder:
-    """Make the folder of a new run, or open that of a stopped one.
+    """Make the folder of a new run, or open that of a stopped one, for this process alone.
 
     Args:
         path: the folder; made with its parents.
@@ -82,34 +102,66 @@ def open_run(path: Path | str, config: RunConfig, *, resume: bool = False) -> Ru
 
     Raises:
         RunError: there is a run already and ``resume`` is off; or there is none to resume; or it was started with
-            other settings (named with both values).
+            other settings (named with both values), or has done more steps than asked for; or another process runs
+            there; or the folder cannot be made or written.
     """
     folder = RunFolder(Path(path))
-    there = folder.config.is_file()
-    if there and not resume:
-        state = "finished" if folder.finished else "stopped"
-        raise RunError(f"{folder.path} holds a {state} run", fix="choose another --out, or go on with it by --resume")
-    if resume and not there:
+    if resume and not folder.config.is_file():
         raise RunError(f"{folder.path} holds no run to resume", fix="start it without --resume")
-    if resume:
-        _same_settings(folder.config, config)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    (folder.path / "FINISHED").unlink(missing_ok=True)
-    environment = describe_environment()
-    (folder.path / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
-    commit = environment["commit"] or "not a checkout"
-    folder.config.write_text(f"# agentsdpo {__version__}, commit {commit}\n{config.to_toml()}")
+    ours = folder.path.resolve() in _HELD
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        _lock(folder.path)
+        _prepare(folder, config, resume)
+    except (OSError, RunError) as error:
+        if not ours:
+            folder.release()
+        if isinstance(error, RunError) or error.errno in FULL:
+            raise
+        raise RunError(f"{folder.path} cannot be used as the folder of a run: {error.strerror}",
+                       fix="give --out a folder that can be written") from error
     return folder
 
 
-def _same_settings(path: Path, config: RunConfig) -> None:
-    """Refuse to resume under other settings."""
-    before, now = (dict(_flat(tomllib.loads(text))) for text in (path.read_text(), config.to_toml()))
+def _prepare(folder: RunFolder, config: RunConfig, resume: bool) -> None:
+    """Refuse what cannot go on; write down the settings and this start."""
+    if folder.config.is_file() and not resume:
+        state = "finished" if folder.finished else "stopped"
+        raise RunError(f"{folder.path} holds a {state} run", fix="choose another --out, or go on with it by --resume")
+    head = f"# agentsdpo {__version__}, commit {{}}\n"
+    if resume:
+        _same_settings(folder, config)
+        head = folder.config.read_text().partition("\n")[0] + "\n"
+    starts = _starts(folder.environment)
+    starts.append(describe_environment())
+    write_text(folder.environment, json.dumps(starts, indent=1) + "\n")
+    text = head.replace("{}", starts[-1]["commit"] or "not a checkout") + config.to_toml()
+    if not resume or text != folder.config.read_text():
+        write_text(folder.config, text)
+    (folder.path / "FINISHED").unlink(missing_ok=True)
+
+
+def _starts(path: Path) -> list[Json]:
+    """Earlier starts of a run, oldest first."""
+    try:
+        found = json.loads(path.read_text()) if path.is_file() else []
+    except ValueError as error:
+        raise RunError(f"{path} is not JSON: {error}", fix="restore it, or write [] into it") from error
+    return found if isinstance(found, list) else [found]
+
+
+def _same_settings(folder: RunFolder, config: RunConfig) -> None:
+    """Refuse to resume under other settings, or for fewer steps than were done."""
+    before, now = (dict(_flat(tomllib.loads(text))) for text in (folder.config.read_text(), config.to_toml()))
     changed = [key for key in now if before.get(key) != now[key] and key not in EXTENDABLE]
     if changed:
         key, more = changed[0], f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-        raise RunError(f"{path.parent} was started with {key} = {before.get(key)!r}, resuming asks for {now[key]!r}"
+        raise RunError(f"{folder.path} was started with {key} = {before.get(key)!r}, resuming asks for {now[key]!r}"
                        f"{more}", fix="resume with the settings of its config.toml, or start a new run")
+    done = max((row["step"] for row in read_metrics(folder.metrics) if row.get("kind") == "step"), default=0)
+    if config.steps < done:
+        raise RunError(f"{folder.path} has done {done} steps, resuming asks for steps = {config.steps}",
+                       fix=f"set steps to {done} or more, or start a new run")
 
 
 def _flat(table: Json, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -120,33 +172,118 @@ def _flat(table: Json, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def describe_environment() -> Json:
-    """What produced a run: code, packages, machine, command. No user name, no environment variables."""
-    return {"agentsdpo": __version__, "commit": git_commit(), "python": platform.python_version(),
-            "packages": {name: _installed(name) for name in PACKAGES}, "platform": platform.platform(),
-            "machine": platform.machine(), "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-            "started": datetime.now(UTC).isoformat(timespec="seconds")}
+_HELD: dict[Path, int] = {}
+"""File handles of this process's locks: what it holds it may open again, as after an interrupt in a notebook."""
 
 
-def git_commit() -> str | None:
-    """Commit of the code that runs, with ``+changes`` when files differ from it; None outside a checkout."""
-    here = Path(__file__).resolve().parent
-    if not (here.parent / ".git").exists():
-        return None
+def _lock(path: Path) -> None:
+    """Hold ``LOCK`` until the process ends or lets go; the kernel frees it even if the process is killed."""
+    lock, held = path / "LOCK", _HELD.get(path.resolve())
+    if held is not None and lock.exists() and os.path.samestat(os.fstat(held), lock.stat()):
+        return
+    RunFolder(path).release()  # of a folder that was deleted since
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        head = _git(here, "rev-parse", "HEAD")
-        return head + ("+changes" if _git(here, "status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        pid = os.read(handle, 32).decode("ascii", "replace").strip()
+        os.close(handle)
+        if not isinstance(error, BlockingIOError):
+            raise
+        raise RunError(f"another process{f' (pid {pid})' if pid else ''} is running in {path}",
+                       fix="wait for it or stop it, or choose another --out") from error
+    os.ftruncate(handle, 0)
+    os.write(handle, f"{os.getpid()}\n".encode())
+    _HELD[path.resolve()] = handle
 
 
-def _git(folder: Path, *arguments: str) -> str:
-    return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True,
-                          timeout=10).stdout.strip()
+# ----------------------------------------------------------------------------------------------------------- reading
 
 
-def _installed(name: str) -> str | None:
+@dataclass(frozen=True)
+class Arm:
+    """One trained variant: its name, its configuration as TOML text, its metric rows, its part of the summary."""
+
+    name: str
+    config: str
+    rows: tuple[Json, ...]
+    summary: Json
+
+
+@dataclass(frozen=True)
+class RunData:
+    """One run folder as read; ``main`` is the arm the top-level numbers of the summary speak of."""
+
+    path: Path
+    config: str
+    summary: Json
+    arms: tuple[Arm, ...]
+
+    @property
+    def main(self) -> Arm:
+        """The arm named by ``summary["arm"]``, else the first."""
+        named = [arm for arm in self.arms if arm.name == self.summary.get("arm")]
+        return (named or list(self.arms))[0]
+
+
+def read_run(run_dir: Path | str) -> RunData:
+    """Everything of a run folder that is text; missing files are empty, not errors.
+
+    The folder of one training run, with its ``metrics.jsonl`` directly in it, is a run of one arm that has the
+    configuration's name.
+
+    Raises:
+        RunError: there is no arm with metrics and no summary, or a file is not what it should be.
+    """
+    path = Path(run_dir)
+    summary, config = _read_json(path / "summary.json"), _read_text(path / "config.toml")
+    of_arms = arm_records(summary) if summary.get("arms") else {}
+    folders = {found.parent.name: found.parent for found in sorted(path.glob("arms/*/metrics.jsonl"))}
+    if not folders and (path / "metrics.jsonl").is_file():
+        folders = {_name(config): path}
+    ordered = list(dict.fromkeys([name for name in of_arms if name in folders] + [*folders, *of_arms]))
+    if not ordered and not summary:
+        raise RunError(f"{path} holds neither summary.json nor metrics.jsonl, nor arms/<arm>/metrics.jsonl",
+                       fix="give the folder that a run wrote, for example runs/demo")
+    arms = [_read_arm(name, folders.get(name), of_arms.get(name) or {}) for name in ordered]
+    return RunData(path, config, summary, tuple(arms) or (Arm("run", "", (), summary),))
+
+
+def arm_records(summary: Json) -> dict[str, Json]:
+    """Every arm's part of a summary; a lone arm also has what only the run as a whole measured (memory, seed).
+
+    >>> arm_records({"peak_rss_mib": 900, "arms": {"robust": {"steps": 3}}})
+    {'robust': {'peak_rss_mib': 900, 'steps': 3}}
+    """
+    arms = summary.get("arms") or {"run": {}}
+    whole = {key: value for key, value in summary.items() if key != "arms"}
+    return {name: {**whole, **record} if len(arms) == 1 else record for name, record in arms.items()}
+
+
+def _read_arm(name: str, folder: Path | None, summary: Json) -> Arm:
+    """An arm with or without a folder; a name that only the summary knows is never used as a path."""
+    if folder is None:
+        return Arm(name, "", (), summary)
+    return Arm(name, _read_text(folder / "config.toml"), tuple(read_metrics(folder / "metrics.jsonl")), summary)
+
+
+def _name(config: str) -> str:
+    """The run's own name in its settings."""
     try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+        return str(tomllib.loads(config).get("name") or "run")
+    except tomllib.TOMLDecodeError:
+        return "run"
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _read_json(path: Path) -> Json:
+    try:
+        data = json.loads(_read_text(path) or "{}")
+    except ValueError as error:
+        raise RunError(f"{path} is not JSON: {error}", fix="restore it, or delete it to go by the metrics") from None
+    if not isinstance(data, dict):
+        raise RunError(f"{path} holds a {type(data).__name__}", fix="a summary is one JSON object")
+    return data

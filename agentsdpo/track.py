@@ -11,27 +11,27 @@ included. NaN and infinities are written as null, since JSON has neither.
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from agentsdpo.errors import RunError
+from agentsdpo.files import write_text
 from agentsdpo.metrics import check_keys
-from agentsdpo.rundir import read_rows
 from agentsdpo.types import Json
 
 Kind = Literal["step", "eval"]
 
 
 class MetricsWriter:
-    """Appends lines; use as a context manager.
+    """Appends lines; use as a context manager. ``rows`` are the lines of earlier lives that were kept.
 
     Args:
         path: the file; its folder must exist.
-        resume_step: lines of later steps, and a torn last line, are removed first: they will be written anew. None
-            starts an empty file.
+        resume_step: lines of later steps, repeated lines and a torn last one are removed first, those of this step
+            and before stay, evaluations included. None starts an empty file.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "metrics.jsonl"
@@ -43,9 +43,9 @@ class MetricsWriter:
     """
 
     def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
-        kept = [] if resume_step is None else [r for r in read_metrics(path) if r["step"] <= resume_step]
-        _replace(path, kept)
-        self._before = max((float(row["wall_s"]) for row in kept), default=0.0)
+        self.rows = () if resume_step is None else _kept(read_metrics(path), resume_step)
+        write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows))
+        self._before = max((float(row["wall_s"]) for row in self.rows), default=0.0)
         self._began = time.monotonic()
         self._file = path.open("a", encoding="utf-8")
 
@@ -82,23 +82,39 @@ class MetricsWriter:
         self.close()
 
 
+def _kept(rows: list[Json], step: int) -> tuple[Json, ...]:
+    """Lines up to a step, the first of each (kind, step, split, decoding)."""
+    first: dict[tuple[Any, ...], Json] = {}
+    for row in rows:
+        if row["step"] <= step:
+            first.setdefault(tuple(row.get(key) for key in _IDENTITY), row)
+    return tuple(first.values())
+
+
+_IDENTITY = ("kind", "step", "split", "decoding", "hinted", "seed")
+"""What no two lines of a run share."""
+
+
 def read_metrics(path: Path) -> list[Json]:
     """All lines; a torn last one (the run was killed) is left out, a missing file has none.
 
     Raises:
         RunError: another line is not a JSON object.
     """
-    return read_rows(path)
-
-
-def _replace(path: Path, rows: list[Json]) -> None:
-    """Write the file anew in one rename, so that a crash here loses nothing."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    lines = [line for line in text.split("\n") if line.strip()]
+    rows: list[Json] = []
+    for i, line in enumerate(lines):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        elif i < len(lines) - 1:
+            raise RunError(f"line {i + 1} of {len(lines)} in {path} is not a JSON object",
+                           fix="remove the broken line; only the last one may be torn")
+    return rows
 
 
 def _plain(value: Any) -> Any:

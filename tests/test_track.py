@@ -1,17 +1,14 @@
-"""The metrics file, its table, and the run folder."""
+"""The metrics file and its table."""
 
 import json
 import math
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from agentsdpo import config as settings
-from agentsdpo import metrics, runfolder
-from agentsdpo.errors import ConfigError, RunError
-from agentsdpo.runfolder import open_run
+from agentsdpo import metrics
+from agentsdpo.errors import ConfigError
 from agentsdpo.track import MetricsWriter, read_metrics
 
 
@@ -42,6 +39,26 @@ def test_resume_drops_later_lines_and_a_torn_one(tmp_path: Path) -> None:
     assert rows[-1]["wall_s"] >= 30.0
 
 
+def test_resume_keeps_each_evaluation_once(tmp_path: Path) -> None:
+    """A run may be killed after the evaluation of a checkpoint's step and before, or in the middle of it."""
+    path = tmp_path / "metrics.jsonl"
+
+    def line(kind: str, step: int, value: float, **more: object) -> dict[str, object]:
+        return {"kind": kind, "step": step, "wall_s": value, **more}
+
+    lines = [line("step", 3, 1.0), line("eval", 3, 2.0, split="val", decoding="sampled"),
+             line("eval", 3, 3.0, split="val", decoding="greedy"),
+             line("eval", 3, 4.0, split="val", decoding="sampled"), line("step", 3, 5.0),
+             line("eval", 3, 6.0, split="val", decoding="sampled", hinted=True),
+             line("step", 4, 7.0), line("eval", 4, 8.0, split="val", decoding="sampled")]
+    path.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    with MetricsWriter(path, resume_step=3) as writer:
+        assert [row["wall_s"] for row in writer.rows] == [1.0, 2.0, 3.0, 6.0]
+    assert tuple(read_metrics(path)) == writer.rows
+    with MetricsWriter(path) as writer:
+        assert writer.rows == ()
+
+
 def test_new_run_starts_an_empty_file(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"kind": "step", "step": 1, "wall_s": 1}\n')
@@ -63,51 +80,3 @@ def test_table_is_complete_and_says_everything_once() -> None:
         assert metric.unit
         assert metric.meaning
     metrics.check_keys([key.replace("*", "reason") for key in keys], "step")
-
-
-def test_a_run_holds_its_settings_commit_and_versions(tmp_path: Path) -> None:
-    config = settings.load(sets=["steps=3", "learn.max_staleness=none"])
-    folder = open_run(tmp_path / "runs" / "a", config)
-    assert settings.load(folder.config) == config
-    found = json.loads((folder.path / "environment.json").read_text())
-    assert found["packages"]["numpy"] == np.__version__
-    assert folder.config.read_text().startswith(f"# agentsdpo {found['agentsdpo']}, commit ")
-    assert not folder.finished
-
-
-def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
-    config = settings.load()
-    folder = open_run(tmp_path / "a", config)
-    with pytest.raises(RunError, match=r"a holds a stopped run; choose another --out, or go on with it by --resume"):
-        open_run(tmp_path / "a", config)
-    folder.finish()
-    with pytest.raises(RunError, match="holds a finished run"):
-        open_run(tmp_path / "a", config)
-
-
-def test_resume_wants_the_same_settings_except_the_length(tmp_path: Path) -> None:
-    config = settings.load(sets=["steps=3"])
-    with pytest.raises(RunError, match="holds no run to resume"):
-        open_run(tmp_path / "a", config, resume=True)
-    open_run(tmp_path / "a", config).finish()
-    longer = open_run(tmp_path / "a", settings.load(sets=["steps=5"]), resume=True)
-    assert not longer.finished
-    assert settings.load(longer.config).steps == 5
-    with pytest.raises(RunError, match=r"was started with learn.lr = 0.0006, resuming asks for 0.001 \(and 1 more\);"):
-        open_run(tmp_path / "a", settings.load(sets=["learn.lr=1e-3", "eval.every=2"]), resume=True)
-
-
-def test_commit_marks_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "agentsdpo"
-    package.mkdir()
-    file = package / "runfolder.py"
-    file.write_text("a = 1\n")
-    monkeypatch.setattr(runfolder, "__file__", str(file))
-    assert runfolder.git_commit() is None, "not a checkout"
-    for arguments in (["init", "-q"], ["add", "-A"], ["-c", "user.name=n", "-c", "user.email=e", "commit", "-qm", "m"]):
-        subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True)
-    commit = runfolder.git_commit()
-    assert commit
-    assert len(commit) == 40
-    file.write_text("a = 2\n")
-    assert runfolder.git_commit() == commit + "+changes"

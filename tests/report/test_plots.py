@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from agentsdpo import panels, plots
-from agentsdpo.rundir import evals, read_run
+from agentsdpo.results import evals
+from agentsdpo.runfolder import read_run
 from agentsdpo.stats import stratified_bootstrap, wilson
 
 Rows = Callable[..., list[dict[str, Any]]]

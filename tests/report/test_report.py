@@ -1,6 +1,8 @@
 """The report: self-contained, escaped, readable, honest about what is missing."""
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import pytest
 
 from agentsdpo import plots, report
 from agentsdpo.errors import RunError
-from agentsdpo.rundir import CONTROL_SPLIT
+from agentsdpo.results import CONTROL_SPLIT
 
 HOSTILE = '"><script>alert(1)</script><img src=http://example.org/x onerror=alert(1)>'
 
@@ -164,6 +166,30 @@ def test_a_gain_on_the_untaught_firm_is_a_warning(tmp_path: Path, final: float, 
     text = report.write_report(tmp_path).read_text(encoding="utf-8")
     assert ('class="warning"' in text) is warns
     assert ("look for a leak" in text) is warns
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = report.write_report(run_dir)
+    before = path.read_text(encoding="utf-8")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    (run_dir / "config.toml").write_text("other = 1\n")
+    with pytest.raises(OSError, match="No space left"):
+        report.write_report(run_dir)
+    assert path.read_text(encoding="utf-8") == before
+    assert not [p.name for p in run_dir.iterdir() if p.name.startswith(".")]
+
+
+def test_one_training_run_has_a_report_with_its_settings_once(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('name = "first"\n')
+    row = {"kind": "eval", "step": 0, "split": "val", "decoding": "sampled", "n": 16, "pass": 0.0, "episodes": 0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    text = report.write_report(tmp_path).read_text(encoding="utf-8")
+    assert text.count("name = &#34;first&#34;") == 1
+    assert "arm first" in text
 
 
 def test_readme_curve_states_baseline_staleness_and_n(run_dir: Path, tmp_path: Path) -> None:

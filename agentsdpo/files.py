@@ -1,0 +1,51 @@
+"""Small files replaced as a whole: a reader, or a crash, finds the old text or the new one, never a part."""
+
+import errno
+import os
+import tempfile
+from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Error numbers of a write for which there is no room: disk, quota, limit on a file's size."""
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Replace a file by temporary name, fsync and rename, durable when this returns; readable by everyone.
+
+    Args:
+        path: the file; its folder must exist.
+        text: all of its content, written as UTF-8.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        OSError: the text could not be written; the old file is untouched and the temporary one gone.
+
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> write_text(folder / "a.txt", "new").read_text(), [p.name for p in folder.iterdir()]
+    ('new', ['a.txt'])
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with open(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fchmod(handle, 0o644)
+            os.fsync(handle)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+    return path
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
