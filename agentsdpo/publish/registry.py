@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from agentsdpo.errors import CorruptionError, RegistryError
+from agentsdpo.files import sync as _sync
 from agentsdpo.publish.manifest import MANIFEST, WEIGHTS, Manifest, file_sha256, read_manifest, verify_files
 from agentsdpo.publish.tensors import dtype_of, read_tensors, untie, write_tensors
 
@@ -133,7 +134,7 @@ class PolicyRegistry:
             The new version: the latest plus one, 0 for the first.
 
         Raises:
-            RegistryError: there is nothing to publish, or another program is publishing here.
+            RegistryError: there is nothing to publish, or another program is publishing here, or no room is left.
         """
         if not weights:
             raise RegistryError("there are no tensors to publish", fix="pass the model's state dict")
@@ -142,7 +143,11 @@ class PolicyRegistry:
             version = 0 if latest is None else latest + 1
             final = self._path(version)
             temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=self.root))
-            self._write(temporary, weights, version, learner_step, latest if parent is None else parent)
+            try:
+                self._write(temporary, weights, version, learner_step, latest if parent is None else parent)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)  # half a version would keep a full disk full
+                raise
             if final.exists():
                 shutil.rmtree(final)  # complete but never announced: its writer died just before it could be
             temporary.rename(final)
@@ -238,12 +243,3 @@ class PolicyRegistry:
             for leftover in self.root.glob(".tmp-*"):
                 shutil.rmtree(leftover)
             yield
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,11 +1,16 @@
 """Tensors to a safetensors file and back, for torch and numpy alike and without importing torch here."""
 
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+
+from agentsdpo.errors import CorruptionError, RegistryError
+from agentsdpo.files import FULL
 
 
 def untie(weights: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -46,7 +51,19 @@ def dtype_of(tensors: Mapping[str, Any]) -> str:
 
 
 def write_tensors(tensors: Mapping[str, Any], path: Path) -> None:
-    """One safetensors file; the bytes depend on names and values alone."""
+    """One safetensors file, readable by everyone; the bytes depend on names and values alone.
+
+    Raises:
+        RegistryError: there is no room for it, or it cannot be written.
+    """
+    try:
+        _save(tensors, path)
+        path.chmod(0o644)  # the library leaves it to its owner alone
+    except (SafetensorError, OSError) as error:
+        raise _unwritten(error, path) from error
+
+
+def _save(tensors: Mapping[str, Any], path: Path) -> None:
     if all(isinstance(tensor, np.ndarray) for tensor in tensors.values()):
         from safetensors.numpy import save_file
 
@@ -57,7 +74,26 @@ def write_tensors(tensors: Mapping[str, Any], path: Path) -> None:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
+def _unwritten(error: Exception, path: Path) -> RegistryError:
+    """The sentence for a failed write. The library gives the system's error number in its text alone."""
+    told = re.search(r"os error (\d+)", str(error))
+    number = int(told[1]) if told else getattr(error, "errno", None)
+    reason = os.strerror(number) if number else str(error)
+    if number in FULL:
+        return RegistryError(f"there is no room for {path} ({reason})", fix=(
+            "free some space, or raise the quota or file size limit, then go on: versions published before are safe"))
+    return RegistryError(f"{path} cannot be written: {reason}", fix="give this user write permission there")
+
+
 def read_tensors(path: Path, framework: Literal["pt", "np"]) -> dict[str, Any]:
-    """All tensors of a safetensors file, on the CPU."""
-    with safe_open(path, framework=framework) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    """All tensors of a safetensors file, on the CPU.
+
+    Raises:
+        CorruptionError: the file is cut short or is no safetensors file.
+    """
+    try:
+        with safe_open(path, framework=framework) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise CorruptionError(f"{path} is not a whole safetensors file: {error}",
+                              fix="restore it from a copy; do not train or sample from it") from error

@@ -13,6 +13,7 @@ import pytest
 from agentsdpo.errors import CorruptionError, RegistryError
 from agentsdpo.publish.manifest import MANIFEST, WEIGHTS
 from agentsdpo.publish.registry import PolicyRegistry, behaviour_version
+from agentsdpo.publish.tensors import read_tensors, write_tensors
 
 
 def weights(value: float) -> dict[str, np.ndarray]:
@@ -165,6 +166,50 @@ def test_rewind_repeats_versions_after_a_crash(tmp_path: Path) -> None:
     assert registry.load(3, framework="np")["a"].max() == 33.0
     with pytest.raises(RegistryError, match="policy version 9"):
         registry.rewind(9)
+
+
+FULL = '''
+"""Publishes under a limit on the size of files: the write fails as on a full disk."""
+import resource, signal, sys
+import numpy as np
+from agentsdpo.errors import RegistryError
+from agentsdpo.publish.registry import PolicyRegistry
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+registry = PolicyRegistry(sys.argv[1])
+registry.publish({"w": np.zeros(3, np.float32)}, learner_step=0)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+try:
+    registry.publish({"w": np.zeros(9000, np.float32)}, learner_step=1)
+except RegistryError as error:
+    print(error)
+'''
+
+
+def test_full_disk_is_one_sentence_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path / "p")], capture_output=True, text=True, check=True)
+    assert "there is no room for" in done.stdout
+    assert "free some space" in done.stdout
+    assert "versions published before are safe" in done.stdout
+    assert sorted(path.name for path in (tmp_path / "p").iterdir()) == ["000000000000", "LATEST", "LOCK"]
+    assert PolicyRegistry(tmp_path / "p").load(0, framework="np")["w"].tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text"])
+def test_truncated_weights_are_named(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "w.safetensors"
+    write_tensors(weights(0), path)
+    data = {"cut": path.read_bytes()[:-4], "empty": b"", "text": b"not tensors at all, but some words"}[damage]
+    path.write_bytes(data)
+    for framework in ("np", "pt"):
+        with pytest.raises(CorruptionError, match=r"w.safetensors is not a whole safetensors file: "):
+            read_tensors(path, framework)
+
+
+def test_published_files_are_readable_by_everyone(tmp_path: Path) -> None:
+    folder = filled(tmp_path, 1).folder(0)
+    assert [path.stat().st_mode & 0o777 for path in (folder, folder / WEIGHTS, folder / MANIFEST)] == [
+        0o755, 0o644, 0o644]
 
 
 CHILD = '''
