@@ -1,26 +1,48 @@
 """The command line: verbs parse, call and print, nothing else. Each imports what it calls when it is called.
 
-stdout is data, stderr is talk. Exit codes: 0 done, 1 something went wrong, 2 the request cannot be served as asked
-(configuration, model folder), 130 interrupted.
+stdout is data, stderr is talk. Exit codes: 0 done, 1 something went wrong or the user stopped it (Ctrl-C), 2 the
+request cannot be served as asked (usage, configuration, model folder).
+
+``demo`` and ``train`` find modules in the folder they are called from, after all installed ones, so that
+``suite = "tasks:make"`` may name a ``tasks.py`` that lies there.
 """
 
-import errno
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from agentsdpo import __version__
 from agentsdpo.errors import AgentSdpoError
+from agentsdpo.files import FULL
+
+
+class Verbs(TyperGroup):
+    """All verbs. What typer would turn into its own exit codes, without a word, is told here."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Run one verb; an interrupt becomes a sentence, a reader that has left is no fault."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            _fail("stopped", 1)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush goes nowhere
+            sys.exit(0)
+        return result
+
 
 app = typer.Typer(
-    name="agentsdpo", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    name="agentsdpo", cls=Verbs, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+    pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
     help="Off-policy self-distillation for agents: collect, hint, learn, publish.")
 
 Sets = Annotated[list[str] | None, typer.Option(
@@ -54,18 +76,13 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Train the shipped model on the built-in world and show the reward curve."""
-    from agentsdpo.console import print_summary
-    from agentsdpo.demo import run_demo
-
     chosen = tuple(name.strip() for name in arms.split(",") if name.strip()) if arms else None
-    with _keeping(out, shlex.join(["agentsdpo", *sys.argv[1:]])):
+    with _keeping(out, resume=None):
+        from agentsdpo.demo import run_demo
+
         summary = run_demo(arms=chosen, staleness=staleness, steps=steps, seed=seed, out=out, quick=quick,
                            sets=tuple(sets or ()))
-    if as_json:
-        typer.echo(json.dumps(summary))
-        return
-    print_summary(summary)
-    typer.echo(f"curves: {out / 'report.html'}", err=True)
+    _show(summary, out, as_json)
 
 
 @app.command()
@@ -74,16 +91,31 @@ def train(
     sets: Sets = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/<name> when not given.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is in the folder.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Collect, hint, learn and publish in one process, step by step."""
+    """Collect, hint, learn and publish in one process, step by step; print what came of it."""
     from agentsdpo import config as settings
 
     resolved = settings.load(config, sets or ())  # before the slow imports: a mistyped key is refused at once
-    from agentsdpo import loop
-
     folder = out or Path("runs") / resolved.name
-    with _keeping(folder, shlex.join(["agentsdpo", *sys.argv[1:], *([] if resume else ["--resume"])])):
+    with _keeping(folder, resume="--resume"):
+        from agentsdpo import loop
+        from agentsdpo.demo import conclude
+
         loop.train(resolved, out=folder, resume=resume)
+        summary = conclude(folder)
+    _show(summary, folder, as_json)
+
+
+def _show(summary: dict[str, Any], folder: Path, as_json: bool) -> None:
+    """The result as data, and where to see more."""
+    if as_json:
+        typer.echo(json.dumps(summary))
+        return
+    from agentsdpo.console import print_summary
+
+    print_summary(summary)
+    typer.echo(f"curves: {folder / 'report.html'}", err=True)
 
 
 @app.command()
@@ -108,13 +140,38 @@ def config(
 
 
 @contextmanager
-def _keeping(folder: Path, again: str) -> Iterator[None]:
-    """On Ctrl-C, say what is kept and how to go on."""
+def _keeping(folder: Path, *, resume: str | None) -> Iterator[None]:
+    """Let modules of this folder be imported; on Ctrl-C and on a full disk, say what is kept and how to go on.
+
+    Args:
+        folder: of the run.
+        resume: the flag with which the verb goes on with a run; None when it does so by itself.
+    """
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo(f"\nagentsdpo: stopped. Every finished step is kept in {folder}; go on with: {again}", err=True)
-        raise typer.Exit(130) from None
+        _fail(f"stopped; {_way_on(folder, resume)}", 1)
+    except OSError as error:
+        if isinstance(error, AgentSdpoError) or error.errno not in FULL:
+            raise
+        _fail(f"{_full(error)} free some space; {_way_on(folder, resume)}", 1)
+
+
+def _way_on(folder: Path, resume: str | None) -> str:
+    """What is kept and the command that goes on with it."""
+    words = [word for word in sys.argv[1:] if word != resume]
+    begun = (folder / "config.toml").is_file() or any(folder.glob("arms/*/config.toml"))
+    again = shlex.join(["agentsdpo", *words, *([resume] if resume and begun else [])])
+    kept = (f"finished episodes and the newest checkpoint are kept in {folder}, go on" if begun
+            else "nothing was done yet, start again")
+    return f"{kept} with: {again}"
+
+
+def _full(error: OSError) -> str:
+    return f"the disk is full{f' while writing {error.filename}' if error.filename else ''} ({error.strerror});"
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -130,15 +187,11 @@ def main() -> NoReturn:
     except AgentSdpoError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        _fail("stopped.", 130)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has left; Python would complain while flushing
-        sys.exit(0)
+        _fail("stopped", 1)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
-        where = f" while writing {error.filename}" if error.filename else ""
-        _fail(f"the disk is full{where}; free some space, then go on with --resume: finished steps are kept", 1)
+        _fail(f"{_full(error)} free some space", 1)
     sys.exit(0)
 
 

@@ -3,7 +3,9 @@
 import errno
 import inspect
 import json
+import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -64,7 +66,9 @@ def test_own_errors_become_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys:
 def test_full_disk_is_named_with_the_way_on(monkeypatch: pytest.MonkeyPatch,
                                             capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(monkeypatch, OSError(errno.ENOSPC, "No space left on device", "/runs/a/x")) == 1
-    assert "the disk is full while writing /runs/a/x; free some space" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert err == "agentsdpo: the disk is full while writing /runs/a/x (No space left on device); free some space\n"
+    assert "--resume" not in err, "a flag that most verbs lack"
 
 
 def test_faults_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,14 +78,93 @@ def test_faults_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         run_main(monkeypatch, ZeroDivisionError())
 
 
-def test_interrupt_says_what_is_kept_and_how_to_go_on(monkeypatch: pytest.MonkeyPatch,
-                                                      capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(typer.Exit) as caught, cli._keeping(Path("runs/a"), "agentsdpo train a.toml --resume"):
-        raise KeyboardInterrupt
-    assert caught.value.exit_code == 130
-    err = capsys.readouterr().err
-    assert "Every finished step is kept in runs/a; go on with: agentsdpo train a.toml --resume" in err
-    assert exit_code(monkeypatch, KeyboardInterrupt()) == 130
+CHILD = """
+import errno, signal, sys, time, types
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+def work(*_, out, **__):
+    how = __import__("os").environ["HOW"]
+    if how != "before":
+        folder = out / "arms" / "robust" if sys.argv[1] == "demo" else out
+        folder.mkdir(parents=True)
+        (folder / "config.toml").write_text("")
+    if how == "full":
+        raise OSError(errno.ENOSPC, "No space left on device", "x.safetensors")
+    if how == "suite":
+        print(__import__("tasks").NAME)
+        return
+    print("ready", flush=True)
+    time.sleep(60)
+
+for name, verb in ("loop", "train"), ("demo", "run_demo"):
+    module = types.ModuleType(name)
+    setattr(module, verb, work)
+    module.conclude = lambda folder: {"arms": {"first": {"final_pass": 0.5}}}
+    sys.modules[f"agentsdpo.{name}"] = module
+from agentsdpo import cli
+cli.main()
+"""
+"""The command line over verbs that only wait, or find the disk full."""
+
+
+def child(folder: Path, how: str, *arguments: str) -> subprocess.Popen[str]:
+    (folder / "child.py").write_text(CHILD)
+    (folder / "a.toml").write_text("name = 'first'\n")
+    return subprocess.Popen([sys.executable, str(folder / "child.py"), *arguments], cwd=folder, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "HOW": how})
+
+
+@pytest.mark.parametrize(("how", "arguments", "says"), [
+    ("kept", "train a.toml --set seed=3", "finished episodes and the newest checkpoint are kept in runs/first, go on "
+                                          "with: agentsdpo train a.toml --set seed=3 --resume"),
+    ("kept", "train a.toml --resume", "kept in runs/first, go on with: agentsdpo train a.toml --resume"),
+    ("before", "train a.toml", "nothing was done yet, start again with: agentsdpo train a.toml"),
+    ("kept", "demo --quick --out runs/x", "kept in runs/x, go on with: agentsdpo demo --quick --out runs/x")])
+def test_ctrl_c_is_one_sentence_with_the_way_on(tmp_path: Path, how: str, arguments: str, says: str) -> None:
+    process = child(tmp_path, how, *arguments.split())
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (1, "")
+    assert err.startswith("agentsdpo: stopped; ")
+    assert err.endswith(f"{says}\n")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("arguments", "flag"), [("train a.toml", " --resume"), ("demo", "")])
+def test_full_disk_names_the_way_on_of_the_verb(tmp_path: Path, arguments: str, flag: str) -> None:
+    process = child(tmp_path, "full", *arguments.split())
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.startswith("agentsdpo: the disk is full while writing x.safetensors (No space left on device); free")
+    assert err.endswith(f"go on with: agentsdpo {arguments}{flag}\n")
+
+
+def test_train_shows_what_came_of_it_and_finds_the_users_tasks(tmp_path: Path) -> None:
+    (tmp_path / "tasks.py").write_text("NAME = 'mine'\n")
+    (tmp_path / "typer.py").write_text("raise ImportError('an installed module goes first')\n")
+    script, work = tmp_path / "elsewhere", tmp_path
+    script.mkdir()
+    process = child(script, "suite", "train", str(script / "a.toml"), "--json", "--out", "o")
+    assert "No module named 'tasks'" in process.communicate(timeout=60)[1], "only the folder it is called from"
+    done = subprocess.run([sys.executable, str(script / "child.py"), "train", str(script / "a.toml"), "--json"],
+                          cwd=work, env={**os.environ, "HOW": "suite"}, capture_output=True, text=True, check=True)
+    mine, summary = done.stdout.splitlines()
+    assert mine == "mine"
+    assert json.loads(summary) == {"arms": {"first": {"final_pass": 0.5}}}
+    assert "curves" not in done.stderr
+
+
+def test_a_reader_that_leaves_is_no_fault() -> None:
+    command = [sys.executable, "-m", "agentsdpo.cli", "config", "--describe"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stderr
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(timeout=60), err) == (0, "")
 
 
 # ------------------------------------------------------------------------------------------------------ the verbs
