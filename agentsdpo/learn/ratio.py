@@ -13,7 +13,7 @@ Ratio = Literal["none", "is", "tis", "ppo"]
 
 
 def log_ratio(student_logp: Tensor, behaviour_logp: Tensor) -> Tensor:
-    """``log r`` clipped to [-20, 20]; NaN where the behaviour log-prob is unknown. Shape [N], no gradient."""
+    """``log r`` clipped to [-20, 20]. Shape [N], no gradient."""
     return (student_logp.detach() - behaviour_logp).clamp(-20.0, 20.0)
 
 
@@ -94,7 +94,7 @@ def ess_frac(ratio: Tensor) -> float:
 
 
 class AdvantageClip:
-    """Bound of ``kappa`` running means on |gap|, one bound per optimiser step (objective, section 2.3).
+    """Bound of ``kappa`` running means on |gap|, one bound per optimiser step ("Scaling SDPO", June 2026).
 
     The bound comes from the state before the step, so it never depends on the batch it clips; only the very first
     step has no past and uses its own mean. Feed it global sums: every micro-batch then sees the same bound.
