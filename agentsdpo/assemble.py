@@ -14,8 +14,8 @@ from agentsdpo.collect.inprocess import InProcessEngine
 from agentsdpo.config import SEED_MODEL, RunConfig
 from agentsdpo.envs.desk import PRESETS, DeskSuite
 from agentsdpo.envs.desk.seed import seed_path
-from agentsdpo.errors import ConfigError, HintError
-from agentsdpo.hint.render import render_teacher
+from agentsdpo.errors import ConfigError, RunError, StoreError
+from agentsdpo.hint.render import hint_ids
 from agentsdpo.hint.sources import CriteriaSource
 from agentsdpo.learn.checkpoint import load_checkpoint, save_checkpoint
 from agentsdpo.learn.learner import Learner
@@ -55,60 +55,23 @@ class Run:
         """Optimiser steps done."""
         return self.learner.step_count
 
-    def begin(self) -> None:
-        """Publish version 0 and save the state before the first step."""
+    def restore_or_begin(self) -> None:
+        """Continue from the newest checkpoint; without one, publish version 0 and save the state before the first step.
+
+        Versions published after the checkpoint are published again.
+        """
+        if any(self.folder.checkpoint.glob("step-*")):
+            saved = load_checkpoint(self.folder.checkpoint, self.learner)
+            self.sampler.load_state_dict(saved.sampler["sampler"])
+            self.totals, self.version = saved.sampler["totals"], saved.version
+            self.registry.rewind(saved.version)
+            return
         if self.registry.latest() is None:
             self.publish()
         else:  # an earlier life of the run was killed before its first checkpoint
             self.registry.rewind(0)
+            self._record(0)
         self.checkpoint()
-
-    def publish(self) -> None:
-        """Make the learner's weights the next policy version, known to registry and store."""
-        self.version = self.registry.publish(self.learner.model.state_dict(), learner_step=self.step)
-        about = self.registry.manifest(self.version)
-        self.store.record_policy(self.version, {
-            "weights_id": about.weights_id, "tokenizer_sha256": about.tokenizer_sha256,
-            "chat_template_sha256": about.chat_template_sha256, "vocab_size": self.engine.vocab_size})
-
-    def missing(self, indices: Iterable[int]) -> list[int]:
-        """Training tasks of this run that are not in the store yet: an earlier life may have played some."""
-        have = {key.episode_id for key in self.store.snapshot().keys()}  # noqa: SIM118 - a snapshot is no dict
-        return [index for index in indices if self._id(index) not in have]
-
-    def keep(self, episodes: list[Episode]) -> None:
-        """Give fresh episodes their hints and store those that began."""
-        played = [e for e in episodes if e.branches]  # none: the engine broke before the first token
-        hinted = [e.model_copy(update={"hint": self.hinter.hint(e)}) for e in played]
-        self.store.append(hinted)
-
-    def stored(self, indices: Iterable[int]) -> list[Episode]:
-        """Training episodes as the store has them."""
-        snapshot = self.store.snapshot()
-        return [snapshot.episode(self._id(index)) for index in indices]
-
-    def _id(self, index: int) -> str:
-        return self.collector.episode_id("train", index, 0, self.config.seed)
-
-    def load_policy(self, version: int) -> None:
-        """Serve one version of the registry."""
-        if self.engine.version != version:
-            self.engine.load_weights(self.registry.load(version), version)
-
-    def rows(self, drawn: list[Row]) -> list[TrainRow]:
-        """Store rows as the learner takes them; a hint that cannot be rendered leaves the row without one."""
-        return [TrainRow(branch=row.branch, hint_ids=self._hint_ids(row), episode_id=row.key.episode_id,
-                         train_allowed=row.train_allowed, tokenizer_sha256=row.tokenizer_sha256,
-                         chat_template_sha256=self.chat.template_sha256) for row in drawn]
-
-    def _hint_ids(self, row: Row) -> tuple[int, ...] | None:
-        if row.hint is None:
-            return None
-        try:
-            window = self.learner.model.config.max_position_embeddings
-            return render_teacher(self.chat, row.hint, row.branch.token_ids, window=window).hint_ids
-        except HintError:
-            return None  # counted by the learner as refused/no_hint
 
     def checkpoint(self) -> None:
         """Save all that the next step depends on, then let go of versions nobody can ask for again."""
@@ -116,12 +79,46 @@ class Run:
         save_checkpoint(self.folder.checkpoint, self.learner, version=self.version, sampler=state)
         self.registry.prune(self.config.publish.keep, staleness=self.config.staleness)
 
-    def restore(self) -> None:
-        """Continue from the newest checkpoint: versions published after it are published again."""
-        saved = load_checkpoint(self.folder.checkpoint, self.learner)
-        self.sampler.load_state_dict(saved.sampler["sampler"])
-        self.totals, self.version = saved.sampler["totals"], saved.version
-        self.registry.rewind(saved.version)
+    def publish(self) -> None:
+        """Make the learner's weights the next policy version, known to registry and store."""
+        self.version = self.registry.publish(self.learner.model.state_dict(), learner_step=self.step)
+        self._record(self.version)
+
+    def _record(self, version: int) -> None:
+        about = self.registry.manifest(version)
+        try:
+            self.store.record_policy(version, {
+                "weights_id": about.weights_id, "tokenizer_sha256": about.tokenizer_sha256,
+                "chat_template_sha256": about.chat_template_sha256, "vocab_size": self.engine.vocab_size})
+        except StoreError as error:
+            raise RunError(f"policy version {version} came out differently than before the run was stopped ({error})",
+                           fix="resume on the same machine with the same number of threads, or start a new run"
+                           ) from error
+
+    def stored(self, indices: Iterable[int]) -> dict[int, Episode]:
+        """Training episodes the store has already, by task: an earlier life of the run may have played some."""
+        snapshot = self.store.snapshot()
+        have = {key.episode_id for key in snapshot.keys()}  # noqa: SIM118 - a snapshot is no dict
+        ids = {index: self.collector.episode_id("train", index, 0, self.config.seed) for index in indices}
+        return {index: snapshot.episode(own) for index, own in ids.items() if own in have}
+
+    def keep(self, episodes: list[Episode]) -> list[Episode]:
+        """Give fresh episodes their hints and store those that were scored; returns these."""
+        scored = [e for e in episodes if e.branches and e.grade is not None]
+        hinted = [e.model_copy(update={"hint": self.hinter.hint(e)}) for e in scored]
+        self.store.append(hinted)
+        return hinted
+
+    def load_policy(self, version: int) -> None:
+        """Serve one version of the registry, with an empty cache: what is played depends on the version alone."""
+        self.engine.load_weights(self.registry.load(version), version)
+
+    def rows(self, drawn: list[Row]) -> list[TrainRow]:
+        """Store rows as the learner takes them."""
+        return [TrainRow(branch=row.branch, hint_ids=hint_ids(self.chat, row.hint) if row.hint else None,
+                         episode_id=row.key.episode_id, train_allowed=row.train_allowed,
+                         tokenizer_sha256=row.tokenizer_sha256, chat_template_sha256=row.chat_template_sha256)
+                for row in drawn]
 
 
 def run_id(config: RunConfig) -> str:
@@ -154,6 +151,19 @@ def make_suite(config: RunConfig) -> Suite:
                           fix=f"use {' or '.join(PRESETS)}, or package.module:factory without arguments") from error
 
 
+def check_request(config: RunConfig) -> tuple[Path | str, ChatFormat, Suite]:
+    """Model path, chat format and suite of a configuration: all that can be asked for wrongly.
+
+    Raises:
+        ModelError, ConfigError: no such model, template, suite or split.
+    """
+    path = seed_path() if config.model == SEED_MODEL else config.model
+    chat, suite = load_chat(path), make_suite(config)
+    for split in ("train", *config.eval.splits, *config.eval.final_splits):
+        suite.task(split, 0)
+    return path, chat, suite
+
+
 def assemble(config: RunConfig, out: Path | str, *, resume: bool = False) -> Run:
     """Build every part of a run and its folder; nothing is sampled or trained yet.
 
@@ -162,11 +172,8 @@ def assemble(config: RunConfig, out: Path | str, *, resume: bool = False) -> Run
     Raises:
         ModelError, TokenizerMismatch, ConfigError, RunError, StoreError: see the parts.
     """
-    path = seed_path() if config.model == SEED_MODEL else config.model
-    chat, suite = load_chat(path), make_suite(config)
+    path, chat, suite = check_request(config)
     student, behaviour = load_model(path, chat), load_model(path, chat)
-    for split in ("train", *config.eval.splits, *config.eval.final_splits):
-        suite.task(split, 0)
     learner = Learner(student, config.learn)
     engine = InProcessEngine(behaviour, chat.eos_id, max_slots=config.collect.concurrency,
                              window=config.collect.window)

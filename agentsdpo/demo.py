@@ -1,7 +1,8 @@
 """``agentsdpo demo``: a small real model that cannot do its job learns it from its own stale episodes and from hints.
 
-Every arm starts from the same weights, plays the same tasks with the same seeds, and is evaluated on the same held-out
-tasks; the arms differ in the objective alone.
+Every arm starts from the same weights, plays the same tasks with the same seeds at the same staleness, draws as many
+rows a step, learns from the same kind of teacher, and is evaluated on the same held-out tasks. Arms are presets: they
+differ in the objective, its normaliser, and the learning rate that suits it (``learn/presets.py``).
 """
 
 import json
@@ -11,10 +12,12 @@ import resource
 import shutil
 import sys
 import time
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from agentsdpo.assemble import check_request
 from agentsdpo.config import RunConfig, from_mapping
 from agentsdpo.errors import RunError
 from agentsdpo.evaluate import summarise
@@ -25,22 +28,22 @@ from agentsdpo.track import read_metrics
 from agentsdpo.types import Json
 
 STEPS, STALENESS = 150, 3
-_WORLD: Json = {"collect": {"window": 512, "concurrency": 128, "max_tokens": 64}}
-"""An episode is about 200 tokens; a turn of the seed model at most 40."""
-_QUICK: Json = {"eval": {"episodes": 32, "final_episodes": 32, "every": 10}}
 REUSE = 5
-"""Policy versions a row may be drawn for after it was collected."""
+"""Policy versions a row may still be drawn for after it was collected."""
+_WORLD: Json = {"collect": {"window": 512, "concurrency": 128, "max_tokens": 64}, "episodes_per_step": 16}
+"""An episode is about 200 tokens; a turn of the seed model at most 40. 16 fresh episodes a step, each used twice."""
+_QUICK: Json = {"eval": {"episodes": 32, "final_episodes": 32, "every": 10}}
 
 
 def demo_config(arm: str, *, staleness: int, steps: int, seed: int, quick: bool = False,
                 sets: Sequence[str] = ()) -> RunConfig:
-    """Settings of one arm: a preset on the built-in world, with one staleness bound for every arm.
+    """Settings of one arm: a preset on the built-in world, one staleness bound and one batch for every arm.
 
     >>> demo_config("naive", staleness=8, steps=10, seed=0).learn.max_staleness
     13
     """
     data: Json = {**_WORLD, **(_QUICK if quick else {}), "name": arm, "preset": arm, "steps": steps, "seed": seed,
-                  "staleness": staleness, "learn": {"max_staleness": staleness + REUSE}}
+                  "staleness": staleness, "learn": {"max_staleness": staleness + REUSE, "batch": 32}}
     return from_mapping(data, sets)
 
 
@@ -61,34 +64,69 @@ def run_demo(*, arms: Sequence[str] | None = None, staleness: int | None = None,
 
     Returns:
         The summary.
+
+    Raises:
+        RunError: ``out`` holds something else, or a stopped demo of other arms or settings.
     """
     began, out, names = time.monotonic(), Path(out), tuple(arms or ("robust",))
     configs = {arm: demo_config(arm, staleness=STALENESS if staleness is None else staleness,
                                 steps=steps or (20 if quick else STEPS), seed=seed, quick=quick, sets=sets)
                for arm in names}
-    _make_room(out)
-    records = {}
+    for config in configs.values():
+        check_request(config)
+    _make_room(out, names)
     for arm, config in configs.items():
         folder = out / "arms" / arm
-        totals = train(config, out=folder, resume=(folder / "config.toml").exists(), mode=mode).totals
-        rows = read_metrics(folder / "metrics.jsonl")
-        records[arm] = {**summarise(rows, config.steps), "staleness": config.staleness, "steps": config.steps,
-                        "episodes": totals["episodes"], "wall_s": rows[-1]["wall_s"]}
-    summary = _summary(records, time.monotonic() - began, seed)
-    (out / "config.toml").write_text((out / "arms" / names[0] / "config.toml").read_text())
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        train(config, out=folder, resume=(folder / "config.toml").exists(), mode=mode)
+    return conclude(out, began=began)
+
+
+def conclude(out: Path | str, *, began: float | None = None) -> Json:
+    """Write ``report.html`` and, last, ``summary.json`` of a run folder: a demo's, or that of one training run.
+
+    Args:
+        out: the folder.
+        began: monotonic time at which the work began; the arms' own clocks count alone when not given.
+    """
+    out = Path(out)
+    folders = {p.name: p for p in sorted((out / "arms").glob("*"))} if (out / "arms").is_dir() else {"": out}
+    records = {name or _settings(folder)["name"]: _record(folder) for name, folder in folders.items()}
+    main = "robust" if "robust" in records else next(iter(records))
+    top: dict[str, Any] = {k: v for k, v in records[main].items() if k not in ("splits", "wall_s")}
+    clocks = sum(record["wall_s"] for record in records.values())
+    wall = max(clocks, time.monotonic() - began) if began is not None else clocks
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
+    summary = {"arm": main, **top, "wall_s": round(wall, 1), "peak_rss_mib": round(peak), "commit": git_commit(),
+               "hardware": f"{_cpu()}, {_cores()} cores", "command": " ".join(["agentsdpo", *sys.argv[1:]]),
+               "arms": records}
+    if "" not in folders:
+        _write(out / "config.toml", (folders[main] / "config.toml").read_text())
+    _write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     write_report(out)
     return summary
 
 
-def _summary(arms: dict[str, Json], wall_s: float, seed: int) -> Json:
-    """Numbers of the main arm on top (``robust`` where it was run), all arms below, and what produced them."""
-    main = "robust" if "robust" in arms else next(iter(arms))
-    top: dict[str, Any] = {k: v for k, v in arms[main].items() if k not in ("splits", "wall_s")}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
-    return {"arm": main, **top, "wall_s": round(wall_s, 1), "peak_rss_mib": round(peak), "seed": seed,
-            "commit": git_commit(), "hardware": f"{_cpu()}, {len(os.sched_getaffinity(0))} cores",
-            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "arms": arms}
+def _record(folder: Path) -> Json:
+    """Numbers of one training run, from what it wrote."""
+    settings, rows = _settings(folder), read_metrics(folder / "metrics.jsonl")
+    return {**summarise(rows, settings["steps"]), "staleness": settings["staleness"], "steps": settings["steps"],
+            "seed": settings["seed"], "episodes": rows[-1]["episodes"], "wall_s": rows[-1]["wall_s"]}
+
+
+def _settings(folder: Path) -> Json:
+    return tomllib.loads((folder / "config.toml").read_text())
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    work = path.with_name(f".{path.name}.new")
+    work.write_text(text)
+    work.replace(path)
+
+
+def _cores() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu() -> str:
@@ -99,14 +137,19 @@ def _cpu() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _make_room(out: Path) -> None:
-    """Remove a finished demo; refuse a folder that holds anything else."""
-    if not (out / "summary.json").exists():
+def _make_room(out: Path, arms: Sequence[str]) -> None:
+    """Remove a finished demo; refuse a folder that holds anything else, or a stopped demo of other arms."""
+    if not out.exists():
         return
-    known = {"arms", "config.toml", "summary.json", "report.html"}
-    foreign = sorted(p.name for p in out.iterdir() if p.name not in known)
+    known = ("arms", "config.toml", "summary.json", "report.html")  # written last, so removed last
+    foreign = sorted(p.name for p in out.iterdir() if p.name not in known and not p.name.startswith("."))
     if foreign:
         raise RunError(f"{out} holds {foreign[0]!r}, which no demo wrote", fix="choose another --out")
-    for name in known:
-        path = out / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if (out / "report.html").exists():
+        for path in (out / name for name in known):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        return
+    other = sorted(p.name for p in (out / "arms").glob("*") if p.name not in arms)
+    if other:
+        raise RunError(f"{out} holds a stopped demo with arm {other[0]!r}, which was not asked for now",
+                       fix="name the same --arms to go on with it, or choose another --out")

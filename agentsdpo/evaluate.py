@@ -3,10 +3,11 @@
 from typing import Any
 
 from agentsdpo.assemble import Run, evaluator
+from agentsdpo.config import RunConfig
 from agentsdpo.console import View
 from agentsdpo.stats import wilson
 from agentsdpo.track import MetricsWriter
-from agentsdpo.types import Json
+from agentsdpo.types import Episode, Json
 
 EVAL_SEED = 77
 """Of sampling in every evaluation, whatever the run's seed."""
@@ -14,30 +15,46 @@ HELD_OUT = ("test_names", "test_world", "test_period")
 """Splits that hold out one axis each and ask for the rules that were taught; pooled into the headline."""
 
 
-def evaluate(run: Run, metrics: MetricsWriter, view: View, *, final: bool) -> None:
-    """Play the evaluation splits and write one line per split and decoding.
+def evaluate(run: Run, metrics: MetricsWriter, view: View) -> None:
+    """Play what is due at this step and not in the metrics yet, one line per split and decoding.
 
-    Args:
-        run: its newest version is played.
-        metrics: where the lines go.
-        view: told about each.
-        final: all splits, sampled and greedy, as before and after training; else the curve's splits, sampled.
+    Before the first and after the last step: all splits, sampled and greedy. Every ``eval.every`` steps in between:
+    the curve's splits, sampled.
     """
-    config = run.config.eval
-    splits, count = (config.final_splits, config.final_episodes) if final else (config.splits, config.episodes)
-    view.stage(f"evaluation of version {run.version} on {', '.join(splits)}")
+    have = {(r["step"], r["split"], r["decoding"]) for r in metrics.rows if r["kind"] == "eval"}
+    left = [(split, decoding, n) for split, decoding, n in due(run.config, run.step)
+            if (run.step, split, decoding) not in have]
+    if not left:
+        return
+    view.stage(f"evaluation of version {run.version} on {', '.join(dict.fromkeys(split for split, *_ in left))}")
     run.load_policy(run.version)
-    for decoding in ("sampled", "greedy") if final else ("sampled",):
-        player = evaluator(run, greedy=decoding == "greedy")
-        for split in splits:
-            episodes = player.collect(split, range(count), seed=EVAL_SEED)
-            scored = [e.grade for e in episodes if e.grade is not None and e.grade.mean is not None]
-            row: Json = {"split": split, "decoding": decoding, "n": len(scored), "version": run.version, **run.totals}
-            if scored:
-                row |= {"pass": sum(bool(g.passed) for g in scored) / len(scored),
-                        "score": sum(g.mean or 0.0 for g in scored) / len(scored)}
-            metrics.write("eval", run.step, row)
-            view.eval({"step": run.step, **row})
+    for split, decoding, count in left:
+        episodes = evaluator(run, greedy=decoding == "greedy").collect(split, range(count), seed=EVAL_SEED)
+        row = {"split": split, "decoding": decoding, "version": run.version, **run.totals, **scores(episodes)}
+        metrics.write("eval", run.step, row)
+        view.eval({"step": run.step, **row})
+
+
+def due(config: RunConfig, step: int) -> list[tuple[str, str, int]]:
+    """(split, decoding, episodes) to be played at one step.
+
+    >>> due(RunConfig(), 20), len(due(RunConfig(), 0)), due(RunConfig(), 7)
+    ([('test_names', 'sampled', 64)], 10, [])
+    """
+    about = config.eval
+    if step in (0, config.steps):
+        return [(split, decoding, about.final_episodes) for decoding in ("sampled", "greedy")
+                for split in about.final_splits]
+    return [(split, "sampled", about.episodes) for split in about.splits] if step % about.every == 0 else []
+
+
+def scores(episodes: list[Episode]) -> Json:
+    """``n`` scored episodes, and their ``pass`` rate and mean ``score`` if there are any."""
+    grades = [e.grade for e in episodes if e.grade is not None and e.grade.mean is not None]
+    if not grades:
+        return {"n": 0}
+    return {"n": len(grades), "pass": sum(bool(g.passed) for g in grades) / len(grades),
+            "score": sum(g.mean or 0.0 for g in grades) / len(grades)}
 
 
 def summarise(rows: list[Json], steps: int) -> Json:
@@ -48,7 +65,7 @@ def summarise(rows: list[Json], steps: int) -> Json:
     ends = [r for r in rows if r["kind"] == "eval" and r["step"] in (0, steps) and "pass" in r]
     splits = {r["split"]: _split([e for e in ends if e["split"] == r["split"]], steps) for r in ends}
     pooled = _split(_pool([r for r in ends if r["split"] in HELD_OUT] or ends), steps)
-    return {**pooled, "splits": splits}
+    return {**pooled, "split": "held-out", "splits": splits}
 
 
 def _pool(rows: list[Json]) -> list[Json]:

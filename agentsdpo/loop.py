@@ -3,8 +3,9 @@
     agentsdpo train CONFIG.toml
 
 Staleness is a real quantity here: the collector serves the version ``staleness`` publishes behind the learner, and
-rows are drawn from a store that also holds older ones. A stopped run goes on where it stopped (``--resume``) and
-ends with the weights of one that was never stopped.
+rows are drawn from a store that also holds older ones. A killed run goes on from its last checkpoint (``--resume``) and
+ends with the weights of one that was never killed; stopped inside a collection, it plays the rest in smaller batches,
+so that log-probs may differ in their last bits.
 """
 
 import signal
@@ -21,6 +22,7 @@ from agentsdpo.collect.metrics import collect_metrics
 from agentsdpo.config import RunConfig
 from agentsdpo.errors import EngineError, LearnError
 from agentsdpo.evaluate import evaluate
+from agentsdpo.learn.rows import TrainRow
 from agentsdpo.publish.registry import behaviour_version
 from agentsdpo.track import MetricsWriter
 from agentsdpo.types import Episode
@@ -42,75 +44,88 @@ def train(config: RunConfig, *, out: Path | str, resume: bool = False, mode: str
         KeyboardInterrupt: stopped; everything finished is on disk, this step's episodes included.
     """
     run = assemble(config, out, resume=resume)
-    folder = run.folder
-    if resume and any(folder.checkpoint.glob("step-*")):
-        run.restore()
-    else:
-        run.begin()
-    with (MetricsWriter(folder.metrics, resume_step=run.step if resume else None) as metrics,
+    run.restore_or_begin()
+    with (MetricsWriter(run.folder.metrics, resume_step=run.step if resume else None) as metrics,
           console.training(config.steps, config.name, mode=mode) as view):
-        if run.step == 0:
-            evaluate(run, metrics, view, final=True)
-        while run.step < config.steps:
+        while True:
+            evaluate(run, metrics, view)
+            if run.step >= config.steps:
+                break
             episodes = collect(run)
-            row = learn(run, episodes)
-            metrics.write("step", run.step, row)
+            with uninterrupted():
+                row = learn(run, episodes)
+                metrics.write("step", run.step, row)
+                if run.step % config.checkpoint_every == 0 or run.step == config.steps:
+                    run.checkpoint()
             view.step({"step": run.step, **row})
-            last = run.step == config.steps
-            if last or run.step % config.eval.every == 0:
-                evaluate(run, metrics, view, final=last)
-    folder.finish()
+    run.folder.finish()
     return run
 
 
 def collect(run: Run) -> list[Episode]:
     """Play this step's fresh tasks with the behaviour policy and store the episodes with their hints.
 
-    What an earlier life of the run stored already is taken from the store. After an interrupt, what was finished is
-    stored before the interrupt goes on.
+    What an earlier life of the run stored already is taken from the store. After an interrupt or a fault, what was
+    finished is stored before it goes on. Unscored episodes are left out: nobody knows what they would have been.
     """
     config = run.config
     first = config.seed * TASKS_PER_SEED + run.step * config.episodes_per_step
     wanted = range(first, first + config.episodes_per_step)
-    missing = run.missing(wanted)
+    stored = run.stored(wanted)
+    missing = [index for index in wanted if index not in stored]
     run.load_policy(behaviour_version(run.version, staleness=config.staleness))
     try:
-        episodes = run.collector.collect("train", missing, seed=config.seed)
-    except KeyboardInterrupt:
-        run.keep(run.collector.finished)
+        played = run.collector.collect("train", missing, seed=config.seed)
+    except BaseException:
+        with uninterrupted():
+            run.keep(run.collector.finished)
         raise
-    run.keep(episodes)
-    if episodes and all(e.grade is None for e in episodes):
-        raise EngineError(f"none of {len(episodes)} episodes of step {run.step + 1} could be scored: "
-                          f"{episodes[0].metadata.get('error', 'no reason was recorded')}",
+    with uninterrupted():
+        fresh = run.keep(played)
+    if not stored and not fresh:
+        raise EngineError(f"none of {len(played)} episodes of step {run.step + 1} could be scored: "
+                          f"{played[0].metadata.get('error', 'no reason was recorded')}",
                           fix="mend the engine or the environment, then go on with --resume")
-    return episodes if len(missing) == len(wanted) else run.stored(wanted)
+    return [*stored.values(), *fresh]
 
 
 def learn(run: Run, episodes: list[Episode]) -> dict[str, Any]:
-    """Draw rows, take one optimiser step, publish and save; an interrupt waits until all of it is done.
+    """Draw rows, take one optimiser step and publish.
 
     Returns:
         This step's line of ``metrics.jsonl``.
+
+    Raises:
+        LearnError: nothing can be drawn or trained on, or the step is not finite; nothing was updated.
     """
     config, began = run.config, time.monotonic()
-    with uninterrupted():
-        run.sampler.refresh(only={e.episode_id for e in episodes})
-        drawn = run.sampler.sample(config.learn.batch, run.version)
-        if not drawn:
-            raise LearnError(f"no row can be drawn at step {run.step + 1}: {run.sampler.explain(run.version)}",
-                             fix="raise learn.max_staleness above the staleness of collection, or collect more a step")
-        report = run.learner.step(run.rows(drawn), run.version)
-        for key, more in zip(run.totals, counts(episodes), strict=True):
-            run.totals[key] += more
-        if run.step % config.publish.every == 0 or run.step == config.steps:
-            run.publish()
-        row = {**collect_metrics(episodes), **run.hinter.metrics(), **run.sampler.metrics(), **report.metrics,
-               **run.totals, "version": run.version, "learn/rows": report.n_trained, "learn/tokens": report.n_tokens,
-               "learn/step_s": time.monotonic() - began}
-        if run.step % config.checkpoint_every == 0 or run.step == config.steps:
-            run.checkpoint()
-    return row
+    run.sampler.refresh(only={e.episode_id for e in episodes})
+    rows = draw(run)
+    report = run.learner.step(rows, run.version)
+    for key, more in zip(run.totals, counts(episodes), strict=True):
+        run.totals[key] += more
+    if run.step % config.publish.every == 0 or run.step == config.steps:
+        run.publish()
+    return {**collect_metrics(episodes), **run.hinter.metrics(), **report.metrics, **run.sampler.metrics(),
+            **run.totals, "version": run.version, "learn/rows": report.n_trained, "learn/tokens": report.n_tokens,
+            "learn/step_s": time.monotonic() - began}
+
+
+def draw(run: Run) -> list[TrainRow]:
+    """Rows of one step; draws again while none of them has a hint (an attempt that failed nothing may have none).
+
+    Raises:
+        LearnError: nothing is eligible, or nothing eligible has a hint.
+    """
+    for _ in range(_REDRAWS):
+        rows = run.rows(run.sampler.sample(run.config.learn.batch, run.version))
+        if any(row.hint_ids for row in rows):
+            return rows
+    raise LearnError(f"no row with a hint can be drawn at step {run.step + 1}: {run.sampler.explain(run.version)}",
+                     fix="start a run with a larger learn.max_staleness or episodes_per_step, or with hint.scope 'all'")
+
+
+_REDRAWS = 16
 
 
 def counts(episodes: list[Episode]) -> tuple[int, int, int]:
