@@ -91,6 +91,23 @@ def test_installed_wheel_runs_without_the_checkout(built: Path, tmp_path: Path) 
     assert "max_staleness = 8" in answer(str(home / "bin" / "agentsdpo"), "config")
 
 
+@pytest.mark.parametrize("state", ["without pip", "python gone"])
+def test_make_repairs_a_half_made_environment(tmp_path: Path, state: str) -> None:
+    """As left by a Python without ensurepip, or by one that was upgraded since; the install itself is cut short."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    python = tmp_path / ".venv" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / ".venv")], check=True)
+    if state == "python gone":
+        python.unlink()
+        python.symlink_to(tmp_path / "nowhere")
+    done = subprocess.run(["make", "setup", f"PYTHON={sys.executable}"], cwd=tmp_path, capture_output=True, text=True,
+                          env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PIP_NO_INDEX": "1"})
+    assert done.returncode != 0, "nothing can be installed without an index, so the next make tries again"
+    assert not (tmp_path / ".venv" / ".agentsdpo-setup").exists()
+    subprocess.run([str(python), "-m", "pip", "--version"], check=True, capture_output=True)
+
+
 def test_version_is_told_once() -> None:
     assert PROJECT["version"] == __version__
     assert re.search(rf"^## {re.escape(__version__)}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
