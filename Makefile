@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.agentsdpo-setup
 
-.PHONY: help setup demo test clean
+.PHONY: help setup demo test docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ test: setup  ## lint, types, tests, doctests and the wheel
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest
+
+docs: setup  ## write the reference pages from the code
+	$(BIN)/python docs/reference.py
 
 clean:  ## remove what builds and tests leave behind; .venv and runs/ stay
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis

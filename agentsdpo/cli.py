@@ -10,6 +10,7 @@ request cannot be served as asked (usage, configuration, model folder).
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ class Verbs(TyperGroup):
             result = super().invoke(ctx)
             sys.stdout.flush()
         except KeyboardInterrupt:
-            _fail("stopped", 1)
+            _stopped("")
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush goes nowhere
             sys.exit(0)
@@ -153,7 +154,7 @@ def _keeping(folder: Path, *, resume: str | None) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        _fail(f"stopped; {_way_on(folder, resume)}", 1)
+        _stopped(f"; {_way_on(folder, resume)}")
     except OSError as error:
         if isinstance(error, AgentSdpoError) or error.errno not in FULL:
             raise
@@ -174,6 +175,12 @@ def _full(error: OSError) -> str:
     return f"the disk is full{f' while writing {error.filename}' if error.filename else ''} ({error.strerror});"
 
 
+def _stopped(more: str) -> NoReturn:
+    """The end after Ctrl-C; a second one while libraries tidy up would only print their traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _fail(f"stopped{more}", 1)
+
+
 def _fail(message: str, code: int) -> NoReturn:
     """One sentence on stderr, then the exit code."""
     typer.echo(f"agentsdpo: {message}", err=True)
@@ -187,7 +194,7 @@ def main() -> NoReturn:
     except AgentSdpoError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        _fail("stopped", 1)
+        _stopped("")
     except OSError as error:
         if error.errno not in FULL:
             raise

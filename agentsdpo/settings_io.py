@@ -186,15 +186,22 @@ def _plain(value: Any) -> Any:
     return NONE if value is None else value
 
 
-def describe(cls: type[Settings], prefix: str = "") -> list[Setting]:
-    """Every setting of a class and of the tables inside it, in order of declaration."""
+def describe(cls: type[Settings], prefix: str = "", at: Settings | None = None) -> list[Setting]:
+    """Every setting of a class and of the tables inside it, in order of declaration.
+
+    Args:
+        cls: the class.
+        prefix: put before each key, as in ``learn.``.
+        at: where defaults are taken from; the class's own when not given. A table inside may have others than its
+            class has by itself, as ``learn`` has those of a preset.
+    """
     found: list[Setting] = []
     for name, field in cls.model_fields.items():
+        default = getattr(at, name) if at is not None else field.get_default(call_default_factory=True)
         inner = _settings_in(field.annotation)
         if inner:
-            found += describe(inner, f"{prefix}{name}.")
+            found += describe(inner, f"{prefix}{name}.", default if isinstance(default, inner) else None)
         else:
-            default = field.get_default(call_default_factory=True)
             found.append(Setting(f"{prefix}{name}", _type_words(field.annotation), _range_words(field.metadata),
                                  None if default is PydanticUndefined else default, field.description or ""))
     return found

@@ -65,7 +65,7 @@ def test_preset_lies_under_the_learn_table(preset: str) -> None:
     (["steps=true"], r"steps is True; it must be an integer"),
     (["learn.lr=2"], r"learn.lr is 2; it must be a number in \(0.0, 1.0\]"),
     (["learn.lr=nan"], r"learn.lr is nan; it must be a number"),
-    (["learn.tail=1"], r"learn.tail is 1; it must be true or false"),
+    (["learn.allow_live_lr=1"], r"learn.allow_live_lr is 1; it must be true or false"),
     (["learn.teacher=gold"], r"learn.teacher is 'gold'; it must be one of 'live', 'ema', 'frozen'"),
     (["learn.lr=none"], r"learn.lr is 'none'; it must be a number"),
     (["learn.max_staleness=soon"], 'learn.max_staleness is \'soon\'; it must be an integer or "none" in \\[0, 1'),
@@ -119,6 +119,14 @@ def test_every_setting_is_documented() -> None:
         assert setting.description, f"{setting.key} has no description"
         assert setting.type in ("a text", "true or false") or setting.range or "one of" in setting.type or (
             "list" in setting.type), f"{setting.key} has no range"
+
+
+def test_documented_defaults_are_those_of_a_run() -> None:
+    for setting in describe():
+        value: Any = RunConfig()
+        for part in setting.key.split("."):
+            value = getattr(value, part)
+        assert setting.default == value, setting.key
 
 
 def test_settings_are_frozen() -> None:

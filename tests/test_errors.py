@@ -90,6 +90,9 @@ def work(*_, out, **__):
         (folder / "config.toml").write_text("")
     if how == "full":
         raise OSError(errno.ENOSPC, "No space left on device", "x.safetensors")
+    if how == "twice":
+        import atexit, os
+        atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))
     if how == "suite":
         print(__import__("tasks").NAME)
         return
@@ -119,6 +122,7 @@ def child(folder: Path, how: str, *arguments: str) -> subprocess.Popen[str]:
                                           "with: agentsdpo train a.toml --set seed=3 --resume"),
     ("kept", "train a.toml --resume", "kept in runs/first, go on with: agentsdpo train a.toml --resume"),
     ("before", "train a.toml", "nothing was done yet, start again with: agentsdpo train a.toml"),
+    ("twice", "train a.toml", "kept in runs/first, go on with: agentsdpo train a.toml --resume"),
     ("kept", "demo --quick --out runs/x", "kept in runs/x, go on with: agentsdpo demo --quick --out runs/x")])
 def test_ctrl_c_is_one_sentence_with_the_way_on(tmp_path: Path, how: str, arguments: str, says: str) -> None:
     process = child(tmp_path, how, *arguments.split())
