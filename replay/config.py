@@ -18,7 +18,8 @@ class ReplayConfig(Settings):
         default="uniform", description="order within one pass over the eligible branches: by a seeded hash, oldest "
                                        "arrival first, newest arrival first")
     unit: Literal["branch", "episode"] = Field(
-        default="branch", description="what one draw takes: a branch, or all eligible branches of an episode")
+        default="episode", description="what one draw takes, and what learn.batch counts: all eligible branches of an "
+                                       "episode, or one branch")
     max_uses: int = Field(
-        default=0, ge=0, le=1_000_000, description="draws of one branch before it is set aside, a cap on samples per "
+        default=0, ge=0, le=1_000_000, description="draws of one unit before it is set aside, a cap on samples per "
                                                    "insert; 0 is no cap")

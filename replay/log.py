@@ -54,6 +54,7 @@ class Located:
     trainable: bool
     train_allowed: bool
     tokenizer_sha256: str
+    chat_template_sha256: str
     logprob_kind: str
     kept_set: str
     ts_us: int
@@ -219,7 +220,8 @@ def located(op: Json, ts_us: int) -> list[Located]:
 
 
 ENTRY_COLUMNS: tuple[str, ...] = ("tokens_sha256", "content_sha256", "n_tokens", "n_trainable", "status", "trainable",
-                                  "train_allowed", "tokenizer_sha256", "logprob_kind", "kept_set")
+                                  "train_allowed", "tokenizer_sha256", "chat_template_sha256", "logprob_kind",
+                                  "kept_set")
 """Columns an ``add`` operation repeats for every row, so that folding and sampling open no data file."""
 
 

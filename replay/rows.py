@@ -53,6 +53,7 @@ class Row:
     reward: float | None
     policy_versions: tuple[int, int]
     tokenizer_sha256: str
+    chat_template_sha256: str
     train_allowed: bool
 
 
@@ -285,7 +286,8 @@ class RowReader:
             key=self.key(i), branch=self.branch(i), task_id=at["task_id"], env_id=at["env_id"], run_id=at["run_id"],
             group_id=at["group_id"], stop_reason=StopReason(at["stop_reason"]), grade=grade, hint=hint,
             reward=at["reward"], policy_versions=(at["policy_version_min"], at["policy_version_max"]),
-            tokenizer_sha256=at["tokenizer_sha256"], train_allowed=bool(at["train_allowed"]))
+            tokenizer_sha256=at["tokenizer_sha256"], chat_template_sha256=at["chat_template_sha256"],
+            train_allowed=bool(at["train_allowed"]))
 
     def branch(self, i: int) -> Branch:
         """Branch of row ``i``; the row rules are checked once more."""

@@ -21,22 +21,23 @@ from agentsdpo.replay.snapshot import Snapshot
 from agentsdpo.replay.store import ReplayStore
 from agentsdpo.types import Json
 
-_REFUSED = ("untrainable", "not_allowed", "tokenizer", "no_logprob", "no_version")
+_REFUSED = ("untrainable", "not_allowed", "tokenizer", "template", "no_logprob", "no_version")
 """Filters that do not depend on the learner's version, in the order they are counted."""
 
 
 class Sampler:
     """A learner's position in the store; none of it is kept in the store itself.
 
-    Always refused: branches without trainable tokens, not stamped ``train_allowed``, of another tokenizer, without
-    exact behaviour log-probs (a kind before temperature or filters, a truncated call without its kept set), of unknown
-    policy version, and those staler than the bound.
+    Always refused: branches without trainable tokens, not stamped ``train_allowed``, of another tokenizer or chat
+    template, without exact behaviour log-probs (a kind before temperature or filters, a truncated call without its
+    kept set), of unknown policy version, and those staler than the bound.
 
     Args:
         store: where to draw from.
         config: strategy, unit and cap of uses.
         seed: of the order under ``uniform``.
         tokenizer_sha256: tokenizer of the learner's model; None accepts all (to look at data, not to train on it).
+        chat_template_sha256: likewise its chat template, in which the hint will be rendered.
         max_staleness: a unit is eligible iff learner version - its oldest version <= this; None is no bound.
 
     Raises:
@@ -45,11 +46,11 @@ class Sampler:
     """
 
     def __init__(self, store: ReplayStore, config: ReplayConfig, *, seed: int, tokenizer_sha256: str | None,
-                 max_staleness: int | None) -> None:
+                 max_staleness: int | None, chat_template_sha256: str | None = None) -> None:
         if max_staleness is not None and max_staleness < 0:
             raise ConfigError(f"max_staleness is {max_staleness}", fix="set it to 0 (on-policy) or more, or to None")
         self.store, self.config, self.max_staleness = store, config, max_staleness
-        self._seed, self._tokenizer = seed, tokenizer_sha256
+        self._seed, self._tokenizer, self._template = seed, tokenizer_sha256, chat_template_sha256
         self._pass = self._draws = self._learner_version = 0
         self._drawn: list[Located] = []
         self.snapshot = store.snapshot()
@@ -118,7 +119,8 @@ class Sampler:
         """The first filter a row fails for good, None when there is none."""
         exact = row.logprob_kind == "processed" or (row.logprob_kind == "tempered" and row.kept_set == "not_needed")
         checks = (row.trainable, row.train_allowed, self._tokenizer in (None, row.tokenizer_sha256),
-                  exact and row.kept_set != "missing", row.version_min >= 0)
+                  self._template in (None, row.chat_template_sha256), exact and row.kept_set != "missing",
+                  row.version_min >= 0)
         return next((name for name, good in zip(_REFUSED, checks, strict=True) if not good), None)
 
     # -------------------------------------------------------------------------------------------------- drawing
@@ -183,8 +185,8 @@ class Sampler:
     def explain(self, learner_version: int) -> dict[str, int]:
         """How many branches each filter removes, every branch counted at the first filter it fails.
 
-        Keys: ``total``, ``untrainable``, ``not_allowed``, ``tokenizer``, ``no_logprob``, ``no_version``, ``stale``,
-        ``used_up``, ``eligible``, and ``withheld`` (two versions of one key, not part of the total).
+        Keys: ``total``, ``untrainable``, ``not_allowed``, ``tokenizer``, ``template``, ``no_logprob``, ``no_version``,
+        ``stale``, ``used_up``, ``eligible``, and ``withheld`` (two versions of one key, not part of the total).
         """
         size = np.array([len(members) for members in self._members], np.int64)
         fresh, unused = self._fresh(learner_version), self._unused()
@@ -198,7 +200,8 @@ class Sampler:
         usable = counts["stale"] + counts["used_up"] + counts["eligible"]
         metrics = {"replay/evicted_frac": counts["stale"] / max(usable, 1),
                    "replay/refused/count": float(sum(self._refused.values()))}
-        metrics |= {f"replay/refused/{n}": float(self._refused[n]) for n in ("no_logprob", "tokenizer", "not_allowed")}
+        metrics |= {f"replay/refused/{n}": float(self._refused[n])
+                    for n in ("no_logprob", "tokenizer", "template", "not_allowed")}
         if self._drawn:
             stale = np.array([self._learner_version - row.version_min for row in self._drawn], float)
             age = time.time() - np.array([row.ts_us for row in self._drawn]) / 1e6
@@ -219,13 +222,13 @@ class Sampler:
         """Continue where :meth:`state_dict` was taken: the same draws follow, though the store has grown since.
 
         Raises:
-            ConfigError: the state belongs to another configuration, seed, staleness bound or tokenizer.
+            ConfigError: the state belongs to another configuration, seed, staleness bound, tokenizer or template.
             StoreError: the store's log is not the one the state was taken on.
         """
         if state["config"] != self._config_sha():
             raise ConfigError(f"the sampler state was taken with configuration {state['config'][:12]}, this is "
                               f"{self._config_sha()[:12]}", fix="resume with the replay settings, seed, staleness "
-                              "bound and tokenizer of the run, or start a new run on the same store")
+                              "bound, tokenizer and template of the run, or start a new run on the same store")
         self.snapshot: Snapshot = self.store.snapshot(at=state["snapshot"])
         keys = [Key.parse(text) for text in state["rows"]]
         missing = [key for key in keys if key not in self.snapshot.rows]
@@ -238,7 +241,7 @@ class Sampler:
 
     def _config_sha(self) -> str:
         about = {**self.config.model_dump(), "seed": self._seed, "max_staleness": self.max_staleness,
-                 "tokenizer_sha256": self._tokenizer}
+                 "tokenizer_sha256": self._tokenizer, "chat_template_sha256": self._template}
         return hashlib.sha256(canonical_json(about)).hexdigest()
 
 

@@ -77,7 +77,8 @@ LEARNER_CALL_FIELDS = ["call_id", "start", "end", "prompt_sha256", "finish_reaso
 LEARNER_COLUMNS = [
     "episode_id", "branch_id", "attempt", "parent_branch_id", "fork_at", "fork_reason", "run_id", "env_id", "task_id",
     "group_id", "stop_reason", "train_allowed", "policy_version_min", "policy_version_max", "reward", "rewards_json",
-    "tokenizer_sha256", "token_ids", "token_kind", "logprobs", "kept_ids", "kept_counts", "extra",
+    "tokenizer_sha256", "chat_template_sha256", "token_ids", "token_kind", "logprobs", "kept_ids", "kept_counts",
+    "extra",
     *(f"calls.list.element.{name}" for name in LEARNER_CALL_FIELDS)]
 """What a learner read decodes: everything that makes a :class:`~agentsdpo.replay.Row`."""
 
@@ -92,7 +93,7 @@ def _leaves(kind: pa.DataType, path: str) -> list[tuple[str, pa.DataType]]:
 
 
 def _write_options() -> dict[str, Any]:
-    """Encodings of section 3: BSS for token ids and log-probs, delta for versions and times, dictionary elsewhere."""
+    """Parquet encodings: BSS for token ids and log-probs, delta for versions and times, dictionary elsewhere."""
     encoding = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in ("token_ids", "logprobs", "kept_ids")}
     encoding |= {"kept_counts.list.element": "DELTA_BINARY_PACKED", "tokens_sha256": "PLAIN", "content_sha256": "PLAIN",
                  "reward": "PLAIN"}

@@ -19,7 +19,7 @@ GROUP_TOKENS, GROUP_ROWS = 65_536, 256
 """A row group is closed once it holds this many tokens or rows."""
 _ENTRY_NAMES = ("episode_id", "branch_id", "attempt", "policy_version_min", "policy_version_max", "group_id",
                 "group_size", "tokens_sha256", "content_sha256", "n_tokens", "n_trainable", "status", "trainable",
-                "train_allowed", "tokenizer_sha256", "logprob_kind", "kept_set")
+                "train_allowed", "tokenizer_sha256", "chat_template_sha256", "logprob_kind", "kept_set")
 
 
 def encode(table: pa.Table) -> tuple[pa.Buffer, Json]:

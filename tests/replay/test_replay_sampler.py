@@ -99,6 +99,7 @@ def unusable() -> dict[str, Episode]:
     raw = raw.model_copy(update={"calls": tuple(c.model_copy(update={"logprob_kind": "raw"}) for c in raw.calls)})
     return {"untrainable": make_episode(branches=(make_branch(RNG, kind=4),)),
             "tokenizer": make_episode(tokenizer_sha256="f" * 64),
+            "template": make_episode(chat_template_sha256="f" * 64),
             "no_logprob": make_episode(branches=(raw,)), "kept": make_episode(branches=(cut,)),
             "no_version": make_episode(branches=(make_branch(RNG, version=[3, -1]),))}
 
@@ -106,14 +107,26 @@ def unusable() -> dict[str, Episode]:
 def test_filters_refuse_and_count(store: ReplayStore) -> None:
     store.append(list(unusable().values()))
     fill(store, 2)
-    one = sampler(store)
+    one = Sampler(store, ReplayConfig(), seed=0, tokenizer_sha256=TOKENIZER, max_staleness=None,
+                  chat_template_sha256="b" * 64)
     assert sorted(ids(one, 9)) == ["e000", "e001"]
+    assert [row.chat_template_sha256 for row in one.sample(2, 0)] == ["b" * 64] * 2
     counts = one.explain(0)
-    assert counts == {"total": 7, "untrainable": 1, "not_allowed": 0, "tokenizer": 1, "no_logprob": 2, "no_version": 1,
-                      "stale": 0, "used_up": 0, "eligible": 2, "withheld": 0}
-    assert one.metrics()["replay/refused/count"] == 5
+    assert counts == {"total": 8, "untrainable": 1, "not_allowed": 0, "tokenizer": 1, "template": 1, "no_logprob": 2,
+                      "no_version": 1, "stale": 0, "used_up": 0, "eligible": 2, "withheld": 0}
+    assert one.metrics()["replay/refused/count"] == 6
+    assert one.metrics()["replay/refused/template"] == 1
+    with pytest.raises(ConfigError, match="tokenizer and template"):
+        sampler(store).load_state_dict(one.state_dict())
     any_tokenizer = Sampler(store, ReplayConfig(), seed=0, tokenizer_sha256=None, max_staleness=None)
-    assert any_tokenizer.explain(0)["eligible"] == 3
+    assert any_tokenizer.explain(0)["eligible"] == 4
+
+
+def test_one_draw_takes_an_episode_unless_told_otherwise(store: ReplayStore) -> None:
+    pair = (make_branch(RNG, branch_id=0), make_branch(RNG, branch_id=1))
+    store.append([make_episode(i, episode_id=f"e{i}", branches=pair) for i in range(3)])
+    assert [key.branch_id for key in sampler(store).draw(2, 0)] == [0, 1, 0, 1]
+    assert len(sampler(store, ReplayConfig(unit="branch")).draw(2, 0)) == 2
 
 
 def test_episode_units_keep_their_branches_together(store: ReplayStore) -> None:
@@ -123,7 +136,7 @@ def test_episode_units_keep_their_branches_together(store: ReplayStore) -> None:
         return make_episode(episode_id=name, branches=tuple(branches))
 
     store.append([many("a", [5, 6]), many("b", [2, 6]), many("c", [6])])
-    one = sampler(store, ReplayConfig(unit="episode"), max_staleness=3)
+    one = sampler(store, max_staleness=3)
     keys = one.draw(3, 8)
     assert sorted((key.episode_id, key.branch_id) for key in keys) == [("a", 0), ("a", 1), ("c", 0)]
     assert one.explain(8)["stale"] == 2
