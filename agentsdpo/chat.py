@@ -16,6 +16,8 @@ from agentsdpo.types import Json, ToolCall, ToolResult, ToolSpec
 _ANCHOR = "ANCHOR"
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _BLOCK = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)", re.DOTALL)
+_DEPTH = 64
+"""Deepest nesting of a call's JSON. Beyond it some reader down the line (validator, store) would run out of stack."""
 
 
 def sha256(text: str) -> str:
@@ -45,7 +47,24 @@ class ChatFormat:
         self.vocab_size = len(tokenizer)
         self.template_sha256 = sha256(tokenizer.chat_template)
         self.tokenizer_sha256 = sha256(tokenizer.backend_tokenizer.to_str())
-        self._special = [t for t in tokenizer.all_special_tokens if t]
+        added = (str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
+        self._control = sorted({t for t in (*tokenizer.all_special_tokens, *added) if t}, key=lambda t: (-len(t), t))
+        self._probe()
+
+    def _probe(self) -> None:
+        """Render every shape once, so that a template that cannot carry an episode is found when it is loaded."""
+        spec = ToolSpec(name="f", description="", parameters={"type": "object"})
+        try:
+            self.open([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], [spec])
+            self.extend([{"role": "tool", "tool_call_id": "call_0_0", "content": "r"}])
+            self.extend([{"role": "user", "content": "u"}])
+            self.hint("h")
+        except ModelError:
+            raise
+        except Exception as error:  # whatever the author of the template raises: jinja errors, lookups, ...
+            raise ModelError(f"the chat template of {self.tokenizer.name_or_path!r} cannot carry an episode: {error!r}",
+                             fix="use one that renders tools, tool answers and a system message that stands alone") \
+                from error
 
     def _render(self, messages: Sequence[Json], *, tools: Sequence[ToolSpec] = (), generate: bool = True) -> str:
         return self.tokenizer.apply_chat_template(
@@ -62,13 +81,27 @@ class ChatFormat:
 
     def defuse(self, text: str) -> str:
         """Break control tokens inside text that comes from outside, so that it cannot open or close a turn."""
-        for token in self._special:
+        for token in self._control:
             text = text.replace(token, token[0] + " " + token[1:])
         return text
 
+    def _safe(self, messages: Sequence[Json]) -> list[Json]:
+        """The messages with all text defused but that of system messages, which the environment's author wrote."""
+        return [m if m["role"] == "system" else self._defused(m) for m in messages]
+
+    def _defused(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self.defuse(value)
+        if isinstance(value, dict):
+            return {self.defuse(key): self._defused(inner) for key, inner in value.items()}
+        return [self._defused(inner) for inner in value] if isinstance(value, list) else value
+
     def open(self, messages: Sequence[Json], tools: Sequence[ToolSpec]) -> list[int]:
-        """Ids of the opening messages up to the place where the agent starts to write."""
-        return self.encode(self._render(messages, tools=tools))
+        """Ids of the opening messages up to the place where the agent starts to write.
+
+        Control tokens inside anything but a system message are broken apart: no prompt can open a turn.
+        """
+        return self.encode(self._render(self._safe(messages), tools=tools))
 
     def extend(self, messages: Sequence[Json]) -> list[int]:
         """Ids between an agent's end-of-turn token (exclusive) and the place where it writes again.
@@ -76,9 +109,8 @@ class ChatFormat:
         Args:
             messages: the tool (or user) messages that followed the agent's turn.
         """
-        safe = [{**m, "content": self.defuse(m["content"])} for m in messages]
         head: list[Json] = [{"role": "user", "content": "u"}, {"role": "assistant", "content": _ANCHOR}]
-        tail = self._render([*head, *safe]).split(_ANCHOR, 1)[1]
+        tail = self._render([*head, *self._safe(messages)]).partition(_ANCHOR)[2]
         end = self.tokenizer.eos_token
         if not tail.startswith(end):
             raise ModelError(f"the chat template closes a turn with {tail[:20]!r} but the end-of-turn token is {end!r}",
@@ -129,14 +161,24 @@ def _read_call(body: str) -> tuple[str, Json | str, str]:
     """Name, arguments and problem of one call body; arguments stay text when there is a problem."""
     try:
         data = json.loads(body)
+        json.dumps(data, allow_nan=False, ensure_ascii=False).encode()  # json reads NaN, 1e999 and lone surrogates too
+        deep = _depth(data) > _DEPTH
     except (ValueError, RecursionError) as error:
         return "", body, f"the call is not valid JSON: {error}"
+    if deep:
+        return "", body, f"the call is nested more than {_DEPTH} levels deep"
     if not isinstance(data, dict) or not isinstance(data.get("name"), str):
         return "", body, 'the call must be an object with "name" and "arguments"'
     arguments = data.get("arguments", {})
     if not isinstance(arguments, dict):
         return data["name"], body, '"arguments" must be an object'
     return data["name"], arguments, ""
+
+
+def _depth(value: Any) -> int:
+    """Levels of nesting of a JSON value; 0 for a plain one."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inner is None else 1 + max(map(_depth, inner), default=0)
 
 
 def write_call(name: str, arguments: Json) -> str:

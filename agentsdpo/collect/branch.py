@@ -29,8 +29,7 @@ def untrainable(completion: Completion, sampling: Sampling) -> str | None:
         return "logprob_sentinel"
     if sampling.temperature == 0.0:
         return "greedy"
-    exact_raw = completion.logprob_kind == "raw" and sampling.temperature == 1.0 and not sampling.truncated
-    if completion.logprob_kind in _KIND_REASONS and not exact_raw:
+    if completion.logprob_kind in _KIND_REASONS:
         return _KIND_REASONS[completion.logprob_kind]
     if completion.logprob_kind == "tempered" and sampling.truncated:
         return "kind_tempered_filtered"

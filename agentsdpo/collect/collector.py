@@ -10,8 +10,7 @@ from agentsdpo.chat import ChatFormat
 from agentsdpo.collect.config import CollectConfig
 from agentsdpo.collect.engine import Engine
 from agentsdpo.collect.policy import EnginePolicy, Policy, mix
-from agentsdpo.collect.rollout import Rollout, run_episode
-from agentsdpo.errors import EnvError
+from agentsdpo.collect.rollout import MISUSE, Rollout, describe, run_episode
 from agentsdpo.replay.ids import derived_uuid, uuid7
 from agentsdpo.types import Episode, Frozen, Grade, Hint, Json, StopReason, Suite, Task
 
@@ -85,6 +84,8 @@ class Collector:
 
         Raises:
             KeyboardInterrupt: interrupted; :attr:`finished` holds what was done.
+            ConfigError, ModelError, TruncatedSampling: the set-up is wrong, so that no episode could go well; also
+                whatever the suite raises instead of a task. Every other fault unscores its own episode.
         """
         try:
             asyncio.get_running_loop()
@@ -97,12 +98,15 @@ class Collector:
         self.finished = []
         gate = asyncio.Semaphore(self.config.concurrency)
         sizes, seen = Counter(indices), Counter[int]()
-        async with asyncio.TaskGroup() as group:
-            jobs = []
-            for index in indices:
-                job = self._one(gate, split, index, attempt=seen[index], group_size=sizes[index], seed=seed)
-                jobs.append(group.create_task(job))
-                seen[index] += 1
+        jobs = []
+        try:
+            async with asyncio.TaskGroup() as group:
+                for index in indices:
+                    job = self._one(gate, split, index, attempt=seen[index], group_size=sizes[index], seed=seed)
+                    jobs.append(group.create_task(job))
+                    seen[index] += 1
+        except ExceptionGroup as faults:
+            raise faults.exceptions[0] from None  # the first one cancelled the others: it is the reason, as itself
         return [job.result() for job in jobs]
 
     async def _one(self, gate: asyncio.Semaphore, split: str, index: int, *, attempt: int, group_size: int,
@@ -111,25 +115,38 @@ class Collector:
             task = self.suite.task(split, index)
             own = mix(seed, split, index, attempt)
             episode_id = self.episode_id(split, index, attempt, seed)
-            env = self.suite.env()
-            run = await run_episode(env, self.policy(task, own), task, seed=own, episode_id=episode_id,
-                                    budget=self.config.budget(task.budget))
-            grade, fault = await self._grade(task, run)
-            place = {"episode_id": episode_id, "env_id": env.env_id, "attempt": attempt, "group_size": group_size,
+            env_id, run = await self._play(task, own, episode_id)
+            grade, hint, fault = await self._judge(task, run)
+            place = {"episode_id": episode_id, "env_id": env_id, "attempt": attempt, "group_size": group_size,
                      "group_id": f"{self.stamp.run_id}/{split}/{index}/{seed}"}
             notes = {"split": split, "index": index, "seed": own, **({"error": fault} if fault else {})}
-            episode = self._episode(task, run, grade, place, notes)
+            episode = self._episode(task, run, grade, hint, {**place, "metadata": notes})
             self.finished.append(episode)
             return episode
 
-    async def _grade(self, task: Task, run: Rollout) -> tuple[Grade | None, str]:
-        """The grade and, when the grader's machinery broke, what happened: unscored, never zero."""
-        if run.outcome is None:
-            return None, run.error
+    async def _play(self, task: Task, seed: int, episode_id: str) -> tuple[str, Rollout]:
+        """Id of the environment and what happened in it; an unscored rollout when neither could be made."""
         try:
-            return await self._grader.grade(task, run.outcome), ""
-        except EnvError as fault:
-            return None, f"{type(fault).__name__}: {fault}"
+            env, policy = self.suite.env(), self.policy(task, seed)
+        except MISUSE:
+            raise
+        except Exception as fault:  # noqa: BLE001 - it is recorded on the episode
+            return "", Rollout.never_began(describe(fault))
+        return env.env_id, await run_episode(env, policy, task, seed=seed, episode_id=episode_id,
+                                             budget=self.config.budget(task.budget))
+
+    async def _judge(self, task: Task, run: Rollout) -> tuple[Grade | None, Hint | None, str]:
+        """Grade, hint and, when the machinery that makes them broke, what happened: unscored, never zero."""
+        if run.outcome is None:
+            return None, None, run.error
+        try:
+            grade = await self._grader.grade(task, run.outcome)
+            allowed = task.train_allowed and not self.evaluate
+            return grade, self.suite.hint(task, grade) if allowed else None, ""
+        except MISUSE:
+            raise
+        except Exception as fault:  # noqa: BLE001 - it is recorded on the episode
+            return None, None, describe(fault)
 
     def episode_id(self, split: str, index: int, attempt: int, seed: int) -> str:
         """Id of one episode: derived from the run and its place in it, so that a run can be repeated and resumed to
@@ -137,17 +154,13 @@ class Collector:
         run = self.stamp.run_id
         return derived_uuid(run, split, index, attempt, seed) if run else uuid7()
 
-    def _hint(self, task: Task, grade: Grade | None) -> Hint | None:
-        allowed = task.train_allowed and not self.evaluate and grade is not None
-        return self.suite.hint(task, grade) if allowed and grade is not None else None
-
-    def _episode(self, task: Task, run: Rollout, grade: Grade | None, place: Json, notes: Json) -> Episode:
-        metadata: Json = {**run.counts, "wall_s": round(run.wall_s, 6), **notes}
+    def _episode(self, task: Task, run: Rollout, grade: Grade | None, hint: Hint | None, place: Json) -> Episode:
+        metadata: Json = {**run.counts, "wall_s": round(run.wall_s, 6), **place.pop("metadata")}
         if run.answer is not None:
             metadata["answer"] = run.answer
         stop = run.stop_reason if grade is not None else StopReason.ENGINE_ERROR
         return Episode(**place, task_id=task.task_id, branches=run.branches, stop_reason=stop,
-                       grade=without_feedback(grade) if self.evaluate else grade, hint=self._hint(task, grade),
+                       grade=without_feedback(grade) if self.evaluate else grade, hint=hint,
                        train_allowed=task.train_allowed and not self.evaluate, messages=run.messages,
                        metadata=metadata, **self.stamp.model_dump())
 

@@ -1,7 +1,8 @@
 """The loop between one agent and one environment. The only loop: scripted agents and models go through it alike.
 
 A bad turn is data: malformed, unknown and surplus calls are answered like any other, every call id exactly once and
-in order. A broken machine is not: :class:`EnvError` and :class:`EngineError` end the episode unscored.
+in order. A broken machine is not: whatever environment, engine or template raise ends this episode unscored and no
+other one. Only what would break every episode alike (:data:`MISUSE`) is raised.
 """
 
 import asyncio
@@ -11,8 +12,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agentsdpo.collect.policy import Context, ContextOverflow, Policy, PromptBudget, Releases
-from agentsdpo.collect.turns import OPEN_CALL, check_call, read_turn, refusal, unique_ids, visible
-from agentsdpo.errors import EngineError, EnvError
+from agentsdpo.collect.turns import OPEN_CALL, check_call, printable, read_turn, refusal, unique_ids, visible
+from agentsdpo.errors import (
+    ConfigError,
+    EnvError,
+    ModelError,
+    RowError,
+    TokenizerMismatch,
+    TrainForbidden,
+    TruncatedSampling,
+)
 from agentsdpo.types import (
     Branch,
     Budget,
@@ -29,6 +38,8 @@ from agentsdpo.types import (
 
 MAX_UNUSABLE = 3
 """Turns in a row without anything usable after which an episode ends with ``parse_error``."""
+MISUSE = (ConfigError, ModelError, TokenizerMismatch, TrainForbidden, TruncatedSampling)
+"""Faults of the set-up, not of one episode: they are raised as they are."""
 NUDGE = "That turn held neither a tool call nor an answer. Call a tool, or answer in plain text."
 
 
@@ -56,6 +67,16 @@ class Rollout:
     wall_s: float
     error: str = ""
 
+    @classmethod
+    def never_began(cls, error: str) -> "Rollout":
+        """An episode whose environment or policy could not even be made."""
+        return cls(StopReason.ENGINE_ERROR, (), (), None, None, _counts(), 0.0, error)
+
+
+def _counts() -> dict[str, int]:
+    return dict.fromkeys(("turns", "calls", "valid_calls", "mutating_calls", "mutating_ok", "repeats", "truncated",
+                          "completion_tokens", "prompt_tokens"), 0)
+
 
 @dataclass
 class _Run:
@@ -66,9 +87,7 @@ class _Run:
     budget: Budget
     began: float
     tools: dict[str, ToolSpec]
-    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(
-        ("turns", "calls", "valid_calls", "mutating_calls", "mutating_ok", "repeats", "truncated",
-         "completion_tokens", "prompt_tokens"), 0))
+    counts: dict[str, int] = field(default_factory=_counts)
     ids: set[str] = field(default_factory=set)
     unusable: int = 0
     answer: str | None = None
@@ -97,7 +116,10 @@ async def run_episode(env: Env, policy: Policy, task: Task, *, seed: int, episod
         budget: limits; None takes the task's.
 
     Returns:
-        What happened, with ``outcome`` None when environment or engine broke.
+        What happened, with ``outcome`` None when environment, engine or template broke.
+
+    Raises:
+        ConfigError, ModelError, TokenizerMismatch, TrainForbidden, TruncatedSampling: see :data:`MISUSE`.
     """
     began = time.monotonic()
     ctx = Context(episode_id=episode_id, seed=seed, messages=[])
@@ -108,14 +130,29 @@ async def run_episode(env: Env, policy: Policy, task: Task, *, seed: int, episod
         run.tools = {tool.name: tool for tool in env.tools}
         stop = await _loop(run, policy)
         outcome = env.outcome(run.answer)
-    except (EnvError, EngineError) as fault:
-        stop, error = StopReason.ENGINE_ERROR, f"{type(fault).__name__}: {fault}"
+    except MISUSE:
+        raise
+    except Exception as fault:  # noqa: BLE001 - anybody's code: its bugs cost this episode, not its neighbours
+        stop, error = StopReason.ENGINE_ERROR, describe(fault)
     finally:
         if isinstance(policy, Releases):
             policy.release(ctx)
-    run.counts["prompt_tokens"] = ctx.prompt_tokens
-    return Rollout(stop_reason=stop, branches=ctx.builder.finish(), messages=tuple(ctx.messages), outcome=outcome,
+    run.counts["prompt_tokens"], branches = ctx.prompt_tokens, ()
+    try:
+        branches = ctx.builder.finish()
+    except RowError as fault:  # the engine answered with what no store takes
+        stop, error, outcome = StopReason.ENGINE_ERROR, error or describe(fault), None
+    return Rollout(stop_reason=stop, branches=branches, messages=tuple(ctx.messages), outcome=outcome,
                    answer=run.answer, counts=run.counts, wall_s=time.monotonic() - began, error=error)
+
+
+def describe(fault: Exception) -> str:
+    """A fault in one line of storable text.
+
+    >>> describe(KeyError("total"))
+    "KeyError: 'total'"
+    """
+    return printable(f"{type(fault).__name__}: {fault}")
 
 
 async def _loop(run: _Run, policy: Policy) -> StopReason:
@@ -242,7 +279,7 @@ async def _execute(run: _Run, calls: list[ToolCall]) -> list[ToolResult]:
     if [r.call_id for r in results] != [call.id for call in calls]:
         raise EnvError(f"environment {run.env.env_id} answered ids {[r.call_id for r in results]} to calls "
                        f"{[call.id for call in calls]}", fix="return one result per call, in the order given")
-    return results
+    return [result.model_copy(update={"content": printable(result.content)}) for result in results]
 
 
 def _count(run: _Run, calls: list[ToolCall], results: list[ToolResult]) -> None:

@@ -11,6 +11,7 @@ from agentsdpo.collect.collector import Collector
 from agentsdpo.collect.config import CollectConfig
 from agentsdpo.collect.inprocess import InProcessEngine
 from agentsdpo.collect.metrics import collect_metrics
+from agentsdpo.errors import ConfigError, ModelError, TruncatedSampling
 from agentsdpo.replay.rules import check_episode, check_vocabulary
 from agentsdpo.types import StopReason, Task
 
@@ -69,6 +70,80 @@ def test_a_broken_environment_is_unscored_never_zero(world: Any) -> None:
     metrics = collect_metrics([episode])
     assert metrics["collect/unscored_frac"] == 1.0
     assert "collect/pass" not in metrics
+
+
+class Bad:
+    """Breaks for one task, in the place it is told."""
+
+    def __init__(self, suite: Any, place: str, fault: Exception) -> None:
+        self._suite, self.place, self.fault = suite, place, fault
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._suite, name)
+
+    def _break(self, task: Task, place: str) -> None:
+        if place == self.place and task.metadata["target"] == 4:
+            raise self.fault
+
+    def env(self) -> Any:
+        outer, env = self, self._suite.env()
+        reset, outcome = env.reset, env.outcome
+
+        async def broken_reset(task: Task, **kwargs: Any) -> Any:
+            env.task = task
+            outer._break(task, "reset")
+            return await reset(task, **kwargs)
+
+        def broken_outcome(answer: str | None) -> Any:
+            outer._break(env.task, "outcome")
+            return outcome(answer)
+
+        env.reset, env.outcome = broken_reset, broken_outcome
+        return env
+
+    def grader(self) -> Any:
+        outer, grade = self, self._suite.grader().grade
+
+        class Grader:
+            async def grade(self, task: Task, outcome: Any) -> Any:
+                outer._break(task, "grade")
+                return await grade(task, outcome)
+
+        return Grader()
+
+    def hint(self, task: Task, grade: Any) -> Any:
+        self._break(task, "hint")
+        return self._suite.hint(task, grade)
+
+
+@pytest.mark.parametrize("place", ["reset", "outcome", "grade", "hint", "policy"])
+def test_a_bug_costs_its_own_episode_and_no_other(world: Any, place: str) -> None:
+    suite = Bad(world.suite(), place, ZeroDivisionError("by nobody"))
+
+    def policy(task: Task, seed: int) -> Any:
+        suite._break(task, "policy")
+        return world.script(world.turn(("add", {"n": 3})), world.turn(("submit", {})))
+
+    collector = Collector(suite, policy, CONFIG)  # type: ignore[arg-type]
+    episodes = collector.collect("train", [3, 4, 5])
+    assert [e.grade is None for e in episodes] == [False, True, False]
+    assert episodes[1].stop_reason == StopReason.ENGINE_ERROR
+    assert episodes[1].hint is None
+    assert episodes[1].metadata["error"] == "ZeroDivisionError: by nobody"
+    assert len(collector.finished) == 3
+
+
+@pytest.mark.parametrize("fault", [ConfigError("no such key"), ModelError("no template"), TruncatedSampling("top-p")])
+@pytest.mark.parametrize("place", ["reset", "grade", "policy"])
+def test_a_wrong_setup_surfaces_as_itself(world: Any, place: str, fault: Exception) -> None:
+    suite = Bad(world.suite(), place, fault)
+
+    def policy(task: Task, seed: int) -> Any:
+        suite._break(task, "policy")
+        return world.script(world.turn(("submit", {})))
+
+    with pytest.raises(type(fault), match=str(fault)):
+        Collector(suite, policy, CONFIG).collect("train", [3, 4, 5])  # type: ignore[arg-type]
 
 
 def test_an_interrupt_keeps_what_was_finished(world: Any) -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from agentsdpo.collect.rollout import NUDGE, Rollout, run_episode
 from agentsdpo.collect.turns import read_turn
-from agentsdpo.errors import EngineError
+from agentsdpo.errors import ConfigError, EngineError, ModelError, TruncatedSampling
+from agentsdpo.replay.canonical import to_json
 from agentsdpo.types import ModelTurn, StopReason
 
 
@@ -117,6 +118,35 @@ def test_faults_leave_the_episode_unscored(world: Any, fault: str) -> None:
     assert run.error
 
 
+@pytest.mark.parametrize("fault", [KeyError("x"), ValueError("\ud800"), RecursionError(), TimeoutError("no answer")])
+def test_a_bug_in_anybodys_code_unscores_this_episode_and_keeps_what_it_recorded(world: Any, fault: Exception) -> None:
+    class Buggy(world.env):
+        def done(self) -> bool:
+            if self.total:
+                raise fault
+            return False
+
+    run = play(world, world.turn(("get", {})), world.turn(("add", {"n": 1})), env=Buggy())
+    assert (run.stop_reason, run.outcome) == (StopReason.ENGINE_ERROR, None)
+    assert run.error.startswith(type(fault).__name__)
+    run.error.encode()
+    assert run.counts["turns"] == 2
+
+
+@pytest.mark.parametrize("fault", [ConfigError("a"), ModelError("b"), TruncatedSampling("c")])
+def test_a_wrong_setup_is_raised_as_it_is(world: Any, fault: Exception) -> None:
+    with pytest.raises(type(fault), match=str(fault)):
+        play(world, fault)
+
+
+def test_what_a_tool_says_can_be_encoded_and_stored(world: Any) -> None:
+    class Odd(world.env):
+        def _one(self, call: Any) -> Any:
+            return super()._one(call).model_copy(update={"content": "half \ud83d a face"})
+
+    assert answers(play(world, world.turn(("get", {})), env=Odd())) == ["half ? a face"]
+
+
 def test_a_slow_tool_is_answered_timeout_and_the_clock_ends_the_episode(world: Any) -> None:
     run = play(world, world.turn(("add", {"n": 1})), env=world.env(slow_s=30.0), wall_s=0.05)
     assert answers(run) == ["Error: the tool took too long"]
@@ -135,7 +165,13 @@ def _random_turn(rng: random.Random, world: Any) -> ModelTurn | str:
     for _ in range(rng.randint(0, 3)):
         at = rng.randrange(len(text))
         text = text[:at] + rng.choice(["", "}", '"', "<tool_call>", "</tool_call>", "<think>"]) + text[at + 1:]
+    if rng.random() < 0.3:
+        text += f'<tool_call>{{"name": "add", "arguments": {{"n": {rng.choice(_NO_JSON)}}}}}</tool_call>'
     return text if rng.random() < 0.5 else read_turn(text, rng.randint(0, 3))
+
+
+_NO_JSON = ["NaN", "Infinity", "1e999", '"\\ud800"', "[" * 400 + "]" * 400, "9" * 4400]
+"""Values that Python's reader takes, or breaks on, and that cannot be stored."""
 
 
 def test_every_call_id_is_answered_exactly_once_under_300_fuzzed_turns(world: Any) -> None:
@@ -145,7 +181,8 @@ def test_every_call_id_is_answered_exactly_once_under_300_fuzzed_turns(world: An
         script = [_random_turn(rng, world) for _ in range(20)]
         run = play(world, *script, calls_per_turn=rng.choice([None, 1, 4]), tool_calls=rng.choice([None, 12]))
         assert_answered_once(run)
-        assert run.stop_reason != StopReason.ENGINE_ERROR
+        assert run.stop_reason != StopReason.ENGINE_ERROR, run.error
+        to_json(list(run.messages)).encode()
         turns += run.counts["turns"]
         if turns >= 300:
             break
