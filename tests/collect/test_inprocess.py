@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from agentsdpo.collect.inprocess import InProcessEngine, length_groups
+from agentsdpo.collect.inprocess import CHUNK, InProcessEngine, length_groups
 from agentsdpo.errors import ConfigError, EngineError, ModelError
 from agentsdpo.types import Completion, Sampling
 
@@ -180,6 +180,69 @@ def test_weights_swapped_in_mid_generation_show_as_spans(tiny_model: Any) -> Non
         want = table[np.arange(12), list(done.token_ids)]
         np.testing.assert_allclose(done.logprobs[span.start:span.end], want[span.start:span.end], atol=1e-4)
     assert engine.version == 5
+
+
+def noisy(model: Any) -> Any:
+    """A copy with other weights."""
+    from copy import deepcopy
+
+    new = deepcopy(model)
+    with torch.no_grad():
+        for parameter in new.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
+    return new
+
+
+def test_idle_and_new_sessions_encode_everything_again_under_new_weights(tiny_model: Any) -> None:
+    """No call is in flight at the swap: what the slots still hold must not be used by anyone."""
+    new, prompt = noisy(tiny_model), list(range(10, 110))
+    engine = InProcessEngine(tiny_model, 1022, max_slots=3, window=256)
+
+    async def run() -> None:
+        done = await engine.complete(prompt, Sampling(max_tokens=4), session="idle")
+        engine.load_weights(new.state_dict(), 1)
+        engine.tokens_encoded = 0
+        fresh = await engine.complete([*prompt, 8], Sampling(max_tokens=4, seed=2), session="new")
+        assert engine.tokens_encoded == 101 + 3, "nothing is borrowed from a slot of the old weights"
+        check(new, [*prompt, 8], fresh)
+        engine.tokens_encoded = 0
+        longer = [*prompt, *done.token_ids, 9]
+        again = await engine.complete(longer, Sampling(max_tokens=4, seed=3), session="idle")
+        assert engine.tokens_encoded == len(longer) - 100 + 3, "what the new session encoded may be shared"
+        check(new, longer, again)
+        assert [s.version for s in (*fresh.versions, *again.versions)] == [1, 1]
+
+    asyncio.run(run())
+
+
+def test_an_idle_session_alone_encodes_again_under_new_weights(tiny_model: Any) -> None:
+    new, prompt = noisy(tiny_model), list(range(10, 110))
+    engine = InProcessEngine(tiny_model, 1022, max_slots=3, window=256)
+
+    async def run() -> None:
+        done = await engine.complete(prompt, Sampling(max_tokens=4), session="idle")
+        engine.load_weights(new.state_dict(), 1)
+        engine.tokens_encoded = 0
+        longer = [*prompt, *done.token_ids, 9]
+        again = await engine.complete(longer, Sampling(max_tokens=4, seed=3), session="idle")
+        assert engine.tokens_encoded == len(longer) + 3
+        check(new, longer, again)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("length", [CHUNK, CHUNK + 1, 2 * CHUNK + 1, 2 * CHUNK + 77])
+def test_a_prompt_longer_than_a_chunk_is_encoded_in_pieces(tiny_model: Any, length: int) -> None:
+    engine = InProcessEngine(tiny_model, 1022, max_slots=2, window=2 * CHUNK + 128)
+    prompt = np.random.default_rng(length).integers(6, 300, length).tolist()
+
+    async def run() -> tuple[Completion, Completion]:
+        return await asyncio.gather(engine.complete(prompt, Sampling(max_tokens=6), session="long"),
+                                    engine.complete(prompt[5:40], Sampling(max_tokens=6), session="short"))
+
+    long, short = asyncio.run(run())
+    check(tiny_model, prompt, long)
+    check(tiny_model, prompt[5:40], short)
 
 
 def test_foreign_weights_are_refused_whole(tiny_model: Any) -> None:
