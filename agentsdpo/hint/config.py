@@ -22,5 +22,3 @@ class HintConfig(Settings):
         "at level 3, speak of all rules that apply to the task, or only of those that were broken"))
     min_chars: int = Field(default=10, ge=1, le=10_000, description=(
         "characters; a shorter text says nothing and its episode is dropped and counted; in [1, 10000]"))
-    leak_ngram: int = Field(default=8, ge=2, le=64, description=(
-        "tokens; so many hint tokens in a row among the agent's own tokens count as a leak; in [2, 64]"))

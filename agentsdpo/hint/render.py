@@ -14,7 +14,6 @@ from agentsdpo.chat import ChatFormat
 from agentsdpo.errors import HintError
 from agentsdpo.types import Branch, Hint
 
-
 LEAK_NGRAM = 8
 """So many hint tokens in a row among the agent's own tokens count as a leak (objective, section 6)."""
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -49,25 +50,41 @@ def save_checkpoint(root: Path, learner: Learner, *, version: int, sampler: dict
 
     Returns:
         The new folder.
+
+    Raises:
+        LearnError: it could not be written; earlier checkpoints are untouched.
     """
-    root.mkdir(parents=True, exist_ok=True)
     final = root / f"step-{learner.step_count:08d}"
     work = root / f".writing-{final.name}-{os.getpid()}"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for left in root.glob(".writing-*"):  # of a process that was killed while writing
+            shutil.rmtree(left, ignore_errors=True)
+        work.mkdir()
+        _fill(work, learner, version, sampler or {})
+        _swap(work, final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(work, ignore_errors=True)
+        free = shutil.disk_usage(root).free // 2**20 if root.is_dir() else 0
+        raise LearnError(f"checkpoint {final} could not be written ({error}); {free} MiB are free on its disk",
+                         fix="free space there or mend the disk, then go on with --resume from the checkpoint before"
+                         ) from error
+    for old in checkpoints(root)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def _fill(work: Path, learner: Learner, version: int, sampler: dict[str, Any]) -> None:
+    """Write all files of one checkpoint."""
     rng_tensors, rng_numbers = _rng()
     tensors = {"weights": _weights(learner), "optimiser": _optimiser(learner), "teacher": learner.teacher.state_dict(),
                "rng": rng_tensors}
     for name, group in tensors.items():
         save_file({key: value.detach().contiguous() for key, value in group.items()}, work / f"{name}.safetensors")
-    state = {"format": _FORMAT, "step": learner.step_count, "version": version, "sampler": sampler or {},
+    state = {"format": _FORMAT, "step": learner.step_count, "version": version, "sampler": sampler,
              "rng": rng_numbers, "clipper": learner.clipper.state_dict() if learner.clipper else None,
              "config": learner.config.model_dump()}
     (work / "state.json").write_text(json.dumps(state))
-    _swap(work, final)
-    for old in checkpoints(root)[:-keep]:
-        shutil.rmtree(old)
-    return final
 
 
 def load_checkpoint(folder: Path, learner: Learner) -> Restored:

@@ -18,8 +18,8 @@ class LearnConfig(Settings):
         ConfigError: (inside pydantic's ValidationError; :func:`~agentsdpo.learn.presets.resolve` unwraps it) fields
             that make no sense together, with the reason.
 
-    >>> LearnConfig().form, LearnConfig().ratio, LearnConfig().needs_behaviour
-    ('divergence', 'none', True)
+    >>> LearnConfig().form, LearnConfig().ratio, LearnConfig().control_every
+    ('divergence', 'none', 50)
     """
 
     form: Literal["divergence", "sampled"] = Field(
@@ -31,7 +31,6 @@ class LearnConfig(Settings):
     support: Literal["full", "student", "teacher", "union"] = Field(
         default="union", description="ids the divergence is taken over; all but full add one tail bucket")
     top_k: int = Field(default=64, ge=1, le=1024, description="ids per side of a support that is not full")
-    tail: bool = Field(default=True, description="the exact remaining mass as one more bucket")
     ratio: Literal["none", "is", "tis", "ppo"] = Field(
         default="none", description="weight of the sampled form: 1, r, min(r, cap), or that with the PPO mask")
     eps_lo: float = Field(default=0.2, gt=0.0, lt=1.0, description="PPO mask: 1 - eps_lo is the lower ratio bound")
@@ -44,8 +43,6 @@ class LearnConfig(Settings):
     c3: float = Field(default=0.1, gt=0.0, le=10.0, description="largest mean K3 of a turn, in nats")
     veto: float | None = Field(default=None, gt=0.0, lt=1.0,
                                description="drop a turn that holds a ratio below this; None is off")
-    allow_unlogged_behaviour: bool = Field(
-        default=False, description="admit tokens without behaviour log-probs; divergence without ratio and gate only")
     max_staleness: int | None = Field(default=8, ge=0, le=1_000_000,
                                       description="policy versions; older rows are evicted; None is unlimited")
     teacher: Literal["live", "ema", "frozen"] = Field(default="frozen", description="whose weights read the hint")
@@ -57,19 +54,12 @@ class LearnConfig(Settings):
     betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW moment decays, each in [0, 1)")
     weight_decay: float = Field(default=0.0, ge=0.0, le=1.0, description="AdamW decoupled decay, per step times lr")
     grad_clip: float = Field(default=1.0, gt=0.0, le=1e6, description="largest norm of the whole gradient")
-    batch: int = Field(default=32, ge=1, le=65_536, description="episodes per optimiser step")
+    batch: int = Field(default=32, ge=1, le=65_536, description="units of replay.unit, episodes unless told otherwise, "
+                                                                "drawn per optimiser step")
     microbatch_tokens: int = Field(default=4096, ge=1, le=10_000_000,
                                    description="padded teacher tokens per forward; one row may exceed it, uncut")
-
-    @property
-    def needs_behaviour(self) -> bool:
-        """Whether a token without a usable behaviour log-prob must be refused."""
-        return not self.allow_unlogged_behaviour
-
-    @property
-    def uses_ratio(self) -> bool:
-        """Whether the importance ratio changes the gradient (weights, masks or gates)."""
-        return self.form == "sampled" or self.gate != "off" or self.veto is not None
+    control_every: int = Field(default=50, ge=0, le=1_000_000, description=(
+        "optimiser steps between two looks at what no hint and a wrong hint would have done; 0 is never"))
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
@@ -80,8 +70,7 @@ class LearnConfig(Settings):
 
     def _conflicts(self) -> list[tuple[bool, str, str]]:
         """``(is wrong, what, fix)`` of every combination that makes no sense."""
-        divergence, partial = self.form == "divergence", self.support != "full"
-        unlogged = self.allow_unlogged_behaviour and self.uses_ratio
+        divergence = self.form == "divergence"
         return [
             (divergence and self.ratio != "none",
              f"learn.ratio is {self.ratio!r} with learn.form 'divergence'",
@@ -90,9 +79,6 @@ class LearnConfig(Settings):
             (divergence and self.adv_clip is not None,
              f"learn.adv_clip is {self.adv_clip} with learn.form 'divergence'",
              "remove adv_clip: the divergence form has no per-token gap to clip"),
-            (divergence and partial and not self.tail,
-             f"learn.tail is off with learn.support {self.support!r}",
-             "turn tail on, or use support 'full': without a tail the loss falls by moving mass out of the support"),
             (divergence and self.support == "student" and self.beta < 0.5,
              f"learn.support is 'student' with learn.beta {self.beta}",
              "use support 'teacher' or 'union' below beta 0.5: teacher mass outside the student's top-k would only "
@@ -101,9 +87,6 @@ class LearnConfig(Settings):
              f"learn.teacher is 'live' with learn.lr {self.lr:g}, above {LIVE_TEACHER_MAX_LR:g}",
              "lower lr, use teacher 'frozen', or set allow_live_lr = true and watch the score: a live teacher "
              "follows the student and collapses"),
-            (unlogged,
-             f"learn.allow_unlogged_behaviour is on with form {self.form!r}, gate {self.gate!r}, veto {self.veto}",
-             "use form 'divergence' with gate 'off' and no veto: everything else divides by the behaviour probability"),
             (not all(0.0 <= b < 1.0 for b in self.betas),
              f"learn.betas is {self.betas}", "give two decays in [0, 1)"),
         ]

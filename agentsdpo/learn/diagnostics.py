@@ -1,20 +1,13 @@
 """Numbers of one optimiser step from its per-token statistics, keyed ``learn/<quantity>[/<stat>]``. No training."""
 
 from collections.abc import Iterable
-from dataclasses import replace
-from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from agentsdpo.learn.batch import microbatches
 from agentsdpo.learn.config import LearnConfig
-from agentsdpo.learn.divergence import token_logp
-from agentsdpo.learn.model import scores
 from agentsdpo.learn.ratio import ess_frac, k3
 from agentsdpo.learn.records import TokenStats
-from agentsdpo.learn.rows import LossRow
 
 Metrics = dict[str, float]
 
@@ -30,10 +23,7 @@ def step_metrics(stats: TokenStats, staleness: Tensor, config: LearnConfig, boun
     """
     metrics = {**gap_metrics(stats), **shape_metrics(stats, config), **push_metrics(stats.push),
                "learn/gated_frac": _share(~stats.gate)}
-    known = ~stats.log_ratio.isnan()
-    if known.any():
-        metrics |= ratio_metrics(stats.log_ratio[known], config)
-        metrics |= mismatch_metrics(stats.log_ratio[known & (staleness == 0)])
+    metrics |= ratio_metrics(stats.log_ratio, config) | mismatch_metrics(stats.log_ratio[staleness == 0])
     if config.ratio == "ppo":
         metrics |= mask_metrics(stats)
     if bound is not None:
@@ -66,6 +56,7 @@ def shape_metrics(stats: TokenStats, config: LearnConfig) -> Metrics:
 def push_metrics(push: Tensor) -> Metrics:
     """Hijack: share of the step's total |push| [N] owned by one token, and by the largest 0.1 % of tokens.
 
+    >>> import torch
     >>> push_metrics(torch.tensor([8.0, -1.0, 1.0, 0.0]))
     {'learn/hijack/max': 0.8, 'learn/hijack/top0.1pct': 0.8}
     """
@@ -76,14 +67,16 @@ def push_metrics(push: Tensor) -> Metrics:
 
 
 def ratio_metrics(log_r: Tensor, config: LearnConfig) -> Metrics:
-    """Importance ratios of the tokens whose behaviour log-prob is known, and the divergence estimators from them.
+    """Importance ratios of the tokens, and the divergence estimators from them.
 
+    >>> import torch
     >>> m = ratio_metrics(torch.tensor([0.0, 0.0]), LearnConfig())
     >>> m["learn/ratio/mean"], m["learn/ess_frac"], m["learn/kl_k3"], m["learn/chi2"]
     (1.0, 1.0, 0.0, 0.0)
     """
     r = log_r.exp()
-    return {"learn/ratio/mean": float(r.mean()), "learn/ratio/p99": quantile(r, 0.99),
+    return {"learn/ratio/mean": float(r.mean()), "learn/ratio/p50": quantile(r, 0.5),
+            "learn/ratio/p95": quantile(r, 0.95), "learn/ratio/p99": quantile(r, 0.99),
             "learn/ratio/max": float(r.max()), "learn/ess_frac": ess_frac(r), "learn/kl_k1": float(-log_r.mean()) + 0.0,
             "learn/kl_k3": float(k3(log_r).mean()), "learn/chi2": float((r.square() - 1.0).mean()),
             "learn/capped_frac": _share(r > config.cap)}
@@ -117,25 +110,10 @@ def staleness_metrics(ages: Iterable[int], evicted: int) -> Metrics:
             "replay/staleness/max": float(seen.max()), "replay/evicted_frac": evicted / len(seen)}
 
 
-def empty_hint_gap(model: Any, rows: list[LossRow], config: LearnConfig) -> float:
-    """Mean |gap| when the hint is taken away and one set of weights stands on both sides; must be below 1e-3.
-
-    Anything larger means that positions are misaligned or that a forward is not deterministic (dropout).
-    """
-    bare = [replace(row, row=replace(row.row, hint_ids=())) for row in rows]
-    device, total, count = next(model.parameters()).device, 0.0, 0
-    with torch.no_grad():
-        for b in microbatches(bare, normaliser="token", max_tokens=config.microbatch_tokens, device=device):
-            sides = [scores(model, ids, at).log_probs(b.tokens.temperature)
-                     for ids, at in ((b.student_ids, b.student_pos), (b.teacher_ids, b.teacher_pos))]
-            left, right = (token_logp(side, b.tokens.tok, b.tokens.kept) for side in sides)
-            total, count = total + float((left - right).abs().sum()), count + len(left)
-    return total / count
-
-
 def quantile(values: Tensor, q: float) -> float:
     """Smallest value with at least a share ``q`` of all values at or below it.
 
+    >>> import torch
     >>> quantile(torch.arange(1.0, 101.0), 0.99)
     99.0
     """

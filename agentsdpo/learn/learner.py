@@ -9,11 +9,12 @@ from torch import Tensor
 from agentsdpo.errors import LearnError
 from agentsdpo.learn.batch import MicroBatch, microbatches
 from agentsdpo.learn.config import LearnConfig
+from agentsdpo.learn.control import control_metrics
 from agentsdpo.learn.diagnostics import staleness_metrics, step_metrics
 from agentsdpo.learn.model import check_model, scores
 from agentsdpo.learn.ratio import AdvantageClip
 from agentsdpo.learn.records import TokenStats
-from agentsdpo.learn.rows import Admission, TrainRow, admit
+from agentsdpo.learn.rows import Admission, LossRow, TrainRow, admit
 from agentsdpo.learn.sdpo import divergence_form, sampled_form
 from agentsdpo.learn.teacher import Teacher, make_teacher
 
@@ -49,8 +50,11 @@ class Learner:
 
     def __init__(self, model: Any, config: LearnConfig, *, teacher: Teacher | None = None,
                  device: torch.device | str = "cpu") -> None:
-        check_model(model)
         self.model = model.to(device=device, dtype=torch.float32).eval()  # eval: dropout off on both sides
+        check_model(self.model)
+        shape = model.config.get_text_config()
+        self.window: int = getattr(shape, "max_position_embeddings", None) or 2**31
+        self.vocab_size: int = shape.vocab_size
         self.config, self.device, self.step_count = config, device, 0
         self.teacher = teacher or make_teacher(self.model, config)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -78,6 +82,7 @@ class Learner:
         batches = microbatches(found.rows, normaliser=self.config.normaliser,
                                max_tokens=self.config.microbatch_tokens, device=self.device)
         self.model.eval()
+        control = self._control(found.rows)
         bound = self._bound(batches)
         try:
             loss, stats = self._backward(batches, float("inf") if bound is None else bound)
@@ -86,7 +91,7 @@ class Learner:
             self.optimizer.zero_grad(set_to_none=True)
         self._after(stats)
         metrics = step_metrics(stats, torch.cat([b.staleness for b in batches]), self.config, bound)
-        metrics |= staleness_metrics(found.staleness, found.evicted)
+        metrics |= control | staleness_metrics(found.staleness, found.evicted)
         metrics |= {"learn/loss": loss, "learn/grad_norm": norm, "learn/microbatches": float(len(batches))}
         metrics |= {f"replay/refused/{reason}": float(count) for reason, count in found.refused.items()}
         return StepReport(step=self.step_count, version=version, metrics=metrics, n_trained=len(found.rows),
@@ -94,8 +99,7 @@ class Learner:
 
     def admit(self, rows: list[TrainRow], version: int) -> Admission:
         """Rows this learner may train on at this version, and why not the others."""
-        window = getattr(self.model.config, "max_position_embeddings", None) or 2**31
-        return admit(rows, version, self.config, window=window, vocab_size=self.model.config.vocab_size)
+        return admit(rows, version, self.config, window=self.window, vocab_size=self.vocab_size)
 
     def objective(self, batch: MicroBatch, bound: float) -> tuple[Tensor, TokenStats]:
         """Loss and statistics of one micro-batch; the teacher first, so that its activations are gone in time."""
@@ -104,6 +108,13 @@ class Learner:
         if self.config.form == "divergence":
             return divergence_form(student, teacher, batch.tokens, self.config)
         return sampled_form(student, teacher, batch.tokens, self.config, bound)
+
+    def _control(self, rows: list[LossRow]) -> dict[str, float]:
+        """Controls on the hints of this step, where it is time for them: the first step, then every so often."""
+        every = self.config.control_every
+        if not every or self.step_count % every:
+            return {}
+        return control_metrics(self.model, self.teacher, rows, self.config, seed=self.step_count, window=self.window)
 
     def _bound(self, batches: list[MicroBatch]) -> float | None:
         """Bound on |gap|: from the state before this step; the first step scores everything once to find its own."""

@@ -22,12 +22,12 @@ _SDPOPP: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "sdpopp": _SDPOPP,
     "robust": {
-        "form": "divergence", "beta": 0.0, "support": "union", "top_k": 64, "tail": True, "ratio": "none",
+        "form": "divergence", "beta": 0.0, "support": "union", "top_k": 64, "ratio": "none",
         "gate": "k3", "c3": 0.1, "veto": 1e-4, "max_staleness": 8, "teacher": "frozen", "normaliser": "episode",
         "lr": 1e-6, "batch": 32},
     "naive": {**_SDPOPP, "ratio": "none", "adv_clip": None},
     "sdft": {
-        "form": "divergence", "beta": 0.5, "jsd_scale": "unit", "support": "union", "top_k": 100, "tail": True,
+        "form": "divergence", "beta": 0.5, "jsd_scale": "unit", "support": "union", "top_k": 100,
         "ratio": "none", "gate": "off", "max_staleness": 4, "teacher": "frozen", "normaliser": "episode",
         "lr": 1e-6, "batch": 32},
 }

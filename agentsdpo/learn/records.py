@@ -21,8 +21,12 @@ class Head:
 
     def log_probs(self, temperature: Tensor | None = None) -> Tensor:
         """Log-probabilities [N, V], float32 at least; ``temperature`` [N] divides the logits."""
-        logits = self.hidden @ self.weight.t()
+        logits = self.logits()
         return log_softmax(logits if temperature is None else logits / temperature[:, None])
+
+    def logits(self) -> Tensor:
+        """Logits [N, V]."""
+        return self.hidden @ self.weight.t()
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class LossTokens:
     """The tokens that carry loss.
 
     ``tok`` int64[N] sampled ids; ``weight`` float32[N], all normalisers and factors known before the forward;
-    ``turn`` int64[N], one number per turn of the micro-batch; ``behaviour_logp`` float32[N], NaN where unknown;
+    ``turn`` int64[N], one number per turn of the micro-batch; ``behaviour_logp`` float32[N];
     ``temperature`` float32[N] of sampling, None when 1 everywhere; ``kept`` int64[N, K] padded with -1, None when
     nothing was truncated.
     """
@@ -47,9 +51,9 @@ class LossTokens:
 class TokenStats:
     """What the objective saw at each loss token; float32[N] or bool[N], detached.
 
-    ``gap`` = teacher_logp - student_logp before clipping, ``used_gap`` after; ``log_ratio`` is NaN without a behaviour
-    log-prob; ``ratio_weight`` multiplies the gap; ``mask`` is the PPO mask, ``gate`` the turn gate; ``divergence`` is
-    zero in the sampled form; ``push`` is the token's share of the step before ``LossTokens.weight``.
+    ``gap`` = teacher_logp - student_logp before clipping, ``used_gap`` after; ``ratio_weight`` multiplies the gap;
+    ``mask`` is the PPO mask, ``gate`` the turn gate; ``divergence`` is zero in the sampled form; ``push`` is the
+    token's share of the step before ``LossTokens.weight``.
     """
 
     student_logp: Tensor

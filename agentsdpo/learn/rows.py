@@ -9,9 +9,6 @@ from agentsdpo.errors import TokenizerMismatch, TrainForbidden
 from agentsdpo.learn.config import LearnConfig
 from agentsdpo.types import Branch, Call, TokenKind, staleness
 
-_ZERO_RUN = 4
-"""A call of at least this many tokens whose log-probs are all exactly 0.0 was padded, not sampled with certainty."""
-
 
 @dataclass(frozen=True)
 class TrainRow:
@@ -74,7 +71,7 @@ def admit(rows: list[TrainRow], version: int, config: LearnConfig, *, window: in
     Args:
         rows: as consumed; staleness is taken now, so time in a queue counts.
         version: the learner's policy version.
-        config: decides what a row must carry.
+        config: its bound on staleness.
         window: longest teacher row in tokens. A longer row is refused: cutting it would lose scored tokens.
         vocab_size: ids of the model.
 
@@ -85,17 +82,17 @@ def admit(rows: list[TrainRow], version: int, config: LearnConfig, *, window: in
     _one_tokenizer(rows, vocab_size)
     found = Admission()
     for row in rows:
-        loss = loss_mask(row.branch, config)
-        reason = refusal(row, loss, version, config, window)
+        loss = loss_mask(row.branch)
+        reason = refusal(row, loss, version, window)
         if reason:
             found.refused[reason] += 1
             continue
-        age = staleness(version, oldest_version(row.branch, loss))
+        age = staleness(version, loss_versions(row.branch, loss)[0])
         found.staleness.append(age)
         if config.max_staleness is not None and age > config.max_staleness:
             found.evicted += 1
         else:
-            found.rows.append(_loss_row(row, loss, age, config))
+            found.rows.append(_loss_row(row, loss, age))
     return found
 
 
@@ -122,31 +119,29 @@ def usable(call: Call) -> bool:
     return call.logprob_kind == "processed" or exact
 
 
-def loss_mask(branch: Branch, config: LearnConfig) -> np.ndarray:
-    """Tokens that carry loss, bool[T]: kind 1, plus kind 5 for want of a log-prob where that is allowed."""
+def loss_mask(branch: Branch) -> np.ndarray:
+    """Tokens that carry loss, bool[T]: those of kind 1."""
     loss = branch.token_kind == TokenKind.SAMPLED
-    if config.allow_unlogged_behaviour:
-        for call in branch.calls:
-            if not usable(call):
-                span = slice(call.start, call.end)
-                loss[span] |= branch.token_kind[span] == TokenKind.UNUSABLE
     if len(loss):
         loss[0] = False  # nothing stands before the first token, so nothing predicts it
     return loss
 
 
-def oldest_version(branch: Branch, loss: np.ndarray) -> int:
-    """Oldest policy version that sampled a loss token."""
-    return min(span.version for call in branch.calls for span in call.versions
-               if loss[call.start + span.start:call.start + span.end].any())
+def loss_versions(branch: Branch, loss: np.ndarray) -> tuple[int, int]:
+    """Oldest and newest policy version that sampled a loss token."""
+    versions = [span.version for call in branch.calls for span in call.versions
+                if loss[call.start + span.start:call.start + span.end].any()]
+    return min(versions), max(versions)
 
 
-def refusal(row: TrainRow, loss: np.ndarray, version: int, config: LearnConfig, window: int) -> str | None:
+def refusal(row: TrainRow, loss: np.ndarray, version: int, window: int) -> str | None:
     """Why a row cannot be trained on, None when it can.
 
-    ``no_hint``, ``no_tokens``, ``window``, ``version_unknown``, ``version_ahead`` (sampled by a version the learner has
-    not reached); and of the behaviour log-probs ``no_logprob``, ``raw``, ``unknown``, ``tempered``, ``count``, ``nan``,
-    ``sentinel``, ``positive``, ``zero_padded``, ``truncated`` (no kept set), ``greedy``.
+    ``no_hint``, ``no_tokens``, ``window``, ``version_unknown``, ``version_ahead`` (a token was sampled by a version the
+    learner has not reached); and of the behaviour log-probs ``no_logprob``, ``raw``, ``unknown``, ``tempered``,
+    ``count``, ``nan``, ``sentinel``, ``positive``, ``truncated`` (no kept set), ``greedy``. These hold for every
+    objective: those without a ratio still report how far their data is. A log-prob of exactly 0 is none of them: the
+    only token of a kept set has it, and so has whatever a confident model says, in float32.
     """
     branch = row.branch
     if not row.hint_ids:
@@ -158,14 +153,14 @@ def refusal(row: TrainRow, loss: np.ndarray, version: int, config: LearnConfig, 
         return next((kind for kind in kinds if kind), "no_tokens")
     if int(np.flatnonzero(loss)[-1]) + 1 + len(row.hint_ids) > window:
         return "window"
-    oldest = oldest_version(branch, loss)
+    oldest, newest = loss_versions(branch, loss)
     if oldest < 0:
         return "version_unknown"
-    if oldest > version:
+    if newest > version:
         return "version_ahead"
     for call in branch.calls:
         if loss[call.start:call.end].any():
-            reason = _call_refusal(branch, call, loss, config)
+            reason = _call_refusal(branch, call, loss)
             if reason:
                 return reason
     return None
@@ -176,40 +171,31 @@ def _kind_reason(call: Call) -> str | None:
     return None if usable(call) else {"none": "no_logprob"}.get(call.logprob_kind, call.logprob_kind)
 
 
-def _call_refusal(branch: Branch, call: Call, loss: np.ndarray, config: LearnConfig) -> str | None:
-    """Why the behaviour log-probs of one call cannot be used, None when they can or need not be."""
-    if config.allow_unlogged_behaviour:
-        return None
+def _call_refusal(branch: Branch, call: Call, loss: np.ndarray) -> str | None:
+    """Why the behaviour log-probs of one call cannot be used, None when they can."""
     span = slice(call.start, call.end)
     logp = branch.logprobs[span][loss[span]]
     checks = [(~np.isfinite(logp), "nan"), (logp <= -1000.0, "sentinel"), (logp > 1e-4, "positive")]
     reason = _kind_reason(call) or next((name for bad, name in checks if bad.any()), None)
     if reason:
         return reason
-    if len(logp) >= _ZERO_RUN and not logp.any():
-        return "zero_padded"
-    if config.uses_ratio and call.sampling.temperature == 0.0:
+    if call.sampling.temperature == 0.0:
         return "greedy"
-    if config.uses_ratio and call.sampling.truncated and branch.kept_counts is None:
-        return "truncated"
-    return None
+    return "truncated" if call.sampling.truncated and branch.kept_counts is None else None
 
 
-def _loss_row(row: TrainRow, loss: np.ndarray, age: int, config: LearnConfig) -> LossRow:
+def _loss_row(row: TrainRow, loss: np.ndarray, age: int) -> LossRow:
     """Arrays of one admitted row."""
     branch, position = row.branch, np.flatnonzero(loss)
-    turn, logp = np.zeros(len(loss), np.int64), branch.logprobs.copy()
-    temperature = np.ones(len(loss), np.float32)
+    turn, temperature = np.zeros(len(loss), np.int64), np.ones(len(loss), np.float32)
     numbers: dict[int, int] = {}
     for call in branch.calls:
         span = slice(call.start, call.end)
         turn[span] = numbers.setdefault(call.turn, len(numbers))
-        temperature[span] = call.sampling.temperature or 1.0
-        if not usable(call):
-            logp[span] = np.nan
+        temperature[span] = call.sampling.temperature or 1.0  # 0 only where no token carries loss
     return LossRow(row=row, ids=branch.token_ids[:position[-1] + 1], position=position, turn=turn[position],
-                   behaviour_logp=logp[position], temperature=temperature[position],
-                   kept=_kept(branch, loss) if config.uses_ratio else None, staleness=age)
+                   behaviour_logp=branch.logprobs[position], temperature=temperature[position],
+                   kept=_kept(branch, loss), staleness=age)
 
 
 def _kept(branch: Branch, loss: np.ndarray) -> tuple[np.ndarray, ...] | None:

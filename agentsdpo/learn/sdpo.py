@@ -65,7 +65,7 @@ def sampled_form(student: Head, teacher: Head, tokens: LossTokens, config: Learn
     Args:
         student: with gradient.
         teacher: same N positions; no gradient reaches it.
-        tokens: behaviour log-probs must be finite unless ``ratio`` is ``none`` and nothing gates.
+        tokens: targets, weights and finite behaviour log-probs.
         config: ``ratio``, ``cap``, ``eps_lo``, ``eps_hi``, ``gate``, ``c3``, ``veto``.
         bound: largest |gap| of this step (nats), the same in all its micro-batches; infinity is off.
 

@@ -1,16 +1,24 @@
 """The teacher reads the hint and then exactly the student's ids; leaks and overflow are refused or reported."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from agentsdpo.chat import ChatFormat, write_call
 from agentsdpo.errors import HintError
-from agentsdpo.hint.audit import wrong_hints
-from agentsdpo.hint.render import TeacherContext, check_aligned, empty_teacher, has_run, leaks, render_teacher
+from agentsdpo.hint.audit import hint_metrics
+from agentsdpo.hint.render import (
+    TeacherContext,
+    check_aligned,
+    empty_teacher,
+    has_run,
+    hint_ids,
+    leaks,
+    render_teacher,
+)
+from agentsdpo.metrics import check_keys
 from agentsdpo.types import Branch, Call, Hint, Json, Sampling, TokenKind, VersionSpan
 
 TEXT = "For tax work use the audit sheet; unit k_usd; file in board; notify cfo."
@@ -107,19 +115,16 @@ def test_a_run_is_not_pieced_together_from_two_turns() -> None:
     assert not has_run(range(8), [[0, 1, 2, 3, 99, 4, 5, 6, 7]], 8)
 
 
-@given(texts=st.lists(st.sampled_from("abcdef"), min_size=1, max_size=24), seed=st.integers(0, 2**32 - 1))
-def test_wrong_hints_never_give_a_row_its_own_text(texts: list[str], seed: int) -> None:
-    hints = [hint_of(text) for text in texts]
-    if 2 * max(texts.count(text) for text in texts) > len(texts):
-        with pytest.raises(HintError, match="carry the same hint"):
-            wrong_hints(hints, seed)
-        return
-    wrong = wrong_hints(hints, seed)
-    assert sorted(h.text for h in wrong) == sorted(texts)
-    assert all(a.text != b.text for a, b in zip(hints, wrong, strict=True))
-    assert wrong == wrong_hints(hints, seed)
+def test_metrics_count_leaks_and_tokens_of_the_rows_with_a_hint(chat: ChatFormat) -> None:
+    said, quiet = branch_of(chat, [f"ok {TEXT}"]), branch_of(chat, ["done"])
+    rows: list[Any] = [SimpleNamespace(branch=said, hint=hint_of()), SimpleNamespace(branch=quiet, hint=hint_of()),
+                       SimpleNamespace(branch=said, hint=None)]
+    assert hint_metrics(chat, rows) == {"hint/leak_frac": 0.5, "hint/tokens/mean": len(chat.hint(TEXT))}
+    assert hint_metrics(chat, rows[2:]) == {}
+    check_keys(hint_metrics(chat, rows), "step")
 
 
-def test_wrong_hints_depend_on_the_seed() -> None:
-    hints = [hint_of(str(i)) for i in range(12)]
-    assert len({tuple(h.text for h in wrong_hints(hints, seed)) for seed in range(8)}) > 1
+def test_the_ids_of_a_hint_need_no_branch(chat: ChatFormat) -> None:
+    assert hint_ids(chat, hint_of()) == tuple(chat.hint(TEXT))
+    with pytest.raises(HintError, match="use placement 'system_prefix'"):
+        hint_ids(chat, hint_of(scope="turn"))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from agentsdpo.errors import LearnError
 from agentsdpo.learn import checkpoint as checkpointing
@@ -78,6 +79,28 @@ def test_a_process_killed_while_writing_leaves_the_last_whole_checkpoint(
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, check=False)
     assert done.returncode == -9, done.stderr.decode()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".writing")]
+    assert load_checkpoint(tmp_path, learner).version == 1
+    save_checkpoint(tmp_path, learner, version=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"], "the next save sweeps up"
+
+
+@pytest.mark.parametrize("where", ["save_file", "_swap"])
+def test_a_full_disk_is_said_and_costs_no_earlier_checkpoint(
+        where: str, tiny_model: Any, tmp_path: Path, make_row: Callable[..., TrainRow],
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = Learner(tiny_model, resolve("sdft", {"lr": 1e-3}))
+    save_checkpoint(tmp_path, learner, version=1)
+    run_steps(learner, make_row, 1)
+
+    def full(*args: Any) -> None:
+        if where == "save_file":
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpointing, where, full)
+    with pytest.raises(LearnError, match=r"step-00000001 could not be written \(.*No space left.*MiB are free"):
+        save_checkpoint(tmp_path, learner, version=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000000"]
     assert load_checkpoint(tmp_path, learner).version == 1
 
 

@@ -35,11 +35,8 @@ def test_naive_differs_from_sdpopp_in_the_corrections_alone() -> None:
 @pytest.mark.parametrize(("preset", "overrides", "reason"), [
     ("robust", {"ratio": "tis"}, "does not depend on the sampled token"),
     ("robust", {"adv_clip": 3.0}, "no per-token gap to clip"),
-    ("robust", {"tail": False}, "without a tail"),
     ("robust", {"support": "student"}, "raise the tail"),
     ("sdpopp", {"lr": 1e-4}, "allow_live_lr"),
-    ("robust", {"allow_unlogged_behaviour": True}, "behaviour probability"),
-    ("sdpopp", {"allow_unlogged_behaviour": True}, "behaviour probability"),
     ("sdpopp", {"cap": 0.8}, "learn.cap is 0.8"),
     ("sdpopp", {"ratio_floor": 0.8}, "does not exist"),
     ("robust", {"beta": 1.5}, "learn.beta is 1.5"),
@@ -53,7 +50,6 @@ def test_what_makes_no_sense_is_refused_with_the_reason(preset: str, overrides: 
 
 def test_the_override_flag_admits_a_fast_live_teacher() -> None:
     assert resolve("sdpopp", {"lr": 1e-4, "allow_live_lr": True}).teacher == "live"
-    assert resolve("sdft", {"allow_unlogged_behaviour": True}).needs_behaviour is False
     assert resolve("robust", {"support": "student", "beta": 1.0}).support == "student"
 
 

@@ -1,5 +1,7 @@
 """Whole optimiser steps on a tiny model: what moves, what is refused, what is reported."""
 
+import asyncio
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -8,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from agentsdpo.errors import LearnError
-from agentsdpo.learn.diagnostics import empty_hint_gap
+from agentsdpo.collect.branch import BranchBuilder
+from agentsdpo.collect.inprocess import InProcessEngine
+from agentsdpo.errors import LearnError, ModelError
+from agentsdpo.learn.control import empty_hint_gap
 from agentsdpo.learn.learner import Learner
-from agentsdpo.learn.model import scores
+from agentsdpo.learn.model import check_model, scores
 from agentsdpo.learn.presets import resolve
 from agentsdpo.learn.rows import TrainRow
 from agentsdpo.metrics import check_keys
+from agentsdpo.types import Sampling, TokenKind
 
 FAST = {"teacher": "frozen", "lr": 3e-4}
 
@@ -183,11 +188,79 @@ def test_dropout_is_off_on_both_sides(tiny_model: Any, make_row: Callable[..., T
     assert max(losses) == pytest.approx(min(losses), rel=1e-4)
 
 
-def test_unlogged_rows_train_without_ratio_metrics(tiny_model: Any, make_row: Callable[..., TrainRow]) -> None:
-    config = resolve("sdft", {**FAST, "allow_unlogged_behaviour": True})
-    m = Learner(tiny_model, config).step([make_row(kind="raw")], 0).metrics
-    assert "learn/ratio/mean" not in m
-    assert m["learn/grad_norm"] > 0
+@pytest.mark.parametrize("preset", ["robust", "sdpopp", "naive", "sdft"])
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0.7, max_tokens=9), Sampling(top_k=5, max_tokens=9),
+                                      Sampling(temperature=0.7, top_p=0.8, max_tokens=9)])
+def test_what_the_engine_sampled_has_ratio_one(preset: str, sampling: Sampling, tiny_model: Any,
+                                               make_row: Callable[..., TrainRow]) -> None:
+    """From the engine's own draws, tempered and truncated, through branch and batch to the step's metrics."""
+    engine = InProcessEngine(copy.deepcopy(tiny_model), 1022, max_slots=2, window=256)
+
+    def play(seed: int) -> TrainRow:
+        builder = BranchBuilder()
+        for turn in range(2):
+            builder.context(range(20 + seed, 40 + seed + turn), TokenKind.TOOL if turn else TokenKind.CONTEXT)
+            own = sampling.model_copy(update={"seed": 10 * seed + turn})
+            builder.completion(asyncio.run(engine.complete(builder.ids, own, session=f"{seed}")), own, turn=turn)
+        return TrainRow(branch=builder.finish()[0], hint_ids=(7, 8, 9), episode_id=f"{seed}", train_allowed=True)
+
+    report = Learner(tiny_model, resolve(preset, FAST)).step([play(seed) for seed in range(4)], version=0)
+    assert report.refused == {}
+    assert report.n_tokens == 72
+    m = report.metrics
+    assert m["learn/ratio/mean"] == pytest.approx(1.0, abs=1e-4)
+    assert m["learn/ratio/max"] == pytest.approx(1.0, abs=1e-3)
+    assert m["learn/mismatch/max"] < 1e-3
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(tiny_model: Any, make_row: Callable[..., TrainRow],
+                                                       record: Callable[..., TrainRow]) -> None:
+    learner = Learner(tiny_model, resolve("sdpopp", {**FAST, "teacher": "ema"}))
+    rows = batch_of(make_row, record, tiny_model)
+    learner.step(rows, 0)
+    assert learner.clipper is not None
+    moments = {id(p): {k: v.clone() for k, v in state.items()} for p, state in learner.optimizer.state.items()}
+    before, clip = weights(tiny_model), learner.clipper.state_dict()
+    teacher = {name: p.clone() for name, p in learner.teacher.state_dict().items()}
+    hook = learner.parameters[3].register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(LearnError, match=r"gradient norm of step 2 is (nan|inf), nothing was updated"):
+        learner.step(rows, 0)
+    hook.remove()
+    assert torch.equal(weights(tiny_model), before)
+    assert (learner.step_count, learner.clipper.state_dict()) == (1, clip)
+    assert all(torch.equal(p, teacher[name]) for name, p in learner.teacher.state_dict().items())
+    for p, state in learner.optimizer.state.items():
+        assert all(torch.equal(value, moments[id(p)][key]) for key, value in state.items())
+    assert all(p.grad is None for p in learner.parameters)
+    learner.step(rows, 0)
+
+
+class Scaled(torch.nn.Module):
+    """A model that halves its logits, as some do for the sake of their initialisation."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner, self.config = inner, inner.config
+
+    def get_output_embeddings(self) -> Any:
+        return self.inner.get_output_embeddings()
+
+    def get_decoder(self) -> Any:
+        return self.inner.get_decoder()
+
+    def forward(self, **inputs: Any) -> Any:
+        out = self.inner(**inputs)
+        out.logits = out.logits / 2
+        return out
+
+
+def test_a_model_that_shapes_its_logits_is_refused(tiny_model: Any) -> None:
+    check_model(tiny_model)
+    with pytest.raises(ModelError, match="logits differ from its last hidden states"):
+        Learner(Scaled(tiny_model), resolve("robust", FAST))
+    tiny_model.config.final_logit_softcapping = 30.0
+    with pytest.raises(ModelError, match="caps its logits"):
+        Learner(tiny_model, resolve("robust", FAST))
 
 
 def test_preset_metrics_are_those_that_apply(tiny_model: Any, make_row: Callable[..., TrainRow],
