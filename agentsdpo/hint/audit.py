@@ -1,11 +1,14 @@
 """Numbers about the hints of the rows a step draws: how long they are, and whether one reached the student."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from agentsdpo.chat import ChatFormat
-from agentsdpo.hint.render import hint_ids, leaks
+from agentsdpo.hint.render import hint_ids
 from agentsdpo.types import Branch, Hint
+
+LEAK_NGRAM = 8
+"""So many hint tokens in a row among the agent's own tokens count as a leak (objective, section 6)."""
 
 
 class Hinted(Protocol):
@@ -42,3 +45,23 @@ def hint_metrics(chat: ChatFormat, rows: Iterable[Hinted]) -> dict[str, float]:
     leaked = sum(leaks(chat, hint, branch) for hint, branch in hinted)
     tokens = sum(len(hint_ids(chat, hint)) for hint, _ in hinted)
     return {"hint/leak_frac": leaked / len(hinted), "hint/tokens/mean": tokens / len(hinted)}
+
+
+def leaks(chat: ChatFormat, hint: Hint, branch: Branch) -> bool:
+    """Whether :data:`LEAK_NGRAM` tokens of the hint in a row stand among the tokens the agent sampled.
+
+    A student never read the hint, so a long literal run of it in its own words means the hint reached it. Runs are
+    looked for inside one completion at a time. A hint of fewer tokens cannot be told from chance: False.
+    """
+    said = [branch.token_ids[call.start:call.end].tolist() for call in branch.calls]
+    return has_run(chat.encode(hint.text), said, LEAK_NGRAM)
+
+
+def has_run(needle: Sequence[int], haystacks: Sequence[Sequence[int]], ngram: int) -> bool:
+    """Whether any ``ngram`` consecutive items of ``needle`` stand consecutively in one of the haystacks.
+
+    >>> has_run([1, 2, 3, 4], [[0, 2, 3, 4], [9]], 3), has_run([1, 2, 3, 4], [[2, 3], [4, 1]], 3)
+    (True, False)
+    """
+    grams = {tuple(needle[i:i + ngram]) for i in range(len(needle) - ngram + 1)}
+    return any(tuple(hay[i:i + ngram]) in grams for hay in haystacks for i in range(len(hay) - ngram + 1))
