@@ -27,12 +27,12 @@ from agentsdpo.runfolder import git_commit
 from agentsdpo.track import read_metrics
 from agentsdpo.types import Json
 
-STEPS, STALENESS = 150, 3
+STEPS, STALENESS = 80, 3
 REUSE = 5
 """Policy versions a row may still be drawn for after it was collected."""
-_WORLD: Json = {"collect": {"window": 512, "concurrency": 128, "max_tokens": 64}, "episodes_per_step": 16}
+_WORLD: Json = {"collect": {"window": 512, "concurrency": 128, "max_tokens": 64}, "episodes_per_step": 16, "eval": {"every": 10}}
 """An episode is about 200 tokens; a turn of the seed model at most 40. 16 fresh episodes a step, each used twice."""
-_QUICK: Json = {"eval": {"episodes": 32, "final_episodes": 32, "every": 10}}
+_QUICK: Json = {"eval": {"episodes": 32, "final_episodes": 32, "every": 5}}
 
 
 def demo_config(arm: str, *, staleness: int, steps: int, seed: int, quick: bool = False,
@@ -55,7 +55,7 @@ def run_demo(*, arms: Sequence[str] | None = None, staleness: int | None = None,
     Args:
         arms: presets; ``robust`` alone when not given.
         staleness: policy versions the collector is held behind the learner; 3.
-        steps: optimiser steps per arm; 150, or 20 when quick.
+        steps: optimiser steps per arm; 80, or 20 when quick.
         seed: of tasks, sampling and drawing.
         out: run folder; a demo that was stopped there goes on, one that was finished is replaced.
         quick: fewer steps and episodes: a look, not a result.
