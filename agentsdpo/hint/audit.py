@@ -8,7 +8,7 @@ from agentsdpo.hint.render import hint_ids
 from agentsdpo.types import Branch, Hint
 
 LEAK_NGRAM = 8
-"""So many hint tokens in a row among the agent's own tokens count as a leak (objective, section 6)."""
+"""So many hint tokens in a row among the agent's own tokens count as a leak."""
 
 
 class Hinted(Protocol):

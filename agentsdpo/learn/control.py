@@ -1,7 +1,7 @@
 """Controls on hints: what an empty and what a wrong hint would have done to a step. Nothing is trained here.
 
 The size of the gap says nothing about usefulness: an all-wrong hint gave nearly the mean gap of the right one. What
-tells them apart is the difference per token, ``hint/wrong_gap`` (objective, section 6).
+tells them apart is the difference per token, ``hint/wrong_gap``.
 """
 
 from collections.abc import Sequence
