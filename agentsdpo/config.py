@@ -143,4 +143,7 @@ def _checked(config: RunConfig) -> RunConfig:
     if bound is not None and config.staleness > bound:
         raise ConfigError(f"staleness is {config.staleness} but learn.max_staleness is {bound}: every row would be "
                           "evicted", fix=f"set learn.max_staleness to {config.staleness} or more, or lower staleness")
+    if config.collect.temperature == 0:
+        raise ConfigError("collect.temperature is 0: greedy episodes have no behaviour log-probs to learn from",
+                          fix="set it above 0; evaluations are played greedily as well in any case")
     return config
