@@ -21,16 +21,18 @@ from agentsdpo.assemble import check_request
 from agentsdpo.config import RunConfig, from_mapping
 from agentsdpo.errors import RunError
 from agentsdpo.evaluate import summarise
+from agentsdpo.files import write_text
 from agentsdpo.loop import train
+from agentsdpo.provenance import git_commit
 from agentsdpo.report import write_report
-from agentsdpo.runfolder import git_commit
 from agentsdpo.track import read_metrics
 from agentsdpo.types import Json
 
 STEPS, STALENESS = 80, 3
 REUSE = 5
 """Policy versions a row may still be drawn for after it was collected."""
-_WORLD: Json = {"collect": {"window": 512, "concurrency": 128, "max_tokens": 64}, "episodes_per_step": 16, "eval": {"every": 10}}
+_WORLD: Json = {"collect": {"window": 512, "concurrency": 128, "max_tokens": 64}, "episodes_per_step": 16,
+                "eval": {"every": 10}}
 """An episode is about 200 tokens; a turn of the seed model at most 40. 16 fresh episodes a step, each used twice."""
 _QUICK: Json = {"eval": {"episodes": 32, "final_episodes": 32, "every": 5}}
 
@@ -100,8 +102,8 @@ def conclude(out: Path | str, *, began: float | None = None) -> Json:
                "hardware": f"{_cpu()}, {_cores()} cores", "command": " ".join(["agentsdpo", *sys.argv[1:]]),
                "arms": records}
     if "" not in folders:
-        _write(out / "config.toml", (folders[main] / "config.toml").read_text())
-    _write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_text(out / "config.toml", (folders[main] / "config.toml").read_text())
+    write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     write_report(out)
     return summary
 
@@ -115,13 +117,6 @@ def _record(folder: Path) -> Json:
 
 def _settings(folder: Path) -> Json:
     return tomllib.loads((folder / "config.toml").read_text())
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    work = path.with_name(f".{path.name}.new")
-    work.write_text(text)
-    work.replace(path)
 
 
 def _cores() -> int:

@@ -58,14 +58,16 @@ def scores(episodes: list[Episode]) -> Json:
 
 
 def summarise(rows: list[Json], steps: int) -> Json:
-    """Before and after, per split and pooled over the held-out ones, from the lines of one arm.
+    """Before and after, per split and pooled over the held-out ones (over all that were played, where one of those was
+    not), from the lines of one arm.
 
     Keys: ``zero_shot_pass``, ``final_pass``, their ``_ci95`` (Wilson), the greedy counterparts, and ``splits``.
     """
     ends = [r for r in rows if r["kind"] == "eval" and r["step"] in (0, steps) and "pass" in r]
     splits = {r["split"]: _split([e for e in ends if e["split"] == r["split"]], steps) for r in ends}
-    pooled = _split(_pool([r for r in ends if r["split"] in HELD_OUT] or ends), steps)
-    return {**pooled, "split": "held-out", "splits": splits}
+    held = set(HELD_OUT) <= splits.keys()
+    pooled = _split(_pool([r for r in ends if r["split"] in HELD_OUT] if held else ends), steps)
+    return {**pooled, "split": "held-out" if held else ", ".join(splits), "splits": splits}
 
 
 def _pool(rows: list[Json]) -> list[Json]:

@@ -8,12 +8,8 @@ ends with the weights of one that was never killed; stopped inside a collection,
 so that log-probs may differ in their last bits.
 """
 
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from agentsdpo import console
@@ -24,6 +20,7 @@ from agentsdpo.errors import EngineError, LearnError
 from agentsdpo.evaluate import evaluate
 from agentsdpo.learn.rows import TrainRow
 from agentsdpo.publish.registry import behaviour_version
+from agentsdpo.signals import uninterrupted
 from agentsdpo.track import MetricsWriter
 from agentsdpo.types import Episode
 
@@ -44,6 +41,17 @@ def train(config: RunConfig, *, out: Path | str, resume: bool = False, mode: str
         KeyboardInterrupt: stopped; everything finished is on disk, this step's episodes included.
     """
     run = assemble(config, out, resume=resume)
+    try:
+        turn_over(run, resume=resume, mode=mode)
+        run.folder.finish()
+    finally:
+        run.folder.release()
+    return run
+
+
+def turn_over(run: Run, *, resume: bool, mode: str) -> None:
+    """The loop itself, from where the run stands to its last step."""
+    config = run.config
     run.restore_or_begin()
     with (MetricsWriter(run.folder.metrics, resume_step=run.step if resume else None) as metrics,
           console.training(config.steps, config.name, mode=mode) as view):
@@ -58,8 +66,6 @@ def train(config: RunConfig, *, out: Path | str, resume: bool = False, mode: str
                 if run.step % config.checkpoint_every == 0 or run.step == config.steps:
                     run.checkpoint()
             view.step({"step": run.step, **row})
-    run.folder.finish()
-    return run
 
 
 def collect(run: Run) -> list[Episode]:
@@ -132,24 +138,3 @@ def counts(episodes: list[Episode]) -> tuple[int, int, int]:
     """Episodes, tool calls and sampled tokens of some episodes."""
     return (len(episodes), sum(e.metadata.get("calls", 0) for e in episodes),
             sum(b.n_sampled for e in episodes for b in e.branches))
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold back Ctrl-C until the block is done: learner, registry and checkpoint never part ways."""
-    held: list[int] = []
-
-    def hold(number: int, frame: FrameType | None) -> None:
-        held.append(number)
-
-    try:
-        before = signal.signal(signal.SIGINT, hold)
-    except ValueError:  # not the main thread, which alone is interrupted
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if held:
-        raise KeyboardInterrupt

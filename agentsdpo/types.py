@@ -304,7 +304,3 @@ class Suite(Protocol):
     def grader(self) -> Grader:
         """The grader of these tasks."""
         ...
-
-    def hint(self, task: Task, grade: Grade) -> Hint | None:
-        """The hindsight hint of a graded attempt, None when there is nothing to say."""
-        ...

@@ -81,7 +81,7 @@ def test_staleness_is_a_real_quantity(whole: Path) -> None:
 def test_sampled_log_probs_are_those_of_one_learner_forward(tmp_path: Path) -> None:
     config = small()
     run = assemble(config, tmp_path / "run")
-    run.begin()
+    run.restore_or_begin()
     collect(run)
     run.sampler.refresh()
     drawn = run.sampler.sample(6, 0)
@@ -112,18 +112,29 @@ train(small(4, *sys.argv[3:]), out=sys.argv[1], resume=sys.argv[2] == "resume", 
 """
 
 
-def child(out: Path, how: str, *more: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", _CHILD, str(out), how, *more], stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})
+def command(out: Path, how: str, *more: str) -> tuple[list[str], dict[str, str]]:
+    return ([sys.executable, "-c", _CHILD, str(out), how, *more],
+            {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})
 
 
-def wait_for(out: Path, process: subprocess.Popen[str], kind: str, step: int) -> None:
+def start(out: Path, *more: str) -> subprocess.Popen[bytes]:
+    line, env = command(out, "start", *more)
+    return subprocess.Popen(line, stderr=subprocess.DEVNULL, env=env)
+
+
+def resume(out: Path, *more: str) -> None:
+    line, env = command(out, "resume", *more)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+
+
+def wait_for(out: Path, process: subprocess.Popen[bytes], kind: str, step: int) -> None:
     until = time.monotonic() + 300
     while time.monotonic() < until and process.poll() is None:
         if any(r["kind"] == kind and r["step"] >= step for r in read_metrics(out / "metrics.jsonl")):
             return
         time.sleep(0.02)
-    raise AssertionError(f"{kind} row of step {step} was not reached: {process.stderr and process.stderr.read()}")
+    raise AssertionError(f"{kind} row of step {step} was not reached, exit code {process.poll()}")
 
 
 def told(out: Path) -> list[dict[str, object]]:
@@ -141,13 +152,12 @@ def episodes(out: Path) -> set[str]:
 def test_a_run_killed_in_the_middle_ends_as_one_that_was_not(
         whole: Path, tmp_path: Path, kind: str, step: int) -> None:
     out = tmp_path / "run"
-    first = child(out, "start")
+    first = start(out)
     wait_for(out, first, kind, step)
     first.kill()
     first.wait()
     before = episodes(out)
-    second = child(out, "resume")
-    assert second.wait(timeout=300) == 0, second.stderr and second.stderr.read()
+    resume(out)
     assert before <= episodes(out) == episodes(whole)
     assert same(whole, out)
     assert sorted(map(str, told(out))) == sorted(map(str, told(whole)))
@@ -155,24 +165,24 @@ def test_a_run_killed_in_the_middle_ends_as_one_that_was_not(
 
 def test_one_ctrl_c_keeps_everything_and_the_run_goes_on(whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    first = child(out, "start")
+    first = start(out)
     wait_for(out, first, "step", 1)
     first.send_signal(signal.SIGINT)
     first.wait(timeout=120)
     assert first.returncode != 0
     before = episodes(out)
-    assert child(out, "resume").wait(timeout=300) == 0
+    resume(out)
     assert before <= episodes(out) == episodes(whole)
     assert same(whole, out)
 
 
 def test_the_sampled_form_too_repeats_itself_after_a_kill(tmp_path: Path) -> None:
     train(small(4, "preset='sdpopp'"), out=tmp_path / "whole", mode="none")
-    first = child(tmp_path / "run", "start", "preset='sdpopp'")
+    first = start(tmp_path / "run", "preset='sdpopp'")
     wait_for(tmp_path / "run", first, "step", 3)
     first.kill()
     first.wait()
-    assert child(tmp_path / "run", "resume", "preset='sdpopp'").wait(timeout=300) == 0
+    resume(tmp_path / "run", "preset='sdpopp'")
     assert same(tmp_path / "whole", tmp_path / "run")
 
 

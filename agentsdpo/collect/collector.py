@@ -12,7 +12,7 @@ from agentsdpo.collect.engine import Engine
 from agentsdpo.collect.policy import EnginePolicy, Policy, mix
 from agentsdpo.collect.rollout import MISUSE, Rollout, describe, run_episode
 from agentsdpo.replay.ids import derived_uuid, uuid7
-from agentsdpo.types import Episode, Frozen, Grade, Hint, Json, StopReason, Suite, Task
+from agentsdpo.types import Episode, Frozen, Grade, Json, StopReason, Suite, Task
 
 PolicyFactory = Callable[[Task, int], Policy]
 """Makes the policy of one episode from its task and seed."""
@@ -39,11 +39,11 @@ class Collector:
     """Collects graded episodes of one suite.
 
     Args:
-        suite: tasks, environments, grader and hints.
+        suite: tasks, environments and grader.
         policy: makes the policy of each episode.
         config: concurrency and budgets.
         stamp: provenance written into every episode.
-        evaluate: neither feedback nor hints are attached, and no episode may be trained on.
+        evaluate: no feedback is attached, and no episode may be trained on.
 
     Attributes:
         finished: episodes of the running or last :meth:`collect`, in the order they ended; after an interrupt they
@@ -116,11 +116,11 @@ class Collector:
             own = mix(seed, split, index, attempt)
             episode_id = self.episode_id(split, index, attempt, seed)
             env_id, run = await self._play(task, own, episode_id)
-            grade, hint, fault = await self._judge(task, run)
+            grade, fault = await self._judge(task, run)
             place = {"episode_id": episode_id, "env_id": env_id, "attempt": attempt, "group_size": group_size,
                      "group_id": f"{self.stamp.run_id}/{split}/{index}/{seed}"}
             notes = {"split": split, "index": index, "seed": own, **({"error": fault} if fault else {})}
-            episode = self._episode(task, run, grade, hint, {**place, "metadata": notes})
+            episode = self._episode(task, run, grade, {**place, "metadata": notes})
             self.finished.append(episode)
             return episode
 
@@ -135,18 +135,16 @@ class Collector:
         return env.env_id, await run_episode(env, policy, task, seed=seed, episode_id=episode_id,
                                              budget=self.config.budget(task.budget))
 
-    async def _judge(self, task: Task, run: Rollout) -> tuple[Grade | None, Hint | None, str]:
-        """Grade, hint and, when the machinery that makes them broke, what happened: unscored, never zero."""
+    async def _judge(self, task: Task, run: Rollout) -> tuple[Grade | None, str]:
+        """The grade and, when the machinery that makes it broke, what happened: unscored, never zero."""
         if run.outcome is None:
-            return None, None, run.error
+            return None, run.error
         try:
-            grade = await self._grader.grade(task, run.outcome)
-            allowed = task.train_allowed and not self.evaluate
-            return grade, self.suite.hint(task, grade) if allowed else None, ""
+            return await self._grader.grade(task, run.outcome), ""
         except MISUSE:
             raise
         except Exception as fault:  # noqa: BLE001 - it is recorded on the episode
-            return None, None, describe(fault)
+            return None, describe(fault)
 
     def episode_id(self, split: str, index: int, attempt: int, seed: int) -> str:
         """Id of one episode: derived from the run and its place in it, so that a run can be repeated and resumed to
@@ -154,13 +152,13 @@ class Collector:
         run = self.stamp.run_id
         return derived_uuid(run, split, index, attempt, seed) if run else uuid7()
 
-    def _episode(self, task: Task, run: Rollout, grade: Grade | None, hint: Hint | None, place: Json) -> Episode:
+    def _episode(self, task: Task, run: Rollout, grade: Grade | None, place: Json) -> Episode:
         metadata: Json = {**run.counts, "wall_s": round(run.wall_s, 6), **place.pop("metadata")}
         if run.answer is not None:
             metadata["answer"] = run.answer
         stop = run.stop_reason if grade is not None else StopReason.ENGINE_ERROR
         return Episode(**place, task_id=task.task_id, branches=run.branches, stop_reason=stop,
-                       grade=without_feedback(grade) if self.evaluate else grade, hint=hint,
+                       grade=without_feedback(grade) if self.evaluate else grade,
                        train_allowed=task.train_allowed and not self.evaluate, messages=run.messages,
                        metadata=metadata, **self.stamp.model_dump())
 

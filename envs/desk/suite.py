@@ -7,7 +7,7 @@ from agentsdpo.envs.desk.env import DeskEnv
 from agentsdpo.envs.desk.firm import Firm
 from agentsdpo.envs.desk.grade import DeskGrader, rubric
 from agentsdpo.errors import ConfigError
-from agentsdpo.types import Budget, Grade, Hint, Task
+from agentsdpo.types import Budget, Task
 
 SPLITS = ("train", "val", "test_world", "test_names", "test_period", "test_n", "test_firm")
 _FIRST_WORLD = {"train": (0, 1000), "val": (1_000, 100), "test_world": (10_000, 200), "test_names": (1_000, 100),
@@ -16,7 +16,7 @@ PRESETS = ("desk-mini", "desk")
 
 
 class DeskSuite:
-    """Seeded tasks of one firm with their environment, grader and hints.
+    """Seeded tasks of one firm with their environment and grader.
 
     Args:
         preset: ``desk-mini`` (four house rules, figures are copied) or ``desk`` (six, converted and rounded).
@@ -82,9 +82,3 @@ class DeskSuite:
     def grader(self) -> DeskGrader:
         """The grader of this firm."""
         return DeskGrader(self.firm, level=self.feedback_level, scope=self.hint_scope)
-
-    def hint(self, task: Task, grade: Grade) -> Hint | None:
-        """The grader's words as a hint; None when the grader had nothing to say."""
-        if not grade.feedback:
-            return None
-        return Hint(text=grade.feedback, source="criteria", author="desk grader")

@@ -12,7 +12,6 @@ from agentsdpo.types import (
     Completion,
     CriterionResult,
     Grade,
-    Hint,
     Json,
     ModelTurn,
     Outcome,
@@ -95,9 +94,6 @@ class CounterSuite:
 
     def grader(self) -> CounterGrader:
         return CounterGrader()
-
-    def hint(self, task: Task, grade: Grade) -> Hint | None:
-        return Hint(text=grade.feedback, source="criteria", author="counter")
 
 
 class Script:

@@ -1,4 +1,4 @@
-"""Collection as a whole: stamps, grades, hints, evaluation, repeats, interrupts, metrics, a real model."""
+"""Collection as a whole: stamps, grades, evaluation, repeats, interrupts, metrics, a real model."""
 
 import asyncio
 from typing import Any
@@ -25,11 +25,12 @@ def scripted(world: Any, *, amount: int = 3, **env: Any) -> Collector:
     return Collector(world.suite(**env), policy, CONFIG)
 
 
-def test_scripted_agents_are_graded_hinted_and_stamped(world: Any) -> None:
+def test_scripted_agents_are_graded_and_stamped(world: Any) -> None:
     good, bad = scripted(world).collect("train", [3, 4])
     assert (good.grade and good.grade.passed, bad.grade and bad.grade.passed) == (True, False)
-    assert bad.hint is not None
-    assert bad.hint.text == "the total must be 4"
+    assert bad.grade is not None
+    assert bad.grade.feedback == "the total must be 4"
+    assert bad.hint is None  # writing hints is the next room's work
     assert bad.train_allowed
     assert bad.branches == ()
     assert (bad.env_id, bad.task_id) == ("counter", "train-4")
@@ -39,14 +40,12 @@ def test_scripted_agents_are_graded_hinted_and_stamped(world: Any) -> None:
     assert metrics["collect/stop/completed"] == 1.0
 
 
-def test_no_hint_where_training_is_forbidden_and_no_feedback_in_evaluation(world: Any) -> None:
+def test_the_licence_is_stamped_and_evaluation_gives_no_feedback(world: Any) -> None:
     (closed,) = scripted(world).collect("test", [4])
-    assert closed.hint is None
     assert not closed.train_allowed
     judge = scripted(world)
     judge.evaluate = True
     (seen,) = judge.collect("train", [4])
-    assert seen.hint is None
     assert not seen.train_allowed
     assert seen.grade is not None
     assert seen.grade.feedback == seen.grade.results[0].feedback == ""
@@ -111,12 +110,8 @@ class Bad:
 
         return Grader()
 
-    def hint(self, task: Task, grade: Any) -> Any:
-        self._break(task, "hint")
-        return self._suite.hint(task, grade)
 
-
-@pytest.mark.parametrize("place", ["reset", "outcome", "grade", "hint", "policy"])
+@pytest.mark.parametrize("place", ["reset", "outcome", "grade", "policy"])
 def test_a_bug_costs_its_own_episode_and_no_other(world: Any, place: str) -> None:
     suite = Bad(world.suite(), place, ZeroDivisionError("by nobody"))
 
@@ -128,7 +123,6 @@ def test_a_bug_costs_its_own_episode_and_no_other(world: Any, place: str) -> Non
     episodes = collector.collect("train", [3, 4, 5])
     assert [e.grade is None for e in episodes] == [False, True, False]
     assert episodes[1].stop_reason == StopReason.ENGINE_ERROR
-    assert episodes[1].hint is None
     assert episodes[1].metadata["error"] == "ZeroDivisionError: by nobody"
     assert len(collector.finished) == 3
 
