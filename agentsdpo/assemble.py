@@ -183,7 +183,7 @@ def assemble(config: RunConfig, out: Path | str, *, resume: bool = False) -> Run
     registry = PolicyRegistry(folder.policies, base_model=config.model, tokenizer_sha256=chat.tokenizer_sha256,
                               chat_template_sha256=chat.template_sha256)
     sampler = Sampler(store, config.replay, seed=config.seed, tokenizer_sha256=chat.tokenizer_sha256,
-                      max_staleness=config.learn.max_staleness)
+                      max_staleness=config.learn.max_staleness, chat_template_sha256=chat.template_sha256)
     return Run(config=config, folder=folder, chat=chat, suite=suite, engine=engine, collector=collector,
                hinter=CriteriaSource(config.hint, author=f"{suite.name} grader"), store=store, sampler=sampler,
                learner=learner, registry=registry)

@@ -18,8 +18,9 @@ from agentsdpo.collect.metrics import collect_metrics
 from agentsdpo.config import RunConfig
 from agentsdpo.errors import EngineError, LearnError
 from agentsdpo.evaluate import evaluate
-from agentsdpo.learn.rows import TrainRow
+from agentsdpo.hint.audit import hint_metrics
 from agentsdpo.publish.registry import behaviour_version
+from agentsdpo.replay.rows import Row
 from agentsdpo.signals import uninterrupted
 from agentsdpo.track import MetricsWriter
 from agentsdpo.types import Episode
@@ -106,27 +107,27 @@ def learn(run: Run, episodes: list[Episode]) -> dict[str, Any]:
     """
     config, began = run.config, time.monotonic()
     run.sampler.refresh(only={e.episode_id for e in episodes})
-    rows = draw(run)
-    report = run.learner.step(rows, run.version)
+    drawn = draw(run)
+    report = run.learner.step(run.rows(drawn), run.version)
     for key, more in zip(run.totals, counts(episodes), strict=True):
         run.totals[key] += more
     if run.step % config.publish.every == 0 or run.step == config.steps:
         run.publish()
-    return {**collect_metrics(episodes), **run.hinter.metrics(), **report.metrics, **run.sampler.metrics(),
-            **run.totals, "version": run.version, "learn/rows": report.n_trained, "learn/tokens": report.n_tokens,
-            "learn/step_s": time.monotonic() - began}
+    return {**collect_metrics(episodes), **run.hinter.metrics(), **hint_metrics(run.chat, drawn), **report.metrics,
+            **run.sampler.metrics(), **run.totals, "version": run.version, "learn/rows": report.n_trained,
+            "learn/tokens": report.n_tokens, "learn/step_s": time.monotonic() - began}
 
 
-def draw(run: Run) -> list[TrainRow]:
-    """Rows of one step; draws again while none of them has a hint (an attempt that failed nothing may have none).
+def draw(run: Run) -> list[Row]:
+    """Branches of one step; draws again while none of them has a hint (an attempt that failed nothing may have none).
 
     Raises:
         LearnError: nothing is eligible, or nothing eligible has a hint.
     """
     for _ in range(_REDRAWS):
-        rows = run.rows(run.sampler.sample(run.config.learn.batch, run.version))
-        if any(row.hint_ids for row in rows):
-            return rows
+        drawn = run.sampler.sample(run.config.learn.batch, run.version)
+        if any(row.hint for row in drawn):
+            return drawn
     raise LearnError(f"no row with a hint can be drawn at step {run.step + 1}: {run.sampler.explain(run.version)}",
                      fix="start a run with a larger learn.max_staleness or episodes_per_step, or with hint.scope 'all'")
 
