@@ -28,11 +28,11 @@ from agentsdpo.report import write_report
 from agentsdpo.track import read_metrics
 from agentsdpo.types import Json
 
-STEPS, STALENESS = 80, 3
+STEPS, STALENESS = 70, 3
 REUSE = 5
 """Policy versions a row may still be drawn for after it was collected."""
 _WORLD: Json = {"collect": {"window": 512, "concurrency": 128, "max_tokens": 64}, "episodes_per_step": 16,
-                "eval": {"every": 10}}
+                "eval": {"every": 10, "final_episodes": 96}}
 """An episode is about 200 tokens; a turn of the seed model at most 40. 16 fresh episodes a step, each used twice."""
 _QUICK: Json = {"eval": {"episodes": 32, "final_episodes": 32, "every": 5}}
 
@@ -57,7 +57,7 @@ def run_demo(*, arms: Sequence[str] | None = None, staleness: int | None = None,
     Args:
         arms: presets; ``robust`` alone when not given.
         staleness: policy versions the collector is held behind the learner; 3.
-        steps: optimiser steps per arm; 80, or 20 when quick.
+        steps: optimiser steps per arm; 70, or 20 when quick.
         seed: of tasks, sampling and drawing.
         out: run folder; a demo that was stopped there goes on, one that was finished is replaced.
         quick: fewer steps and episodes: a look, not a result.
