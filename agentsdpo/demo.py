@@ -23,7 +23,6 @@ from agentsdpo.errors import RunError
 from agentsdpo.evaluate import summarise
 from agentsdpo.files import write_text
 from agentsdpo.loop import train
-from agentsdpo.provenance import git_commit
 from agentsdpo.report import write_report
 from agentsdpo.track import read_metrics
 from agentsdpo.types import Json
@@ -94,13 +93,13 @@ def conclude(out: Path | str, *, began: float | None = None) -> Json:
     folders = {p.name: p for p in sorted((out / "arms").glob("*"))} if (out / "arms").is_dir() else {"": out}
     records = {name or _settings(folder)["name"]: _record(folder) for name, folder in folders.items()}
     main = "robust" if "robust" in records else next(iter(records))
-    top: dict[str, Any] = {k: v for k, v in records[main].items() if k not in ("splits", "wall_s")}
+    top: dict[str, Any] = {k: v for k, v in records[main].items() if k not in ("splits", "wall_s", "commit")}
     clocks = sum(record["wall_s"] for record in records.values())
     wall = max(clocks, time.monotonic() - began) if began is not None else clocks
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
-    summary = {"arm": main, **top, "wall_s": round(wall, 1), "peak_rss_mib": round(peak), "commit": git_commit(),
-               "hardware": f"{_cpu()}, {_cores()} cores", "command": " ".join(["agentsdpo", *sys.argv[1:]]),
-               "arms": records}
+    starts = [start for folder in folders.values() for start in _starts(folder)]
+    summary = {"arm": main, **top, "wall_s": round(wall, 1), "peak_rss_mib": round(peak), "commit": _commits(starts),
+               "hardware": f"{_cpu()}, {_cores()} cores", "command": " ".join(starts[0]["command"]), "arms": records}
     if "" not in folders:
         write_text(out / "config.toml", (folders[main] / "config.toml").read_text())
     write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -112,7 +111,18 @@ def _record(folder: Path) -> Json:
     """Numbers of one training run, from what it wrote."""
     settings, rows = _settings(folder), read_metrics(folder / "metrics.jsonl")
     return {**summarise(rows, settings["steps"]), "staleness": settings["staleness"], "steps": settings["steps"],
-            "seed": settings["seed"], "episodes": rows[-1]["episodes"], "wall_s": rows[-1]["wall_s"]}
+            "seed": settings["seed"], "episodes": rows[-1]["episodes"], "wall_s": rows[-1]["wall_s"],
+            "commit": _commits(_starts(folder))}
+
+
+def _starts(folder: Path) -> list[Json]:
+    """What was recorded at each start of a training run."""
+    return json.loads((folder / "environment.json").read_text())
+
+
+def _commits(starts: Sequence[Json]) -> str | None:
+    """The code that ran, not the code that sums up: usually one commit, else all in order of their first start."""
+    return ", ".join(dict.fromkeys(start["commit"] for start in starts if start["commit"])) or None
 
 
 def _settings(folder: Path) -> Json:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from agentsdpo.assemble import assemble
 from agentsdpo.config import RunConfig, from_mapping
+from agentsdpo.demo import conclude
 from agentsdpo.learn.rows import admit
 from agentsdpo.loop import collect, train
 from agentsdpo.replay.store import ReplayStore
@@ -205,6 +206,11 @@ def test_the_demo_writes_its_summary_and_report(tmp_path: Path) -> None:
     assert summary["staleness"] == 1
     assert set(summary["arms"]["robust"]["splits"]) == {"val", "test_world", "test_names", "test_period", "test_firm"}
     assert "<svg" in (tmp_path / "demo" / "report.html").read_text()
+    started = tmp_path / "demo" / "arms" / "naive" / "environment.json"
+    started.write_text(json.dumps([start | {"commit": "older"} for start in json.loads(started.read_text())]))
+    again = conclude(tmp_path / "demo")
+    assert again["arms"]["naive"]["commit"] == "older", "the code that ran, not the code that sums up"
+    assert again["commit"] == ", ".join(filter(None, ["older", summary["arms"]["robust"]["commit"]]))
 
 
 @pytest.mark.parametrize(("sets", "says", "code"), [
