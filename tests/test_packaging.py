@@ -20,13 +20,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 @pytest.mark.parametrize("name", LINKS)
-def test_links_are_relative_and_committed(name: str) -> None:
+def test_links_are_relative(name: str) -> None:
+    """A source archive without git passes too."""
     link = ROOT / "agentsdpo" / name
     assert link.is_symlink()
     assert os.readlink(link) == f"../{name}"
-    listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-s", f"agentsdpo/{name}"], capture_output=True,
-                            text=True, check=True).stdout
-    assert listed.startswith("120000 "), "git keeps it as a link"
 
 
 @pytest.mark.parametrize("name", LINKS)
