@@ -1,13 +1,15 @@
-"""Whole files that appear at once or not at all, and never replace another."""
+"""Whole files of a local disk that appear at once or not at all, and never replace another unless told to."""
 
 import errno
 import os
 from pathlib import Path
 
-from agentsdpo.errors import CorruptionError, StoreError
+from agentsdpo.errors import StoreError
+from agentsdpo.files import FULL
 from agentsdpo.replay.ids import uuid7
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+TEMPORARY = ".tmp-"
+"""Names of files that are being written begin so; one that stays was left by a crash."""
 _NO_WRITE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -17,13 +19,16 @@ def create_exclusive(path: Path, data: bytes | memoryview) -> None:
     Nothing is visible under ``path`` before the link, and everything is on disk when this returns. A failed fsync is
     never retried on the same file, since its pages may be gone: the call fails and the caller writes a new file.
 
+    Args:
+        path: the file; its folder exists and is durable (:func:`ensure_folder`).
+        data: all of its content.
+
     Raises:
         FileExistsError: the name is taken; the file there is untouched.
         StoreError: no space, no permission, or a file system without hard links.
     """
+    temporary = path.parent / f"{TEMPORARY}{uuid7()}"
     try:
-        _ensure_folder(path.parent)
-        temporary = path.parent / f".tmp-{uuid7()}"
         try:
             _write_durable(temporary, data)
             os.link(temporary, path)
@@ -33,7 +38,24 @@ def create_exclusive(path: Path, data: bytes | memoryview) -> None:
     except FileExistsError:
         raise
     except OSError as error:
-        raise _explain(error, path, len(data)) from error
+        raise explain(error, path, len(data)) from error
+
+
+def replace_whole(path: Path, data: bytes | memoryview) -> None:
+    """Write a file over the one that may be there, durably: temporary name, fsync, rename, fsync of the directory.
+
+    Arguments and errors are those of :func:`create_exclusive`, but for the name that may be taken.
+    """
+    temporary = path.parent / f"{TEMPORARY}{uuid7()}"
+    try:
+        try:
+            _write_durable(temporary, data)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise explain(error, path, len(data)) from error
 
 
 def _write_durable(path: Path, data: bytes | memoryview) -> None:
@@ -48,11 +70,18 @@ def _write_durable(path: Path, data: bytes | memoryview) -> None:
         os.close(handle)
 
 
-def _ensure_folder(folder: Path) -> None:
-    """Make a folder and its parents, each one durable in its own parent."""
-    if folder.is_dir():
+def ensure_folder(folder: Path, within: Path) -> None:
+    """Make a folder and its parents, each one durable in its own parent.
+
+    Below ``within`` a folder that is there already is made durable too: the process that made it may not have come to
+    that yet, and what is acknowledged inside must not vanish with it.
+
+    Raises:
+        OSError: a folder cannot be made or synced.
+    """
+    if folder.is_dir() and (folder == within or within not in folder.parents):
         return
-    _ensure_folder(folder.parent)
+    ensure_folder(folder.parent, within)
     folder.mkdir(exist_ok=True)
     sync_folder(folder.parent)
 
@@ -66,9 +95,9 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _explain(error: OSError, path: Path, size: int) -> StoreError:
-    """The sentence for a failed write; nothing of it is visible."""
-    if error.errno in _NO_SPACE:
+def explain(error: OSError, path: Path, size: int) -> StoreError:
+    """The sentence for a failed write of ``size`` bytes; nothing of it is visible."""
+    if error.errno in FULL:
         return StoreError(f"no room for {size} bytes at {path} ({error.strerror}); nothing of this write is visible",
                           fix="free space (or raise the quota or file size limit) and append again; "
                               "what was acknowledged before is safe")
@@ -76,19 +105,8 @@ def _explain(error: OSError, path: Path, size: int) -> StoreError:
         return StoreError(f"{path.parent} cannot be written ({error.strerror})",
                           fix="give this user write permission there; reading the store works without it. "
                               "The file system must support hard links")
+    if error.errno == errno.ENAMETOOLONG:
+        return StoreError(f"the name {path.name[:40]!r}... has {len(os.fsencode(path.name))} bytes in a path of "
+                          f"{len(os.fsencode(path))}, more than this file system takes (mostly 255 and 4,096)",
+                          fix="use shorter ids, or a folder nearer to the root")
     return StoreError(f"writing {path} failed: {error}", fix="check the disk; nothing was acknowledged")
-
-
-def read_whole(path: Path) -> bytes:
-    """All bytes of a file that the log says exists.
-
-    Raises:
-        CorruptionError: it is missing.
-        StoreError: it cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise CorruptionError(f"{path} is missing though the log names it", fix="restore it from a backup") from error
-    except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error.strerror}", fix="check permissions and the disk") from error

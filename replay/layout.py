@@ -1,12 +1,11 @@
 """``STORE.json`` and ``FORMAT.md``: what a store says about itself."""
 
 import json
-from pathlib import Path
 
 from agentsdpo.errors import StoreError
 from agentsdpo.replay.canonical import canonical_json
-from agentsdpo.replay.files import create_exclusive, read_whole
 from agentsdpo.replay.ids import uuid7
+from agentsdpo.replay.storage import Storage
 from agentsdpo.types import Json
 
 FORMAT, RELEASE = "agentsdpo-replay", 1
@@ -14,44 +13,45 @@ FEATURES: frozenset[str] = frozenset()
 """Features of the format this release understands beyond the base."""
 
 
-def create(root: Path) -> None:
+def create(storage: Storage) -> None:
     """Turn an empty or missing folder into a store; another process doing the same at once is no error.
 
     Raises:
         StoreError: the folder holds something else, or cannot be written.
     """
-    if root.is_dir() and any(not name.name.startswith(".tmp-") and name.name != "FORMAT.md" for name in root.iterdir()):
-        if (root / "STORE.json").exists():
-            return
-        raise StoreError(f"{root} holds files but no STORE.json", fix="name an empty or missing folder")
+    if storage.exists("STORE.json"):
+        return
+    if any(info.path != "FORMAT.md" for info in storage.list("")) and not storage.exists("STORE.json"):
+        raise StoreError(f"{storage.uri} holds files but no STORE.json", fix="name an empty or missing folder")
     about = {"format": f"{FORMAT}/{RELEASE}", "store_id": uuid7(), "min_reader": RELEASE, "min_writer": RELEASE,
              "features": []}
     for name, data in (("FORMAT.md", _FORMAT_MD.encode()), ("STORE.json", canonical_json(about))):
         try:
-            create_exclusive(root / name, data)
+            storage.create(name, data)
         except FileExistsError:
             continue
 
 
-def read(root: Path) -> Json:
+def read(storage: Storage) -> Json:
     """Contents of ``STORE.json``.
 
     Raises:
         StoreError: no store there, or one that a newer release made and this one must not read.
     """
-    path = root / "STORE.json"
-    if not path.exists():
-        raise StoreError(f"{root} is not a replay store (no STORE.json)", fix="check the path, or pass create=True")
     try:
-        about = json.loads(read_whole(path))
+        about = json.loads(storage.read("STORE.json"))
         family, release = about["format"].split("/")
         needs, features = max(int(release), int(about["min_reader"])), set(about["features"])
         int(about["min_writer"])
+    except FileNotFoundError as error:
+        raise StoreError(f"{storage.uri} is not a replay store (no STORE.json)",
+                         fix="check the path, or pass create=True") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{path} is damaged or not ours: {error!r}", fix="restore it from a backup") from error
+        raise StoreError(f"{storage.uri}/STORE.json is damaged or not ours: {error!r}",
+                         fix="restore it from a backup") from error
     if family != FORMAT or needs > RELEASE or features - FEATURES:
         extra = f" with features {sorted(features - FEATURES)}" if features - FEATURES else ""
-        raise StoreError(f"{root} has format {about['format']}{extra} and needs reader {needs}, not {RELEASE}",
+        raise StoreError(f"{storage.uri} has format {about['format']}{extra} and needs reader {needs}, not {RELEASE}",
                          fix="install a newer agentsdpo (pip install -U agentsdpo)")
     return about
 

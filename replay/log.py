@@ -13,13 +13,12 @@ import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from agentsdpo.errors import CorruptionError, StoreError
 from agentsdpo.replay.canonical import canonical_json
-from agentsdpo.replay.files import create_exclusive, read_whole
 from agentsdpo.replay.ids import Key, uuid7
+from agentsdpo.replay.storage import Storage, read_whole
 from agentsdpo.types import Json
 
 _RANK = {"sealed": 3, "truncated": 2, "aborted": 1, "salvaged": 0}
@@ -71,14 +70,13 @@ def make_entry(writer: str, seq: int, prev: str, ops: list[Json]) -> Json:
     return entry | {"sha": hashlib.sha256(canonical_json(entry)).hexdigest()}
 
 
-def read_entry(path: Path, writer: str, seq: int, prev: str) -> Json:
-    """Read and check one log entry.
+def check_entry(raw: bytes, path: str, writer: str, seq: int, prev: str) -> Json:
+    """One log entry from its bytes; ``path`` is what messages call it.
 
     Raises:
         CorruptionError: not canonical JSON, a wrong hash, or a link to another entry than ``prev``.
         StoreError: an entry of a newer release.
     """
-    raw = read_whole(path)
     try:
         entry = json.loads(raw)
         body = {name: value for name, value in entry.items() if name != "sha"}
@@ -97,9 +95,9 @@ def read_entry(path: Path, writer: str, seq: int, prev: str) -> Json:
 class LogWriter:
     """One stream, of one process lifetime. Entry 0 says who writes."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, storage: Storage) -> None:
         self.writer_id, self.pid = uuid7(), os.getpid()
-        self._folder, self._seq, self._prev = root / "log" / self.writer_id, 0, ""
+        self._storage, self._seq, self._prev = storage, 0, ""
         self.commit([{"op": "open", "host": socket.gethostname(), "pid": self.pid}])
 
     def commit(self, ops: list[Json]) -> None:
@@ -111,7 +109,7 @@ class LogWriter:
         """
         entry = make_entry(self.writer_id, self._seq, self._prev, ops)
         try:
-            create_exclusive(entry_path(self._folder, self._seq), canonical_json(entry))
+            self._storage.create(entry_path(self.writer_id, self._seq), canonical_json(entry))
         except FileExistsError as error:
             raise WriterFenced(f"slot {self._seq} of stream {self.writer_id} is taken",
                                fix="open a new stream") from error
@@ -119,20 +117,22 @@ class LogWriter:
 
     def names(self, path: str) -> bool:
         """Whether the entry of a failed :meth:`commit` stands in its slot after all and names this file."""
-        slot = entry_path(self._folder, self._seq)
-        return slot.exists() and path.encode() in slot.read_bytes()
+        try:
+            return path.encode() in self._storage.read(entry_path(self.writer_id, self._seq))
+        except FileNotFoundError:
+            return False
 
 
-def entry_path(folder: Path, seq: int) -> Path:
-    """File of one entry."""
-    return folder / f"{seq:012d}.json"
+def entry_path(writer: str, seq: int) -> str:
+    """File of one entry, from the root of the store."""
+    return f"log/{writer}/{seq:012d}.json"
 
 
 @dataclass
 class Fold:
     """Live rows after all entries read so far; :meth:`refresh` reads what is new and nothing else."""
 
-    root: Path
+    storage: Storage
     rows: dict[Key, Located] = field(default_factory=dict)
     vector: Vector = field(default_factory=dict)
     conflicts: set[Key] = field(default_factory=set)
@@ -146,25 +146,21 @@ class Fold:
             CorruptionError: an entry is damaged, or missing in the middle of its stream.
             StoreError: the log has another history than ``upto``, or holds operations of a newer release.
         """
-        for writer in sorted(upto) if upto is not None else self._streams():
+        for writer in sorted(upto) if upto is not None else self.storage.folders("log"):
             if writer not in self.closed:
                 self._refresh_stream(writer, upto[writer] if upto is not None else None)
 
-    def _streams(self) -> list[str]:
-        try:
-            return sorted(entry.name for entry in os.scandir(self.root / "log") if entry.is_dir())
-        except FileNotFoundError:
-            return []
-
     def _refresh_stream(self, writer: str, upto: tuple[int, str] | None) -> None:
-        folder, (seq, prev) = self.root / "log" / writer, self.vector.get(writer, (-1, ""))
+        seq, prev = self.vector.get(writer, (-1, ""))
         if seq < 0:
-            _check_gaps(folder)
+            _check_gaps(self.storage, writer)
         while upto is None or seq < upto[0]:
-            path = entry_path(folder, seq + 1)
-            if upto is None and not path.exists():
+            path = entry_path(writer, seq + 1)
+            try:
+                raw = self.storage.read(path) if upto is None else read_whole(self.storage, path)
+            except FileNotFoundError:
                 break
-            entry = read_entry(path, writer, seq + 1, prev)
+            entry = check_entry(raw, f"{self.storage.uri}/{path}", writer, seq + 1, prev)
             for op in entry["ops"]:
                 self._apply(op, entry)
             seq, prev = seq + 1, entry["sha"]
@@ -184,7 +180,8 @@ class Fold:
         elif kind == "close":
             self.closed.add(entry["writer"])
         elif kind not in ("open", "group_close"):
-            raise StoreError(f"the log of {self.root} holds the operation {kind!r}", fix="install a newer agentsdpo")
+            raise StoreError(f"the log of {self.storage.uri} holds the operation {kind!r}",
+                             fix="install a newer agentsdpo")
 
     def _add(self, row: Located) -> None:
         """Keep the best row of a key; two whole rows of unequal content are a conflict and both withheld."""
@@ -195,12 +192,15 @@ class Fold:
             self.rows[row.key] = row
 
 
-def _check_gaps(folder: Path) -> None:
+def _check_gaps(storage: Storage, writer: str) -> None:
     """A stream read for the first time must hold every number up to its last one."""
-    last = max((int(p.stem) for p in folder.glob("*.json") if p.stem.isdigit()), default=-1)
-    missing = [seq for seq in range(last + 1) if not entry_path(folder, seq).exists()]
-    if missing:
-        raise CorruptionError(f"stream {folder} has entry {last} but lacks entry {missing[0]}",
+    names = [info.path.rpartition("/")[2].removesuffix(".json") for info in storage.list(f"log/{writer}")]
+    there = {int(name) for name in names if name.isdigit()}
+    last = max(there, default=-1)
+    # a number written while the names were listed may be missing among them: look again, one by one
+    gap = next((seq for seq in range(last + 1) if seq not in there and not storage.exists(entry_path(writer, seq))), -1)
+    if gap >= 0:
+        raise CorruptionError(f"stream {storage.uri}/log/{writer} has entry {last} but lacks entry {gap}",
                               fix="restore the missing file: rows behind a gap are never shown")
 
 

@@ -8,7 +8,6 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -16,9 +15,9 @@ import pyarrow.parquet as pq
 
 from agentsdpo.errors import CorruptionError
 from agentsdpo.replay.canonical import canonical_json
-from agentsdpo.replay.files import read_whole
 from agentsdpo.replay.ids import Key
 from agentsdpo.replay.log import Located
+from agentsdpo.replay.storage import Storage, read_whole
 from agentsdpo.types import Hint, Json
 
 SCHEMA = pa.schema([
@@ -48,16 +47,16 @@ def encode_hints(hints: Mapping[Key, tuple[Located, int, Hint]]) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def read_hints(root: Path, op: Json) -> dict[Key, LateHint]:
+def read_hints(storage: Storage, op: Json) -> dict[Key, LateHint]:
     """The hints of one ``overlay`` operation.
 
     Raises:
         CorruptionError: the file is missing or not the one that was committed.
     """
-    path = root / op["path"]
-    data = read_whole(path)
+    data = read_whole(storage, op["path"])
     if hashlib.sha256(data).hexdigest() != op["sha256"]:
-        raise CorruptionError(f"overlay {path} is not the file that was committed", fix="restore it from a backup")
+        raise CorruptionError(f"overlay {storage.uri}/{op['path']} is not the file that was committed",
+                              fix="restore it from a backup")
     table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
     return {Key(row["episode_id"], row["branch_id"], row["attempt"]):
             LateHint(row["revision"], op["path"], row["target_sha256"].hex(), row["value"])

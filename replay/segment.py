@@ -3,7 +3,6 @@
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 from threading import Lock
 
 import pyarrow as pa
@@ -13,6 +12,7 @@ from agentsdpo.errors import CorruptionError
 from agentsdpo.replay.log import Located, entry_rows
 from agentsdpo.replay.rows import RowReader
 from agentsdpo.replay.schema import LEARNER_COLUMNS, SCHEMA, WRITE_OPTIONS
+from agentsdpo.replay.storage import Storage
 from agentsdpo.types import Json
 
 GROUP_TOKENS, GROUP_ROWS = 65_536, 256
@@ -57,15 +57,15 @@ def _group_bounds(n_tokens: Sequence[int]) -> list[tuple[int, int]]:
     return bounds + [(start, len(n_tokens))] * (start < len(n_tokens))
 
 
-def open_segment(root: Path, row: Located) -> pq.ParquetFile:
+def open_segment(storage: Storage, row: Located) -> pq.ParquetFile:
     """Open the file of a row; its size and footer are checked now, its pages whenever they are read.
 
     Raises:
         CorruptionError: the file is missing, has another size, or another footer than was committed.
     """
-    path, tail = root / row.path, row.footer_len + 8
+    path, tail = f"{storage.uri}/{row.path}", row.footer_len + 8
     try:
-        source = pa.OSFile(str(path))
+        source = storage.open(row.path)
         if source.size() != row.size:
             raise CorruptionError(f"{path} has {source.size()} bytes, {row.size} were written",
                                   fix="restore it from a backup")
@@ -80,20 +80,20 @@ def open_segment(root: Path, row: Located) -> pq.ParquetFile:
         raise _damaged(error, row, path) from error
 
 
-def read_group(root: Path, row: Located, columns: Sequence[str] | None) -> pa.Table:
+def read_group(storage: Storage, row: Located, columns: Sequence[str] | None) -> pa.Table:
     """One row group with verified page checksums; ``columns`` the file does not have are left out.
 
     Raises:
         CorruptionError: damaged pages; names file, row group and key.
     """
-    with open_segment(root, row) as file:
+    with open_segment(storage, row) as file:
         try:
             return file.read_row_group(row.row_group, columns=list(columns) if columns else None, use_threads=False)
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise _damaged(error, row, root / row.path) from error
+            raise _damaged(error, row, f"{storage.uri}/{row.path}") from error
 
 
-def _damaged(error: Exception, row: Located, path: Path) -> CorruptionError:
+def _damaged(error: Exception, row: Located, path: str) -> CorruptionError:
     if isinstance(error, CorruptionError):
         return error
     return CorruptionError(f"{path}, row group {row.row_group}, branch {row.key} cannot be read: {error}",
@@ -104,12 +104,12 @@ class GroupCache:
     """Decoded row groups, the least recently used dropped first.
 
     Args:
-        root: folder of the store.
+        storage: of the store.
         max_bytes: Arrow bytes to keep; a row group that is larger alone is decoded anew for every read.
     """
 
-    def __init__(self, root: Path, max_bytes: int) -> None:
-        self._root, self._max, self._held, self._lock = root, max_bytes, 0, Lock()
+    def __init__(self, storage: Storage, max_bytes: int) -> None:
+        self._storage, self._max, self._held, self._lock = storage, max_bytes, 0, Lock()
         self._groups: OrderedDict[tuple[str, int], RowReader] = OrderedDict()
 
     def get(self, row: Located) -> RowReader:
@@ -119,7 +119,7 @@ class GroupCache:
             if at in self._groups:
                 self._groups.move_to_end(at)
                 return self._groups[at]
-        reader = RowReader(read_group(self._root, row, LEARNER_COLUMNS))
+        reader = RowReader(read_group(self._storage, row, LEARNER_COLUMNS))
         with self._lock:
             if reader.nbytes <= self._max and at not in self._groups:
                 self._groups[at] = reader

@@ -3,7 +3,6 @@
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +15,7 @@ from agentsdpo.replay.overlay import LateHint, resolve
 from agentsdpo.replay.rows import Row, to_episode
 from agentsdpo.replay.schema import SCALARS, SCHEMA, conform
 from agentsdpo.replay.segment import GroupCache, open_segment
+from agentsdpo.replay.storage import Storage
 from agentsdpo.types import Episode
 
 
@@ -28,9 +28,9 @@ class Snapshot:
         conflicts: keys with two whole rows of unequal content; both are withheld.
     """
 
-    def __init__(self, root: Path, rows: Mapping[Key, Located], vector: Vector, conflicts: frozenset[Key],
+    def __init__(self, storage: Storage, rows: Mapping[Key, Located], vector: Vector, conflicts: frozenset[Key],
                  hints: Mapping[Key, LateHint], cache: GroupCache) -> None:
-        self.root, self.rows, self.vector, self.conflicts = root, rows, vector, conflicts
+        self.storage, self.rows, self.vector, self.conflicts = storage, rows, vector, conflicts
         self._hints, self._cache = hints, cache
 
     @property
@@ -64,7 +64,7 @@ class Snapshot:
 
     def _read(self, at: Located) -> Row:
         group = self._cache.get(at)
-        where = f"{self.root / at.path}, row group {at.row_group}, branch {at.key}"
+        where = f"{self.storage.uri}/{at.path}, row group {at.row_group}, branch {at.key}"
         if at.index >= len(group) or group.key(at.index) != at.key:
             raise CorruptionError(f"{where}: another row stands in its place", fix="restore the file from a backup")
         if group.tokens_sha256(at.index).hex() != at.tokens_sha256:
@@ -109,7 +109,7 @@ class Snapshot:
 
     def _file_rows(self, rows: list[Located], columns: list[str] | None) -> pa.Table:
         """Some rows of one file."""
-        with open_segment(self.root, rows[0]) as file:
+        with open_segment(self.storage, rows[0]) as file:
             try:
                 sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
                 wanted = sorted({row.row_group for row in rows})
@@ -117,5 +117,6 @@ class Snapshot:
                 table = file.read_row_groups(wanted, columns=columns, use_threads=False)
                 return table.take([starts[row.row_group] + row.index for row in rows])
             except (pa.ArrowException, OSError, IndexError) as error:
-                raise CorruptionError(f"{self.root / rows[0].path}, branch {rows[0].key} cannot be read: {error}",
+                where = f"{self.storage.uri}/{rows[0].path}, branch {rows[0].key}"
+                raise CorruptionError(f"{where} cannot be read: {error}",
                                       fix="restore the file from a backup") from error

@@ -18,10 +18,9 @@ from threading import RLock
 
 import pyarrow as pa
 
-from agentsdpo.errors import RowError, StoreError, TokenizerMismatch
+from agentsdpo.errors import CorruptionError, RowError, StoreError, TokenizerMismatch
 from agentsdpo.replay import layout
 from agentsdpo.replay.canonical import canonical_json
-from agentsdpo.replay.files import create_exclusive, read_whole
 from agentsdpo.replay.ids import Key, uuid7
 from agentsdpo.replay.log import Fold, LogWriter, Vector, WriterFenced, located
 from agentsdpo.replay.overlay import LateHint, encode_hints, read_hints
@@ -29,40 +28,48 @@ from agentsdpo.replay.rows import to_rows
 from agentsdpo.replay.rules import check_episode, check_vocabulary
 from agentsdpo.replay.segment import GroupCache, encode
 from agentsdpo.replay.snapshot import Snapshot
+from agentsdpo.replay.storage import LocalStorage, Storage, storage_for
 from agentsdpo.types import Episode, Hint, Json
 
 _IDENTITY = ("weights_id", "tokenizer_sha256", "chat_template_sha256", "vocab_size")
 
 
 class ReplayStore:
-    """One folder of episodes. Any number of processes may append and read at once; open it by :meth:`open`.
+    """Episodes in one folder, or under one prefix of a bucket; open it by :meth:`open`.
 
-    An object may be shared by threads; after a fork the child writes a log stream of its own.
+    Any number of processes may append and read at once. An object may be shared by threads; after a fork the child writes a log stream of its own.
     """
 
-    def __init__(self, root: Path, *, cache_bytes: int) -> None:
-        self.root, self.about = root, layout.read(root)
-        self._fold, self._cache, self._lock = Fold(root), GroupCache(root, cache_bytes), RLock()
+    def __init__(self, storage: Storage, *, cache_bytes: int) -> None:
+        self.storage, self.about = storage, layout.read(storage)
+        self._fold, self._cache, self._lock = Fold(storage), GroupCache(storage, cache_bytes), RLock()
         self._hints: dict[Key, LateHint] = {}
         self._hints_read = 0
         self._writer: LogWriter | None = None
         self._policies: dict[int, Json] = {}
 
     @classmethod
-    def open(cls, path: str | Path, create: bool = True, *, cache_bytes: int = 256 << 20) -> "ReplayStore":
+    def open(cls, uri: str | Path, create: bool = True, *, cache_bytes: int = 256 << 20) -> "ReplayStore":
         """Open a store, making it first if nothing is there and ``create`` is true. Nothing is read yet.
 
         Args:
-            path: folder of the store, on a file system with hard links and an honest fsync.
+            uri: folder of the store, on a file system with hard links and an honest fsync, or ``s3://bucket/prefix``.
             cache_bytes: bytes of decoded rows to keep in memory.
 
         Raises:
             StoreError: no store and ``create`` is false, a folder of something else, or a newer format.
         """
-        root = Path(path)
-        if create and not (root / "STORE.json").exists():
-            layout.create(root)
-        return cls(root, cache_bytes=cache_bytes)
+        storage = storage_for(uri)
+        if create:
+            layout.create(storage)
+        return cls(storage, cache_bytes=cache_bytes)
+
+    @property
+    def root(self) -> Path:
+        """Folder of a local store. Raises StoreError for a store elsewhere."""
+        if not isinstance(self.storage, LocalStorage):
+            raise StoreError(f"{self.storage.uri} is no local folder", fix="use store.storage")
+        return self.storage.root
 
     # -------------------------------------------------------------------------------------------------- writing
 
@@ -97,12 +104,12 @@ class ReplayStore:
         data, op = encode(table)
         path = f"data/{datetime.now(UTC):%Y%m%d}/{writer.writer_id}-{uuid7()}.parquet"
         self._check_keys(op)
-        create_exclusive(self.root / path, memoryview(data))
+        self.storage.create(path, data)
         try:
             self._commit({**op, "path": path})
         except StoreError:
             if not writer.names(path):
-                (self.root / path).unlink(missing_ok=True)
+                self.storage.remove(path)
             raise
 
     def _commit(self, op: Json) -> None:
@@ -113,12 +120,13 @@ class ReplayStore:
 
     def _own_writer(self) -> LogWriter:
         if self._writer is None or self._writer.pid != os.getpid():
-            self._writer = LogWriter(self.root)
+            self._writer = LogWriter(self.storage)
         return self._writer
 
     def _check_writable(self) -> None:
         if int(self.about["min_writer"]) > layout.RELEASE:
-            raise StoreError(f"{self.root} needs writer {self.about['min_writer']}, this is writer {layout.RELEASE}",
+            raise StoreError(f"{self.storage.uri} needs writer {self.about['min_writer']}, "
+                             f"this is writer {layout.RELEASE}",
                              fix="install a newer agentsdpo; reading works")
 
     def _check_keys(self, op: Json) -> None:
@@ -161,7 +169,7 @@ class ReplayStore:
             view = self.snapshot()
             marked = {key: (view.located(key), self._revision(key), hint) for key, hint in hints.items()}
             data, path = encode_hints(marked), f"overlay/hint/{uuid7()}.parquet"
-            create_exclusive(self.root / path, data)
+            self.storage.create(path, data)
             self._commit({"op": "overlay", "kind": "hint", "path": path, "bytes": len(data), "rows": len(marked),
                           "sha256": hashlib.sha256(data).hexdigest()})
 
@@ -188,7 +196,7 @@ class ReplayStore:
         """
         with self._lock:
             if at is not None:
-                fold, hints = Fold(self.root), {}
+                fold, hints = Fold(self.storage), {}
                 fold.refresh({writer: (int(seq), str(sha)) for writer, (seq, sha) in at.items()})
                 self._read_overlays(fold, 0, hints)
                 return self._view(fold, hints)
@@ -200,7 +208,7 @@ class ReplayStore:
         """Fold hint overlays from number ``start`` on into ``hints``; returns how many there are."""
         ops = fold.overlays.get("hint", [])
         for op in ops[start:]:
-            for key, late in read_hints(self.root, op).items():
+            for key, late in read_hints(self.storage, op).items():
                 if key not in hints or late[:2] > hints[key][:2]:
                     hints[key] = late
         return len(ops)
@@ -208,7 +216,7 @@ class ReplayStore:
     def _view(self, fold: Fold, hints: Mapping[Key, LateHint]) -> Snapshot:
         rows = {key: row for key, row in fold.rows.items() if key not in fold.conflicts}
         vector: Vector = dict(fold.vector)
-        return Snapshot(self.root, rows, vector, frozenset(fold.conflicts), dict(hints), self._cache)
+        return Snapshot(self.storage, rows, vector, frozenset(fold.conflicts), dict(hints), self._cache)
 
     def __len__(self) -> int:
         return len(self.snapshot())
@@ -234,7 +242,7 @@ class ReplayStore:
         have = self.policy(version)
         if have is None:
             try:
-                create_exclusive(self._policy_path(version), canonical_json(manifest))
+                self.storage.create(_policy_path(version), canonical_json(manifest))
                 return
             except FileExistsError:
                 have = self.policy(version) or {}
@@ -249,16 +257,20 @@ class ReplayStore:
         Raises:
             CorruptionError: the file is not JSON.
         """
-        path = self._policy_path(version)
-        if version not in self._policies and version >= 0 and path.exists():
+        path = _policy_path(version)
+        if version not in self._policies and version >= 0:
             try:
-                self._policies[version] = json.loads(read_whole(path))
+                self._policies[version] = json.loads(self.storage.read(path))
+            except FileNotFoundError:
+                return None
             except ValueError as error:
-                raise StoreError(f"{path} is damaged: {error}", fix="restore it from a backup") from error
+                raise CorruptionError(f"{self.storage.uri}/{path} is damaged: {error}",
+                                      fix="restore it from a backup") from error
         return self._policies.get(version)
 
-    def _policy_path(self, version: int) -> Path:
-        return self.root / "policies" / f"{version:012d}.json"
+
+def _policy_path(version: int) -> str:
+    return f"policies/{version:012d}.json"
 
 
 def _versions(episode: Episode) -> set[int]:
