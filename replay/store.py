@@ -37,7 +37,8 @@ _IDENTITY = ("weights_id", "tokenizer_sha256", "chat_template_sha256", "vocab_si
 class ReplayStore:
     """Episodes in one folder, or under one prefix of a bucket; open it by :meth:`open`.
 
-    Any number of processes may append and read at once. An object may be shared by threads; after a fork the child writes a log stream of its own.
+    Any number of processes may append and read at once. An object may be shared by threads; after a fork the child
+    writes a log stream of its own.
     """
 
     def __init__(self, storage: Storage, *, cache_bytes: int) -> None:
