@@ -51,7 +51,7 @@ def where(text: str) -> pc.Expression:
     <pyarrow.compute.Expression (((0.5 <= reward) and (reward < 1)) and match_like(env_id, ...))>
     >>> where("rewrd > 0")
     Traceback (most recent call last):
-    agentsdpo.errors.ConfigError: the filter names the column 'rewrd', which does not exist; did you mean reward?
+    agentsdpo.errors.ConfigError: the filter names the column 'rewrd', which does not exist; did you mean reward or reward_status?
     """
     if len(text) > MAX_LENGTH:
         raise ConfigError(f"the filter has {len(text)} characters, {MAX_LENGTH} are allowed", fix="write a shorter one")
