@@ -1,13 +1,23 @@
-"""Write the two reference pages from the code that defines them: ``.venv/bin/python docs/reference.py``."""
+"""Write what the docs take from the code and from stored results: ``.venv/bin/python docs/reference.py``.
+
+Configuration and metrics come from the code, the results page and the table in the README from ``docs/results/*.json``,
+which are ``summary.json`` files of runs, committed as they were written.
+"""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from agentsdpo.config import describe
+from agentsdpo.formats import duration, interval, number, percent
 from agentsdpo.learn.presets import PRESETS, TOY
 from agentsdpo.metrics import ROW_FIELDS, TABLE
+from agentsdpo.results import SPLIT_WORDS, rate
+from agentsdpo.types import Json
 
+DOCS = Path(__file__).resolve().parent
+RESULTS, RESULTS_END = "<!-- results: made by docs/reference.py -->", "<!-- end of results -->"
 MADE = "<!-- Made by docs/reference.py; do not edit. -->"
 
 
@@ -44,6 +54,56 @@ def metrics() -> str:
         "## Plain fields", _table(("field", "lines", "meaning"), plain)]) + "\n"
 
 
+def results() -> str:
+    """Every stored summary, by arm and split."""
+    parts = ["# Results", MADE, (
+        "Each table is a `summary.json` as a run wrote it, kept in `docs/results/`. Pass: every criterion of an "
+        "episode met. 95 % intervals are Wilson's. Sampled decoding at temperature 1 unless it says greedy. One seed.")]
+    for path in sorted((DOCS / "results").glob("*.json")):
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        parts += [f"## `{summary['command']}`", _provenance(summary), summary_table(summary)]
+    return "\n\n".join(parts) + "\n"
+
+
+def readme() -> str:
+    """The README with its table of results brought up to date."""
+    text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    head, _, rest = text.partition(RESULTS)
+    table = "\n\n".join(_headline(json.loads((DOCS / "results" / name).read_text(encoding="utf-8")))
+                        for name in ("demo.json", "arms-staleness-8.json"))
+    return f"{head}{RESULTS}\n{table}\n{RESULTS_END}{rest.partition(RESULTS_END)[2]}"
+
+
+def _headline(summary: Json) -> str:
+    """One run in the README: a row an arm, the held-out splits pooled."""
+    rows = [(f"`{name}`", _rate(arm, "zero_shot"), _rate(arm, "final"), percent(arm["final_greedy_pass"]),
+             percent(arm["final_score"])) for name, arm in summary["arms"].items()]
+    command = re.sub(r" --out \S+", "", summary["command"])
+    head = (f"`{command}`", "before", "after", "after, greedy", "mean score after")
+    return f"{_table(head, rows)}\n\n{_provenance(summary)}"
+
+
+def _provenance(summary: Json) -> str:
+    commits = ", ".join(one[:7] for one in summary["commit"].split(", "))
+    return (f"Staleness {summary['staleness']}, {summary['steps']} steps, {number(summary['episodes'])} single "
+            f"episodes an arm, seed {summary['seed']}, {summary['n']} held-out episodes; "
+            f"{duration(summary['wall_s'])} in all, {number(summary['peak_rss_mib'])} MiB, {summary['hardware']}; "
+            f"commit {commits}.")
+
+
+def summary_table(summary: Json) -> str:
+    """A row for every split of every arm."""
+    rows = [(f"`{name}`", SPLIT_WORDS.get(split, split), number(record["n"]), _rate(record, "zero_shot"),
+             _rate(record, "final"), percent(record["final_greedy_pass"]), percent(record["final_score"]))
+            for name, arm in summary["arms"].items() for split, record in arm["splits"].items()]
+    return _table(("arm", "split", "episodes", "before", "after", "after, greedy", "mean score after"), rows)
+
+
+def _rate(record: Json, when: str) -> str:
+    value = rate(record, when)
+    return f"{percent(record[f'{when}_pass'])} {interval(value)}".strip()
+
+
 def _preset(name: str, key: str) -> str:
     usual, toy = (_value(table[key]) if key in table else "–" for table in (PRESETS[name], TOY[name]))
     return usual if toy == "–" else f"{usual} ({toy})"
@@ -59,8 +119,9 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-PAGES = {"configuration.md": configuration, "metrics.md": metrics}
+PAGES = {"docs/configuration.md": configuration, "docs/metrics.md": metrics, "docs/results.md": results,
+         "README.md": readme}
 
 if __name__ == "__main__":
     for page, text in PAGES.items():
-        (Path(__file__).parent / page).write_text(text(), encoding="utf-8")
+        (DOCS.parent / page).write_text(text(), encoding="utf-8")
