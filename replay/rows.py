@@ -60,14 +60,20 @@ class Row:
 # ------------------------------------------------------------------------------------------------------- writing
 
 
-def to_rows(episodes: Sequence[Episode], writer_id: str = "") -> pa.Table:
+def to_rows(episodes: Sequence[Episode], writer_id: str = "", *, salvaged: bool = False) -> pa.Table:
     """One row per branch, in the order given, with both hashes; NaN log-probs become the canonical NaN.
+
+    Args:
+        episodes: any number of episodes.
+        writer_id: of the log stream that will commit them.
+        salvaged: the status of every row, instead of one that follows from the stop reason.
 
     Raises:
         RowError: a text, number or metadata value that cannot be stored (see :mod:`agentsdpo.replay.rules` for the
             checks that come before).
     """
-    records = [_record(episode, branch, writer_id) for episode in episodes for branch in episode.branches]
+    stamps = {"writer_id": writer_id, **({"status": "salvaged"} if salvaged else {})}
+    records = [_record(episode, branch) | stamps for episode in episodes for branch in episode.branches]
     try:
         columns = [_column(field, records) for field in SCHEMA]
     except (pa.ArrowInvalid, OverflowError, UnicodeEncodeError) as error:
@@ -76,7 +82,7 @@ def to_rows(episodes: Sequence[Episode], writer_id: str = "") -> pa.Table:
     return pa.Table.from_arrays(columns, schema=SCHEMA)
 
 
-def _record(episode: Episode, branch: Branch, writer_id: str) -> Json:
+def _record(episode: Episode, branch: Branch) -> Json:
     """All columns of one row as Python values; what is missing is null."""
     first, calls = branch is episode.branches[0], call_columns(branch)
     low, high = branch.policy_versions
@@ -89,7 +95,7 @@ def _record(episode: Episode, branch: Branch, writer_id: str) -> Json:
         raise RowError(f"a call of episode {episode.episode_id} cannot be stored: {error}",
                        fix="text must be valid Unicode, hashes 64 hex digits") from error
     return {
-        **{name: getattr(episode, name) for name in _EPISODE_FIELDS}, "writer_id": writer_id,
+        **{name: getattr(episode, name) for name in _EPISODE_FIELDS},
         "branch_id": branch.branch_id, "parent_branch_id": branch.parent_branch_id, "fork_at": branch.fork_at,
         "fork_reason": branch.fork_reason,
         "status": _status(episode.stop_reason), "stop_reason": str(episode.stop_reason),

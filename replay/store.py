@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import RLock
@@ -74,10 +75,15 @@ class ReplayStore:
 
     # -------------------------------------------------------------------------------------------------- writing
 
-    def append(self, episodes: Sequence[Episode]) -> None:
+    def append(self, episodes: Sequence[Episode], *, salvaged: bool = False) -> None:
         """Write episodes, all or none: durable and visible to every reader when this returns.
 
         Appending an episode again with the same content is harmless.
+
+        Args:
+            episodes: what to write.
+            salvaged: they are what a crash left of them (:mod:`agentsdpo.replay.recover`); a whole episode that is
+                appended under the same id replaces them.
 
         Raises:
             TrainForbidden: an episode is not stamped ``train_allowed``.
@@ -93,15 +99,14 @@ class ReplayStore:
             self._check_policies(episodes)
             self._check_writable()
             try:
-                self._seal(episodes)
-            except WriterFenced:
-                self._writer = None
-                self._seal(episodes)
+                self._seal(episodes, salvaged)
+            except WriterFenced:  # somebody took this writer for dead: the same again under a new one
+                self._seal(episodes, salvaged)
 
-    def _seal(self, episodes: Sequence[Episode]) -> None:
+    def _seal(self, episodes: Sequence[Episode], salvaged: bool) -> None:
         """Segment first, then the log entry that makes it count."""
         writer = self._own_writer()
-        table = to_rows(episodes, writer.writer_id)
+        table = to_rows(episodes, writer.writer_id, salvaged=salvaged)
         data, op = encode(table)
         path = f"data/{datetime.now(UTC):%Y%m%d}/{writer.writer_id}-{uuid7()}.parquet"
         self._check_keys(op)
@@ -118,6 +123,17 @@ class ReplayStore:
         writer, self._writer = self._own_writer(), None
         writer.commit([op])
         self._writer = writer
+
+    @property
+    def writer_id(self) -> str:
+        """Id of the log stream that the next append goes to, which is opened now if there is none.
+
+        Raises:
+            StoreError: it cannot be opened.
+        """
+        with self._lock:
+            self._check_writable()
+            return self._own_writer().writer_id
 
     def _own_writer(self) -> LogWriter:
         if self._writer is None or self._writer.pid != os.getpid():
@@ -171,8 +187,12 @@ class ReplayStore:
             marked = {key: (view.located(key), self._revision(key), hint) for key, hint in hints.items()}
             data, path = encode_hints(marked), f"overlay/hint/{uuid7()}.parquet"
             self.storage.create(path, data)
-            self._commit({"op": "overlay", "kind": "hint", "path": path, "bytes": len(data), "rows": len(marked),
-                          "sha256": hashlib.sha256(data).hexdigest()})
+            op = {"op": "overlay", "kind": "hint", "path": path, "bytes": len(data), "rows": len(marked),
+                  "sha256": hashlib.sha256(data).hexdigest()}
+            try:
+                self._commit(op)
+            except WriterFenced:
+                self._commit(op)
 
     def _revision(self, key: Key) -> int:
         return self._hints[key].revision + 1 if key in self._hints else 1
@@ -181,7 +201,8 @@ class ReplayStore:
         """Close this object's log stream, so that readers stop looking at it. Appending again opens a new one."""
         with self._lock:
             if self._writer is not None and self._writer.pid == os.getpid():
-                self._commit({"op": "close"})
+                with suppress(WriterFenced):  # closed by somebody else
+                    self._commit({"op": "close"})
             self._writer = None
 
     # -------------------------------------------------------------------------------------------------- reading
