@@ -1,77 +1,204 @@
-"""Overlays: values that become known after an episode was sealed. This release reads and writes hints.
+"""Overlays: what becomes known after an episode was sealed. Behaviour data is never rewritten.
 
-``overlay/hint/<uuid7>.parquet`` has the columns episode_id, branch_id, attempt, call_id, target_sha256 (the row's
-``content_sha256``), revision, value (a hint as canonical JSON), author, t_created. Behaviour data is never rewritten.
+``overlay/<kind>/<uuid7>.parquet`` has the columns episode_id, branch_id, attempt, call_id (null: the whole branch),
+target_sha256 (the row's ``content_sha256``), revision, value, author, t_created. The highest revision counts, between
+equal ones the later uuid7. ``value`` is canonical JSON:
+
+    hint       {"text", "source", "author", "placement", "scope", "answer_bearing"}
+    reward     {"reward", "status": final | provisional, "grade": {...}}
+    label      a text
+    relogprob  null; the trainer's log-probs stand in three more columns: policy_version, trainer_id, logprobs
 """
 
 import hashlib
 import json
 import time
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from agentsdpo.errors import CorruptionError
-from agentsdpo.replay.canonical import canonical_json
 from agentsdpo.replay.ids import Key
 from agentsdpo.replay.log import Located
+from agentsdpo.replay.rows import Row
+from agentsdpo.replay.schema import listed
 from agentsdpo.replay.storage import Storage, read_whole
-from agentsdpo.types import Hint, Json
+from agentsdpo.types import Episode, Grade, Hint, Json
 
 SCHEMA = pa.schema([
     ("episode_id", pa.string()), ("branch_id", pa.int32()), ("attempt", pa.int32()), ("call_id", pa.string()),
     ("target_sha256", pa.binary(32)), ("revision", pa.int64()), ("value", pa.string()), ("author", pa.string()),
     ("t_created", pa.timestamp("us", tz="UTC"))])
+RELOGPROB = pa.schema([*SCHEMA, ("policy_version", pa.int64()), ("trainer_id", pa.string()),
+                       ("logprobs", listed(pa.float32()))])
 
 
-class LateHint(NamedTuple):
-    """A hint from an overlay; the highest ``(revision, path)`` wins."""
+class Slot(NamedTuple):
+    """What a late value is about. ``by`` tells log-probs of several trainers apart: ``<policy version>/<trainer>``."""
+
+    kind: str
+    key: Key
+    by: str = ""
+
+
+class Entry(NamedTuple):
+    """One late value about to be written."""
+
+    slot: Slot
+    author: str
+    value: str | None
+    logprobs: np.ndarray | None = None
+
+
+class Late(NamedTuple):
+    """A late value as it was read; the greatest wins its slot. ``row`` is its place in the file."""
 
     revision: int
     path: str
+    row: int
     target_sha256: str
-    value: str
+    value: str | None
 
 
-def encode_hints(hints: Mapping[Key, tuple[Located, int, Hint]]) -> bytes:
-    """Parquet bytes of an overlay: per key the row it is meant for, its revision and the hint."""
+def encode(kind: str, entries: Iterable[tuple[Entry, Located, int]]) -> bytes:
+    """Parquet bytes of an overlay: per late value the row it is meant for and its revision."""
     now = time.time_ns() // 1000
-    rows = [{"episode_id": key.episode_id, "branch_id": key.branch_id, "attempt": key.attempt, "call_id": None,
-             "target_sha256": bytes.fromhex(row.content_sha256), "revision": revision, "author": hint.author,
-             "value": canonical_json(hint.model_dump()).decode(), "t_created": now}
-            for key, (row, revision, hint) in hints.items()]
+    rows = [_record(entry, row, revision) | {"t_created": now} for entry, row, revision in entries]
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), sink, compression="zstd", write_page_checksum=True)
+    table = pa.Table.from_pylist(rows, RELOGPROB if kind == "relogprob" else SCHEMA)
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return sink.getvalue().to_pybytes()
 
 
-def read_hints(storage: Storage, op: Json) -> dict[Key, LateHint]:
-    """The hints of one ``overlay`` operation.
+def _record(entry: Entry, row: Located, revision: int) -> Json:
+    (kind, key, by), record = entry.slot, {"target_sha256": bytes.fromhex(row.content_sha256), "revision": revision}
+    record |= {**key._asdict(), "call_id": None, "value": entry.value, "author": entry.author}
+    if kind == "relogprob":
+        version, _, trainer = by.partition("/")
+        record |= {"policy_version": int(version), "trainer_id": trainer, "logprobs": entry.logprobs}
+    return record
+
+
+def read(storage: Storage, op: Json) -> pa.Table:
+    """The file of one ``overlay`` operation.
 
     Raises:
-        CorruptionError: the file is missing or not the one that was committed.
+        CorruptionError: it is missing or not the one that was committed.
     """
     data = read_whole(storage, op["path"])
     if hashlib.sha256(data).hexdigest() != op["sha256"]:
         raise CorruptionError(f"overlay {storage.uri}/{op['path']} is not the file that was committed",
                               fix="restore it from a backup")
-    table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
-    return {Key(row["episode_id"], row["branch_id"], row["attempt"]):
-            LateHint(row["revision"], op["path"], row["target_sha256"].hex(), row["value"])
-            for row in table.to_pylist()}
+    return pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
 
 
-def resolve(late: LateHint | None, row: Located) -> Hint | None:
-    """The overlay's hint for a row, None when there is none.
+def _slots(kind: str, path: str, table: pa.Table) -> dict[Slot, Late]:
+    """The late values of one file; those about single calls are of later releases and left alone."""
+    wide = [name for name in table.schema.names if name != "logprobs"]
+    found = {}
+    for i, row in enumerate(table.select(wide).to_pylist()):
+        by = f"{row['policy_version']}/{row['trainer_id']}" if kind == "relogprob" else ""
+        if row["call_id"] is None:
+            slot = Slot(kind, Key(row["episode_id"], row["branch_id"], row["attempt"]), by)
+            found[slot] = Late(row["revision"], path, i, row["target_sha256"].hex(), row["value"])
+    return found
 
-    Raises:
-        CorruptionError: the hint was written for other content under the same key.
+
+KINDS = ("hint", "label", "relogprob", "reward")
+
+
+@dataclass(frozen=True)
+class Overlays:
+    """The late values that count, as of some position in the log. Immutable.
+
+    Attributes:
+        latest: by slot.
+        files: operations whose files were read, by path.
     """
-    if late is None:
-        return None
-    if late.target_sha256 != row.content_sha256:
-        raise CorruptionError(f"a hint in {late.path} targets content {late.target_sha256[:12]} of branch {row.key}, "
-                              f"the store holds {row.content_sha256[:12]}", fix="write the hint again for this content")
-    return Hint(**json.loads(late.value))
+
+    storage: Storage
+    latest: Mapping[Slot, Late] = field(default_factory=dict)
+    files: Mapping[str, Json] = field(default_factory=dict)
+
+    def read(self, ops: Mapping[str, list[Json]]) -> "Overlays":
+        """These and what newer ``overlay`` operations (by kind) add. Raises as :func:`read`."""
+        new = [op for kind in KINDS for op in ops.get(kind, ()) if op["path"] not in self.files]
+        if not new:
+            return self
+        latest = dict(self.latest)
+        for op in new:
+            for slot, late in _slots(op["kind"], op["path"], read(self.storage, op)).items():
+                if slot not in latest or late > latest[slot]:
+                    latest[slot] = late
+        return replace(self, latest=latest, files={**self.files, **{op["path"]: op for op in new}})
+
+    def revision(self, slot: Slot) -> int:
+        """Revision that the next value of a slot gets; the first is 1."""
+        return self.latest[slot].revision + 1 if slot in self.latest else 1
+
+    def find(self, slot: Slot, row: Located) -> Late | None:
+        """The late value of a slot, meant for this row.
+
+        Raises:
+            CorruptionError: it was written for other content under the same key.
+        """
+        late = self.latest.get(slot)
+        if late is not None and late.target_sha256 != row.content_sha256:
+            raise CorruptionError(
+                f"a {slot.kind} in {late.path} targets content {late.target_sha256[:12]} of branch {row.key}, "
+                f"the store holds {row.content_sha256[:12]}", fix=f"write the {slot.kind} again for this content")
+        return late
+
+    def _value(self, kind: str, row: Located) -> Any:
+        late = self.find(Slot(kind, row.key), row)
+        return None if late is None else json.loads(late.value or "null")
+
+    # ------------------------------------------------------------------------------------------------ merging in
+
+    def onto_row(self, row: Row, at: Located) -> Row:
+        """A row with its late hint, reward and label."""
+        hint, reward, label = (self._value(kind, at) for kind in ("hint", "reward", "label"))
+        changes: Json = {"hint": Hint(**hint)} if hint else {}
+        if reward:
+            changes |= {"reward": reward["reward"], "grade": Grade(**reward["grade"])}
+        return replace(row, **changes, label=label) if changes or label is not None else row
+
+    def onto_episode(self, episode: Episode, first: Located) -> Episode:
+        """An episode with the late hint and reward of its first branch."""
+        hint, reward = self._value("hint", first), self._value("reward", first)
+        late_hint: Json = {"hint": Hint(**hint)} if hint else {}
+        late_grade: Json = {"grade": Grade(**reward["grade"])} if reward else {}
+        return episode.model_copy(update=late_hint | late_grade)
+
+    def onto_table(self, table: pa.Table, rows: list[Located]) -> pa.Table:
+        """A table of these rows with the late rewards, and the column ``label`` at the end."""
+        late = {i: value for i, row in enumerate(rows) if (value := self._value("reward", row)) is not None}
+        for name, of in _REWARD_COLUMNS.items() if late else ():
+            if name in table.schema.names:
+                values = table.column(name).to_pylist()
+                for i, value in late.items():
+                    values[i] = of(value)
+                at = table.schema.get_field_index(name)
+                table = table.set_column(at, table.schema.field(at), pa.array(values, table.schema.field(at).type))
+        labels = pa.array([self._value("label", row) for row in rows], pa.string())
+        return table.append_column("label", labels)
+
+    def relogprobs(self, row: Located) -> dict[tuple[int, str], np.ndarray]:
+        """Per (policy version, trainer id) its log-probs float32[T] of a row. Raises as :func:`read`, :meth:`find`."""
+        found = {}
+        for slot in [slot for slot in self.latest if slot.kind == "relogprob" and slot.key == row.key]:
+            late = self.find(slot, row)
+            if late is not None:
+                values = read(self.storage, self.files[late.path]).column("logprobs")[late.row].values.to_numpy()
+                version, _, trainer = slot.by.partition("/")
+                found[int(version), trainer] = values
+        return found
+
+
+_REWARD_COLUMNS: dict[str, Callable[[Json], Any]] = {
+    "reward": lambda late: late["reward"], "reward_status": lambda late: late["status"],
+    "rewards_json": lambda late: json.dumps(late["grade"], separators=(",", ":"))}

@@ -37,8 +37,9 @@ _KIND_REASON = {"tempered": "kind_tempered_filtered", "raw": "kind_raw", "unknow
 class Row:
     """One branch as the learner takes it from the store. ``branch`` arrays are read-only.
 
-    ``hint`` is the newest overlay or, without one, the hint the episode was appended with; ``policy_versions`` are
-    the oldest and the newest version that sampled a token here, -1 where unknown.
+    ``hint``, ``reward`` and ``grade`` are the newest overlay or, without one, those the episode was appended with;
+    ``label`` is the newest overlay. ``policy_versions`` are the oldest and the newest version that sampled a token
+    here, -1 where unknown.
     """
 
     key: Key
@@ -55,6 +56,7 @@ class Row:
     tokenizer_sha256: str
     chat_template_sha256: str
     train_allowed: bool
+    label: str | None = None
 
 
 # ------------------------------------------------------------------------------------------------------- writing
@@ -283,14 +285,14 @@ class RowReader:
         """Hash of the token arrays of row ``i`` as they were read."""
         return tokens_sha256(*(self._list(n, i) for n in _ARRAYS))  # pyright: ignore[reportArgumentType]
 
-    def row(self, i: int, hint: Hint | None = None) -> Row:
-        """Row ``i``; ``hint`` replaces the one the episode was appended with."""
+    def row(self, i: int) -> Row:
+        """Row ``i`` as it was appended, without overlays."""
         at = {name: values[i] for name, values in self._scalars.items()}
-        hint = hint or _stamped_hint(at["extra"])
         grade = Grade.model_validate_json(at["rewards_json"]) if at["rewards_json"] else None
         return Row(
             key=self.key(i), branch=self.branch(i), task_id=at["task_id"], env_id=at["env_id"], run_id=at["run_id"],
-            group_id=at["group_id"], stop_reason=StopReason(at["stop_reason"]), grade=grade, hint=hint,
+            group_id=at["group_id"], stop_reason=StopReason(at["stop_reason"]), grade=grade,
+            hint=_stamped_hint(at["extra"]),
             reward=at["reward"], policy_versions=(at["policy_version_min"], at["policy_version_max"]),
             tokenizer_sha256=at["tokenizer_sha256"], chat_template_sha256=at["chat_template_sha256"],
             train_allowed=bool(at["train_allowed"]))

@@ -2,21 +2,31 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from agentsdpo.errors import CorruptionError, StoreError
+from agentsdpo.errors import ConfigError, CorruptionError, StoreError
 from agentsdpo.replay.canonical import canonical_json
 from agentsdpo.replay.ids import Key
 from agentsdpo.replay.log import Located, Vector
-from agentsdpo.replay.overlay import LateHint, resolve
+from agentsdpo.replay.overlay import Overlays
 from agentsdpo.replay.rows import Row, to_episode
 from agentsdpo.replay.schema import SCALARS, SCHEMA, conform
 from agentsdpo.replay.segment import GroupCache, open_segment
 from agentsdpo.replay.storage import Storage
+from agentsdpo.replay.where import select
 from agentsdpo.types import Episode
+
+if TYPE_CHECKING:
+    import polars
+
+Condition = str | pc.Expression
+"""What rows to keep: text in the language of :mod:`agentsdpo.replay.where`, or an Arrow expression."""
 
 
 class Snapshot:
@@ -29,9 +39,9 @@ class Snapshot:
     """
 
     def __init__(self, storage: Storage, rows: Mapping[Key, Located], vector: Vector, conflicts: frozenset[Key],
-                 hints: Mapping[Key, LateHint], cache: GroupCache) -> None:
+                 late: Overlays, cache: GroupCache) -> None:
         self.storage, self.rows, self.vector, self.conflicts = storage, rows, vector, conflicts
-        self._hints, self._cache = hints, cache
+        self._late, self._cache = late, cache
 
     @property
     def id(self) -> str:
@@ -41,9 +51,12 @@ class Snapshot:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def keys(self) -> list[Key]:
-        """Keys of all rows, ascending."""
-        return sorted(self.rows)
+    def keys(self, where: Condition | None = None) -> list[Key]:
+        """Keys of all rows, or of those a condition holds for, ascending. Raises as :meth:`scalars`."""
+        if where is None:
+            return sorted(self.rows)
+        found = self.scalars(where).select(Key._fields).to_pylist()
+        return [Key(**row) for row in found]
 
     def read(self, keys: Iterable[Key]) -> list[Row]:
         """The rows of these keys, in this order, verified: page checksums on the way in, then the token hash.
@@ -70,31 +83,90 @@ class Snapshot:
         if group.tokens_sha256(at.index).hex() != at.tokens_sha256:
             raise CorruptionError(f"{where}: tokens and log-probs do not hash to what was committed",
                                   fix="restore the file from a backup")
-        return group.row(at.index, resolve(self._hints.get(at.key), at))
+        return self._late.onto_row(group.row(at.index), at)
+
+    def attempt(self, episode_id: str, attempt: int | None = None) -> list[Key]:
+        """Keys of one attempt at an episode (the latest unless named), ascending; none when there is none."""
+        found = self._by_episode.get(episode_id, [])
+        attempt = max((key.attempt for key in found), default=0) if attempt is None else attempt
+        return [key for key in found if key.attempt == attempt]
+
+    @cached_property
+    def _by_episode(self) -> dict[str, list[Key]]:
+        found: dict[str, list[Key]] = defaultdict(list)
+        for key in self.keys():
+            found[key.episode_id].append(key)
+        return found
 
     def episode(self, episode_id: str, attempt: int | None = None) -> Episode:
-        """A whole episode (the latest attempt unless named), with the newest hint.
+        """A whole episode (the latest attempt unless named), with the newest hint and reward.
 
         Raises:
             StoreError: there is none.
             CorruptionError: as :meth:`read`.
         """
-        found = [key for key in self.keys() if key.episode_id == episode_id]
-        attempt = max((key.attempt for key in found), default=0) if attempt is None else attempt
-        keys = [key for key in found if key.attempt == attempt]
+        keys = self.attempt(episode_id, attempt)
         if not keys:
-            raise StoreError(f"no attempt {attempt} at episode {episode_id!r} among {len(self)} branches",
+            raise StoreError(f"no attempt {attempt or 0} at episode {episode_id!r} among {len(self)} branches",
                              fix="list keys()")
-        rows = self.read(keys)
-        return to_episode(self._tables(keys, None)).model_copy(update={"hint": rows[0].hint})
+        self.read(keys)  # verifies the token hashes, which whole tables do not
+        return self._late.onto_episode(to_episode(self._tables(keys, None)), self.rows[keys[0]])
 
-    def scalars(self) -> pa.Table:
-        """All columns one filters by, one row per key, keys ascending: no arrays, no JSON, no hashes."""
-        return self._tables(self.keys(), SCALARS).select(SCALARS)
+    # --------------------------------------------------------------------------------------------------- asking
 
-    def to_arrow(self) -> pa.Table:
-        """Everything, one row per key, keys ascending. Hints are those of the append; overlays are not merged in."""
-        return self._tables(self.keys(), None)
+    def branches(self, where: Condition | None = None) -> Iterator[Row]:
+        """Rows a condition holds for, by key ascending, read one by one; see :meth:`read` and :meth:`scalars`."""
+        return (self._read(self.rows[key]) for key in self.keys(where))
+
+    def episodes(self, where: Condition | None = None) -> Iterator[Episode]:
+        """Episodes with a branch that a condition holds for, read one by one; every attempt is an episode."""
+        found = dict.fromkeys((key.episode_id, key.attempt) for key in self.keys(where))
+        return (self.episode(*one) for one in found)
+
+    def relogprobs(self, key: Key) -> dict[tuple[int, str], np.ndarray]:
+        """Log-probs that trainers computed later: float32[T] per (policy version, trainer id), NaN where not scored.
+
+        Raises:
+            StoreError: the key is not part of the snapshot.
+            CorruptionError: an overlay is damaged, or was written for other content.
+        """
+        return self._late.relogprobs(self.located(key))
+
+    def scalars(self, where: Condition | None = None) -> pa.Table:
+        """All columns one filters by, one row per key, keys ascending: no arrays, no JSON, no hashes.
+
+        ``reward`` is the latest; ``label`` comes at the end. See :mod:`agentsdpo.replay.where` for conditions.
+
+        Raises:
+            ConfigError: the condition is not in the language of filters.
+            CorruptionError: damaged pages, or an overlay that was written for other content.
+        """
+        keys = sorted(self.rows)
+        table = self._tables(keys, SCALARS).select(SCALARS)
+        return select(self._late.onto_table(table, [self.rows[key] for key in keys]), where)
+
+    def to_arrow(self, where: Condition | None = None) -> pa.Table:
+        """Everything, one row per key, keys ascending: the columns of the store with the latest rewards, and ``label``.
+
+        Hints are those of the append, in ``extra``. Raises as :meth:`scalars`.
+        """
+        keys = self.keys(where)
+        return self._late.onto_table(self._tables(keys, None), [self.rows[key] for key in keys])
+
+    def to_polars(self, where: Condition | None = None) -> "polars.DataFrame":
+        """What :meth:`to_arrow` gives, as a polars frame.
+
+        Raises:
+            ConfigError: polars is not installed.
+        """
+        try:
+            import polars
+        except ImportError as error:
+            raise ConfigError("to_polars() needs polars, which is not installed",
+                              fix="pip install 'agentsdpo[polars]', or use to_arrow()") from error
+        return polars.DataFrame(polars.from_arrow(self.to_arrow(where)))
+
+    # -------------------------------------------------------------------------------------------------- reading
 
     def _tables(self, keys: list[Key], columns: list[str] | None) -> pa.Table:
         """Rows of these keys in this release's columns, page checksums verified."""

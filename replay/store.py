@@ -11,26 +11,34 @@ An append is one Parquet file and one log entry. A crash between the two leaves 
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import RLock
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 
 from agentsdpo.errors import CorruptionError, RowError, StoreError, TokenizerMismatch
-from agentsdpo.replay import layout
+from agentsdpo.replay import late, layout, overlay
 from agentsdpo.replay.canonical import canonical_json
 from agentsdpo.replay.ids import Key, uuid7
 from agentsdpo.replay.log import Fold, LogWriter, Vector, WriterFenced, located
-from agentsdpo.replay.overlay import LateHint, encode_hints, read_hints
-from agentsdpo.replay.rows import to_rows
+from agentsdpo.replay.overlay import Entry, Overlays
+from agentsdpo.replay.rows import Row, to_rows
 from agentsdpo.replay.rules import check_episode, check_vocabulary
 from agentsdpo.replay.segment import GroupCache, encode
-from agentsdpo.replay.snapshot import Snapshot
+from agentsdpo.replay.snapshot import Condition, Snapshot
 from agentsdpo.replay.storage import LocalStorage, Storage, storage_for
-from agentsdpo.types import Episode, Hint, Json
+from agentsdpo.types import Episode, Grade, Hint, Json
+
+if TYPE_CHECKING:
+    import polars
+
+    from agentsdpo.replay.config import ReplayConfig
+    from agentsdpo.replay.sampler import Sampler
 
 _IDENTITY = ("weights_id", "tokenizer_sha256", "chat_template_sha256", "vocab_size")
 
@@ -45,8 +53,7 @@ class ReplayStore:
     def __init__(self, storage: Storage, *, cache_bytes: int) -> None:
         self.storage, self.about = storage, layout.read(storage)
         self._fold, self._cache, self._lock = Fold(storage), GroupCache(storage, cache_bytes), RLock()
-        self._hints: dict[Key, LateHint] = {}
-        self._hints_read = 0
+        self._late = Overlays(storage)
         self._writer: LogWriter | None = None
         self._policies: dict[int, Json] = {}
 
@@ -173,29 +180,65 @@ class ReplayStore:
             for branch in episode.branches:
                 check_vocabulary(branch, int(manifest.get("vocab_size") or 0))
 
-    def add_hints(self, hints: Mapping[Key, Hint]) -> None:
+    def add_hints(self, hints: Mapping[Key | str, Hint]) -> None:
         """Attach hints that were written after the append; each replaces the hint its branch had.
+
+        Args:
+            hints: by key of a branch, or by episode id: all branches of its latest attempt.
 
         Raises:
             StoreError: a key is not in the store, or the overlay cannot be written.
         """
-        if not hints:
-            return
+        self._overlay("hint", lambda view: late.hints(view, hints))
+
+    def add_rewards(self, rewards: Mapping[Key | str, float | Grade], *, author: str = "",
+                    status: late.RewardStatus = "final") -> None:
+        """Say what branches earned, later or again; every reader sees the latest. Keys as in :meth:`add_hints`.
+
+        A bare number is a grade without criteria. Raises also RowError: a reward is not finite.
+
+        >>> from agentsdpo.replay.example import example
+        >>> store = example()
+        >>> store.add_rewards({"e-0": 0.25}, author="grader-2")
+        >>> [row.reward for row in store.branches("episode_id == 'e-0'")]
+        [0.25]
+        """
+        self._overlay("reward", lambda view: late.rewards(view, rewards, author, status))
+
+    def add_labels(self, labels: Mapping[Key | str, str], *, author: str = "") -> None:
+        """Mark branches with a short text to filter by; the latest counts. Keys as in :meth:`add_hints`.
+
+        Raises also RowError: a label is empty or longer than 1,000 characters.
+
+        >>> from agentsdpo.replay.example import example
+        >>> store = example()
+        >>> store.add_labels({"e-1": "reviewed"})
+        >>> [row.key.episode_id for row in store.branches("label == 'reviewed'")]
+        ['e-1']
+        """
+        self._overlay("label", lambda view: late.labels(view, labels, author))
+
+    def add_relogprobs(self, logprobs: Mapping[Key, np.ndarray], *, policy_version: int, trainer_id: str) -> None:
+        """Keep what a trainer computed for stored tokens, float32[T] per branch, NaN where nothing was scored.
+
+        One set per policy version and trainer; the behaviour log-probs stay as they are. Read them back with
+        :meth:`Snapshot.relogprobs`. Raises also RowError: a wrong length, or a value outside (-1000, 1e-4].
+        """
+        self._overlay("relogprob", lambda view: late.relogprobs(view, logprobs, policy_version, trainer_id))
+
+    def _overlay(self, kind: str, make: Callable[[Snapshot], list[Entry]]) -> None:
+        """Write late values, made from the store as it is now, and commit them."""
         with self._lock:
             self._check_writable()
             view = self.snapshot()
-            marked = {key: (view.located(key), self._revision(key), hint) for key, hint in hints.items()}
-            data, path = encode_hints(marked), f"overlay/hint/{uuid7()}.parquet"
+            entries = make(view)
+            if not entries:
+                return
+            marked = [(entry, view.located(entry.slot.key), self._late.revision(entry.slot)) for entry in entries]
+            data, path = overlay.encode(kind, marked), f"overlay/{kind}/{uuid7()}.parquet"
             self.storage.create(path, data)
-            op = {"op": "overlay", "kind": "hint", "path": path, "bytes": len(data), "rows": len(marked),
-                  "sha256": hashlib.sha256(data).hexdigest()}
-            try:
-                self._commit(op)
-            except WriterFenced:
-                self._commit(op)
-
-    def _revision(self, key: Key) -> int:
-        return self._hints[key].revision + 1 if key in self._hints else 1
+            self._commit({"op": "overlay", "kind": kind, "path": path, "bytes": len(data), "rows": len(marked),
+                          "sha256": hashlib.sha256(data).hexdigest()})
 
     def close(self) -> None:
         """Close this object's log stream, so that readers stop looking at it. Appending again opens a new one."""
@@ -218,27 +261,17 @@ class ReplayStore:
         """
         with self._lock:
             if at is not None:
-                fold, hints = Fold(self.storage), {}
+                fold = Fold(self.storage)
                 fold.refresh({writer: (int(seq), str(sha)) for writer, (seq, sha) in at.items()})
-                self._read_overlays(fold, 0, hints)
-                return self._view(fold, hints)
+                return self._view(fold, Overlays(self.storage).read(fold.overlays))
             self._fold.refresh()
-            self._hints_read = self._read_overlays(self._fold, self._hints_read, self._hints)
-            return self._view(self._fold, self._hints)
+            self._late = self._late.read(self._fold.overlays)
+            return self._view(self._fold, self._late)
 
-    def _read_overlays(self, fold: Fold, start: int, hints: dict[Key, LateHint]) -> int:
-        """Fold hint overlays from number ``start`` on into ``hints``; returns how many there are."""
-        ops = fold.overlays.get("hint", [])
-        for op in ops[start:]:
-            for key, late in read_hints(self.storage, op).items():
-                if key not in hints or late[:2] > hints[key][:2]:
-                    hints[key] = late
-        return len(ops)
-
-    def _view(self, fold: Fold, hints: Mapping[Key, LateHint]) -> Snapshot:
+    def _view(self, fold: Fold, late: Overlays) -> Snapshot:
         rows = {key: row for key, row in fold.rows.items() if key not in fold.conflicts}
         vector: Vector = dict(fold.vector)
-        return Snapshot(self.storage, rows, vector, frozenset(fold.conflicts), dict(hints), self._cache)
+        return Snapshot(self.storage, rows, vector, frozenset(fold.conflicts), late, self._cache)
 
     def __len__(self) -> int:
         return len(self.snapshot())
@@ -247,9 +280,52 @@ class ReplayStore:
         """A whole episode as of now; see :meth:`Snapshot.episode`."""
         return self.snapshot().episode(episode_id, attempt)
 
-    def to_arrow(self) -> pa.Table:
-        """Everything as of now; see :meth:`Snapshot.to_arrow`."""
-        return self.snapshot().to_arrow()
+    def branches(self, where: Condition | None = None) -> Iterator[Row]:
+        """Rows a condition holds for, as of now; see :meth:`Snapshot.branches`.
+
+        >>> from agentsdpo.replay.example import example
+        >>> store = example()
+        >>> [(row.key.episode_id, row.reward) for row in store.branches("env_id == 'desk' and reward >= 0.5")]
+        [('e-1', 0.5), ('e-2', 1.0)]
+        """
+        return self.snapshot().branches(where)
+
+    def episodes(self, where: Condition | None = None) -> Iterator[Episode]:
+        """Episodes with a branch that a condition holds for, as of now; see :meth:`Snapshot.episodes`.
+
+        >>> from agentsdpo.replay.example import example
+        >>> [episode.task_id for episode in example().episodes("reward == 1")]
+        ['task-2']
+        """
+        return self.snapshot().episodes(where)
+
+    def to_arrow(self, where: Condition | None = None) -> pa.Table:
+        """Everything, or what a condition holds for, as of now; see :meth:`Snapshot.to_arrow`.
+
+        >>> from agentsdpo.replay.example import example
+        >>> example().to_arrow("reward < 1").select(["episode_id", "reward"]).to_pylist()
+        [{'episode_id': 'e-0', 'reward': 0.0}, {'episode_id': 'e-1', 'reward': 0.5}]
+        """
+        return self.snapshot().to_arrow(where)
+
+    def to_polars(self, where: Condition | None = None) -> "polars.DataFrame":
+        """As :meth:`to_arrow`, as a polars frame; see :meth:`Snapshot.to_polars`."""
+        return self.snapshot().to_polars(where)
+
+    def sampler(self, config: "ReplayConfig | None" = None, *, seed: int = 0, tokenizer_sha256: str | None = None,
+                max_staleness: int | None = None, chat_template_sha256: str | None = None) -> "Sampler":
+        """A position in the store to draw from; see :class:`agentsdpo.replay.Sampler`.
+
+        >>> from agentsdpo.replay.example import example
+        >>> sampler = example().sampler(seed=1)
+        >>> sorted(row.task_id for row in sampler.sample(2, learner_version=0) + sampler.sample(1, learner_version=0))
+        ['task-0', 'task-1', 'task-2']
+        """
+        from agentsdpo.replay.config import ReplayConfig
+        from agentsdpo.replay.sampler import Sampler
+
+        return Sampler(self, config or ReplayConfig(), seed=seed, tokenizer_sha256=tokenizer_sha256,
+                       max_staleness=max_staleness, chat_template_sha256=chat_template_sha256)
 
     # ------------------------------------------------------------------------------------------------- policies
 

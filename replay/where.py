@@ -49,9 +49,9 @@ def where(text: str) -> pc.Expression:
 
     >>> where("0.5 <= reward < 1 and like(env_id, 'desk%')")
     <pyarrow.compute.Expression (((0.5 <= reward) and (reward < 1)) and match_like(env_id, ...))>
-    >>> where("rewrd > 0")
+    >>> where("n_token > 0")
     Traceback (most recent call last):
-    agentsdpo.errors.ConfigError: the filter names the column 'rewrd', which does not exist; did you mean reward or reward_status?
+    agentsdpo.errors.ConfigError: the filter names the column 'n_token', which does not exist; did you mean n_tokens?
     """
     if len(text) > MAX_LENGTH:
         raise ConfigError(f"the filter has {len(text)} characters, {MAX_LENGTH} are allowed", fix="write a shorter one")
@@ -113,7 +113,7 @@ def _constant(node: ast.AST) -> bool | int | float | str:
 
 def _column(name: str) -> pc.Expression:
     if name not in COLUMNS.names:
-        near = get_close_matches(name, COLUMNS.names, 3, 0.5) or COLUMNS.names
+        near = get_close_matches(name, COLUMNS.names, 3, 0.75) or COLUMNS.names
         raise ConfigError(f"the filter names the column {name!r}, which does not exist",
                           fix=f"did you mean {' or '.join(near) if len(near) <= 3 else 'one of ' + ', '.join(near)}?")
     return pc.field(name)

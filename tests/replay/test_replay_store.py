@@ -5,6 +5,7 @@ import resource
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from agentsdpo.errors import CorruptionError, RowError, StoreError, TokenizerMis
 from agentsdpo.replay import Key, ReplayStore, files
 from agentsdpo.replay.canonical import canonical_json
 from agentsdpo.replay.log import make_entry
+from agentsdpo.replay.overlay import Slot
 from agentsdpo.replay.rows import to_rows
 from agentsdpo.replay.segment import encode
 from agentsdpo.types import Hint
@@ -300,6 +302,7 @@ def test_a_hint_for_other_content_is_an_error(store: ReplayStore) -> None:
     key = store.snapshot().keys()[0]
     store.add_hints({key: LATE})
     view = store.snapshot()
-    view._hints[key] = view._hints[key]._replace(target_sha256="0" * 64)  # pyright: ignore[reportIndexIssue]
+    slot = Slot("hint", key)
+    view._late = replace(view._late, latest={slot: view._late.latest[slot]._replace(target_sha256="0" * 64)})
     with pytest.raises(CorruptionError, match="targets content 000000000000"):
         view.read([key])
