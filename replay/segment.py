@@ -8,7 +8,7 @@ from threading import Lock
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from agentsdpo.errors import CorruptionError
+from agentsdpo.errors import CorruptionError, StoreError
 from agentsdpo.replay.log import Located, entry_rows
 from agentsdpo.replay.rows import RowReader
 from agentsdpo.replay.schema import LEARNER_COLUMNS, SCHEMA, WRITE_OPTIONS
@@ -73,9 +73,12 @@ def open_segment(storage: Storage, row: Located) -> pq.ParquetFile:
         if hashlib.sha256(source.read(tail)).hexdigest() != row.footer_sha256:
             raise CorruptionError(f"the footer of {path} is not the one that was written",
                                   fix="restore it from a backup")
-        return pq.ParquetFile(source, page_checksum_verification=True)
+        remote = isinstance(source, pa.PythonFile)  # a request per column chunk would be slow: fetch them together
+        return pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=remote)
     except FileNotFoundError as error:
         raise CorruptionError(f"{path} is missing though the log names it", fix="restore it from a backup") from error
+    except StoreError:  # a storage that could not be reached says nothing about the bytes in it
+        raise
     except (pa.ArrowException, OSError) as error:
         raise _damaged(error, row, path) from error
 
@@ -89,13 +92,13 @@ def read_group(storage: Storage, row: Located, columns: Sequence[str] | None) ->
     with open_segment(storage, row) as file:
         try:
             return file.read_row_group(row.row_group, columns=list(columns) if columns else None, use_threads=False)
+        except StoreError:
+            raise
         except (pa.ArrowException, OSError, ValueError) as error:
             raise _damaged(error, row, f"{storage.uri}/{row.path}") from error
 
 
 def _damaged(error: Exception, row: Located, path: str) -> CorruptionError:
-    if isinstance(error, CorruptionError):
-        return error
     return CorruptionError(f"{path}, row group {row.row_group}, branch {row.key} cannot be read: {error}",
                            fix="restore the file from a backup")
 

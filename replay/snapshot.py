@@ -188,6 +188,8 @@ class Snapshot:
                 starts = {group: sum(sizes[g] for g in wanted if g < group) for group in wanted}
                 table = file.read_row_groups(wanted, columns=columns, use_threads=False)
                 return table.take([starts[row.row_group] + row.index for row in rows])
+            except StoreError:
+                raise
             except (pa.ArrowException, OSError, IndexError) as error:
                 where = f"{self.storage.uri}/{rows[0].path}, branch {rows[0].key}"
                 raise CorruptionError(f"{where} cannot be read: {error}",

@@ -42,6 +42,10 @@ class Storage(Protocol):
     uri: str
     exclusive: bool
 
+    def demand_exclusive(self) -> None:
+        """Have :attr:`exclusive` from now on. Raises StoreError where it cannot be had, with the reason."""
+        ...
+
     def create(self, path: str, data: Data) -> None:
         """Write a new file, durably and whole or not at all. Raises FileExistsError when the path is taken."""
         ...
@@ -101,6 +105,10 @@ def storage_for(uri: str | Path) -> Storage:
         return LocalStorage(Path(uri))
     if scheme == "file":
         return LocalStorage(Path(rest))
+    if scheme == "s3":
+        from agentsdpo.replay.s3 import S3Storage
+
+        return S3Storage(str(uri))
     raise StoreError(f"{uri} has the scheme {scheme!r}", fix="name a local folder or s3://bucket/prefix")
 
 
@@ -118,6 +126,17 @@ def read_whole(storage: Storage, path: str) -> bytes:
                               fix="restore it from a backup") from error
 
 
+def check_path(path: str, uri: str) -> None:
+    """Refuse a path that leaves the store, as only a forged log entry names one.
+
+    >>> check_path("data/../../x", "runs/1")
+    Traceback (most recent call last):
+    agentsdpo.errors.StoreError: 'data/../../x' is no path inside runs/1; do not use this store: its log was forged
+    """
+    if path.startswith("/") or ".." in path.split("/"):
+        raise StoreError(f"{path!r} is no path inside {uri}", fix="do not use this store: its log was forged")
+
+
 class LocalStorage:
     """A folder on a file system with hard links and an honest fsync."""
 
@@ -126,6 +145,9 @@ class LocalStorage:
     def __init__(self, root: Path) -> None:
         self.root, self.uri = root, str(root)
         self._durable: set[Path] = set()
+
+    def demand_exclusive(self) -> None:
+        """See :meth:`Storage.demand_exclusive`; a hard link is exclusive always."""
 
     def create(self, path: str, data: Data) -> None:
         """See :meth:`Storage.create`; by temporary name, fsync, hard link, fsync of the folder."""
@@ -202,9 +224,8 @@ class LocalStorage:
         return sorted(info for info in found if temporary or not _is_temporary(info.path))
 
     def at(self, path: str) -> Path:
-        """The file of a path. Raises StoreError for one that leaves the store, as only a forged log entry names."""
-        if path.startswith("/") or ".." in path.split("/"):
-            raise StoreError(f"{path!r} is no path inside {self.uri}", fix="do not use this store: its log was forged")
+        """The file of a path. Raises what :func:`check_path` does."""
+        check_path(path, self.uri)
         return self.root / path
 
     def _target(self, path: str) -> Path:
