@@ -1,4 +1,4 @@
-"""The commit log: one stream of immutable JSON files per writer, and the fold of all streams into the live rows.
+"""The commit log: one stream of immutable JSON files per writer; :mod:`agentsdpo.replay.folding` reads it.
 
 ``log/<writer_id>/<seq:012d>.json`` holds ``{v, writer, seq, prev, ts_us, ops, sha}`` as canonical JSON; ``sha`` hashes
 all other fields and ``prev`` is the ``sha`` of the entry before (empty for entry 0), so that a stream is a chain.
@@ -12,15 +12,17 @@ import os
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from agentsdpo.errors import CorruptionError, StoreError
 from agentsdpo.replay.canonical import canonical_json
 from agentsdpo.replay.ids import Key, uuid7
-from agentsdpo.replay.storage import Storage, read_whole
+from agentsdpo.replay.storage import Storage
 from agentsdpo.types import Json
 
+MAINT = "maint"
+"""The stream of maintenance: one for the whole store, where all others belong to one process each."""
 _RANK = {"sealed": 3, "truncated": 2, "aborted": 1, "salvaged": 0}
 Vector = dict[str, tuple[int, str]]
 """Per stream the last entry that was read: its number and its ``sha``."""
@@ -28,6 +30,14 @@ Vector = dict[str, tuple[int, str]]
 
 class WriterFenced(StoreError):
     """The next slot of a writer's stream is taken: somebody closed the stream; a new one must be opened."""
+
+
+class RowExpired(StoreError):
+    """A row of an older snapshot was evicted since, and its file reclaimed."""
+
+
+class MissingSegment(CorruptionError):
+    """A data file is not there: it was reclaimed after its rows were moved or evicted, or it is lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,77 +138,18 @@ def entry_path(writer: str, seq: int) -> str:
     return f"log/{writer}/{seq:012d}.json"
 
 
-@dataclass
-class Fold:
-    """Live rows after all entries read so far; :meth:`refresh` reads what is new and nothing else."""
+def check_gaps(storage: Storage, writer: str, start: int = 0) -> None:
+    """A stream read for the first time must hold every number from ``start`` up to its last one.
 
-    storage: Storage
-    rows: dict[Key, Located] = field(default_factory=dict)
-    vector: Vector = field(default_factory=dict)
-    conflicts: set[Key] = field(default_factory=set)
-    overlays: dict[str, list[Json]] = field(default_factory=dict)
-    closed: set[str] = field(default_factory=set)
-
-    def refresh(self, upto: Mapping[str, tuple[int, str]] | None = None) -> None:
-        """Read all new entries, or those up to the position ``upto``.
-
-        Raises:
-            CorruptionError: an entry is damaged, or missing in the middle of its stream.
-            StoreError: the log has another history than ``upto``, or holds operations of a newer release.
-        """
-        for writer in sorted(upto) if upto is not None else self.storage.folders("log"):
-            if writer not in self.closed:
-                self._refresh_stream(writer, upto[writer] if upto is not None else None)
-
-    def _refresh_stream(self, writer: str, upto: tuple[int, str] | None) -> None:
-        seq, prev = self.vector.get(writer, (-1, ""))
-        if seq < 0:
-            _check_gaps(self.storage, writer)
-        while upto is None or seq < upto[0]:
-            path = entry_path(writer, seq + 1)
-            try:
-                raw = self.storage.read(path) if upto is None else read_whole(self.storage, path)
-            except FileNotFoundError:
-                break
-            entry = check_entry(raw, f"{self.storage.uri}/{path}", writer, seq + 1, prev)
-            for op in entry["ops"]:
-                self._apply(op, entry)
-            seq, prev = seq + 1, entry["sha"]
-            self.vector[writer] = (seq, prev)
-        if upto is not None and (seq, prev) != tuple(upto):
-            raise StoreError(f"stream {writer} holds {prev[:12]} at {seq}, the snapshot was taken at {upto[1][:12]}",
-                             fix="the log was changed since; take a new snapshot")
-
-    def _apply(self, op: Json, entry: Json) -> None:
-        """Fold one operation in."""
-        kind = op.get("op")
-        if kind == "add":
-            for row in located(op, entry["ts_us"]):
-                self._add(row)
-        elif kind == "overlay":
-            self.overlays.setdefault(op["kind"], []).append(op)
-        elif kind == "close":
-            self.closed.add(entry["writer"])
-        elif kind not in ("open", "group_close"):
-            raise StoreError(f"the log of {self.storage.uri} holds the operation {kind!r}",
-                             fix="install a newer agentsdpo")
-
-    def _add(self, row: Located) -> None:
-        """Keep the best row of a key; two whole rows of unequal content are a conflict and both withheld."""
-        have = self.rows.get(row.key)
-        if have and have.status == row.status == "sealed" and have.content_sha256 != row.content_sha256:
-            self.conflicts.add(row.key)
-        if have is None or row.rank > have.rank:
-            self.rows[row.key] = row
-
-
-def _check_gaps(storage: Storage, writer: str) -> None:
-    """A stream read for the first time must hold every number up to its last one."""
+    Raises:
+        CorruptionError: an entry is missing in the middle.
+    """
     names = [info.path.rpartition("/")[2].removesuffix(".json") for info in storage.list(f"log/{writer}")]
     there = {int(name) for name in names if name.isdigit()}
     last = max(there, default=-1)
     # a number written while the names were listed may be missing among them: look again, one by one
-    gap = next((seq for seq in range(last + 1) if seq not in there and not storage.exists(entry_path(writer, seq))), -1)
+    holes = (seq for seq in range(start, last + 1) if seq not in there)
+    gap = next((seq for seq in holes if not storage.exists(entry_path(writer, seq))), -1)
     if gap >= 0:
         raise CorruptionError(f"stream {storage.uri}/log/{writer} has entry {last} but lacks entry {gap}",
                               fix="restore the missing file: rows behind a gap are never shown")

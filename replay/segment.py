@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from agentsdpo.errors import CorruptionError, StoreError
-from agentsdpo.replay.log import Located, entry_rows
+from agentsdpo.replay.log import Located, MissingSegment, entry_rows
 from agentsdpo.replay.rows import RowReader
 from agentsdpo.replay.schema import LEARNER_COLUMNS, SCHEMA, WRITE_OPTIONS
 from agentsdpo.replay.storage import Storage
@@ -76,7 +76,7 @@ def open_segment(storage: Storage, row: Located) -> pq.ParquetFile:
         remote = isinstance(source, pa.PythonFile)  # a request per column chunk would be slow: fetch them together
         return pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=remote)
     except FileNotFoundError as error:
-        raise CorruptionError(f"{path} is missing though the log names it", fix="restore it from a backup") from error
+        raise MissingSegment(f"{path} is missing though the log names it", fix="restore it from a backup") from error
     except StoreError:  # a storage that could not be reached says nothing about the bytes in it
         raise
     except (pa.ArrowException, OSError) as error:

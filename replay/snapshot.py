@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 from agentsdpo.errors import ConfigError, CorruptionError, StoreError
 from agentsdpo.replay.canonical import canonical_json
 from agentsdpo.replay.ids import Key
-from agentsdpo.replay.log import Located, Vector
+from agentsdpo.replay.log import Located, MissingSegment, Vector
 from agentsdpo.replay.overlay import Overlays
-from agentsdpo.replay.rows import Row, to_episode
+from agentsdpo.replay.rows import Row, RowReader, to_episode
 from agentsdpo.replay.schema import SCALARS, SCHEMA, conform
 from agentsdpo.replay.segment import GroupCache, open_segment
 from agentsdpo.replay.storage import Storage
@@ -39,9 +39,9 @@ class Snapshot:
     """
 
     def __init__(self, storage: Storage, rows: Mapping[Key, Located], vector: Vector, conflicts: frozenset[Key],
-                 late: Overlays, cache: GroupCache) -> None:
+                 late: Overlays, cache: GroupCache, relocate: Callable[[Located], Located]) -> None:
         self.storage, self.rows, self.vector, self.conflicts = storage, rows, vector, conflicts
-        self._late, self._cache = late, cache
+        self._late, self._cache, self._relocate = late, cache, relocate
 
     @property
     def id(self) -> str:
@@ -63,6 +63,7 @@ class Snapshot:
 
         Raises:
             StoreError: a key is not part of the snapshot.
+            RowExpired: a row was evicted since, and its file reclaimed; :func:`~agentsdpo.replay.pin` prevents that.
             CorruptionError: the bytes are not those that were written; names file, row group and key.
         """
         return [self._read(self.located(key)) for key in keys]
@@ -76,7 +77,7 @@ class Snapshot:
             raise StoreError(f"branch {key} {state} of {len(self)} branches", fix="refresh, or list keys()") from None
 
     def _read(self, at: Located) -> Row:
-        group = self._cache.get(at)
+        group, at = self._group(at)
         where = f"{self.storage.uri}/{at.path}, row group {at.row_group}, branch {at.key}"
         if at.index >= len(group) or group.key(at.index) != at.key:
             raise CorruptionError(f"{where}: another row stands in its place", fix="restore the file from a backup")
@@ -84,6 +85,14 @@ class Snapshot:
             raise CorruptionError(f"{where}: tokens and log-probs do not hash to what was committed",
                                   fix="restore the file from a backup")
         return self._late.onto_row(group.row(at.index), at)
+
+    def _group(self, at: Located) -> tuple[RowReader, Located]:
+        """The row group of a row, and where that is by now: compaction may have moved it since."""
+        while True:
+            try:
+                return self._cache.get(at), at
+            except MissingSegment:
+                at = self._relocate(at)
 
     def attempt(self, episode_id: str, attempt: int | None = None) -> list[Key]:
         """Keys of one attempt at an episode (the latest unless named), ascending; none when there is none."""
@@ -170,14 +179,16 @@ class Snapshot:
 
     def _tables(self, keys: list[Key], columns: list[str] | None) -> pa.Table:
         """Rows of these keys in this release's columns, page checksums verified."""
-        files: dict[str, list[Located]] = defaultdict(list)
-        for key in keys:
-            files[self.rows[key].path].append(self.rows[key])
-        parts = [SCHEMA.empty_table()]
-        parts += [conform(self._file_rows(rows, columns)) for rows in files.values()]
-        order = {key: i for i, key in enumerate(keys)}
-        place = np.array([order[row.key] for rows in files.values() for row in rows], np.int64)
-        return pa.concat_tables(parts).take(np.argsort(place))
+        order, found, parts = {key: i for i, key in enumerate(keys)}, list[Located](), [SCHEMA.empty_table()]
+        files = _by_file([self.rows[key] for key in keys])
+        while files:
+            rows = files.pop()
+            try:
+                parts.append(conform(self._file_rows(rows, columns)))
+                found += rows
+            except MissingSegment:
+                files += _by_file([self._relocate(row) for row in rows])
+        return pa.concat_tables(parts).take(np.argsort(np.array([order[row.key] for row in found], np.int64)))
 
     def _file_rows(self, rows: list[Located], columns: list[str] | None) -> pa.Table:
         """Some rows of one file."""
@@ -194,3 +205,11 @@ class Snapshot:
                 where = f"{self.storage.uri}/{rows[0].path}, branch {rows[0].key}"
                 raise CorruptionError(f"{where} cannot be read: {error}",
                                       fix="restore the file from a backup") from error
+
+
+def _by_file(rows: Iterable[Located]) -> list[list[Located]]:
+    """Rows of one file together."""
+    files: dict[str, list[Located]] = defaultdict(list)
+    for row in rows:
+        files[row.path].append(row)
+    return list(files.values())

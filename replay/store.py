@@ -24,8 +24,9 @@ import pyarrow as pa
 from agentsdpo.errors import CorruptionError, RowError, StoreError, TokenizerMismatch
 from agentsdpo.replay import late, layout, overlay
 from agentsdpo.replay.canonical import canonical_json
+from agentsdpo.replay.folding import Fold
 from agentsdpo.replay.ids import Key, uuid7
-from agentsdpo.replay.log import Fold, LogWriter, Vector, WriterFenced, located
+from agentsdpo.replay.log import Located, LogWriter, RowExpired, Vector, WriterFenced, located
 from agentsdpo.replay.overlay import Entry, Overlays
 from agentsdpo.replay.rows import Row, to_rows
 from agentsdpo.replay.rules import check_episode, check_vocabulary
@@ -269,9 +270,26 @@ class ReplayStore:
             return self._view(self._fold, self._late)
 
     def _view(self, fold: Fold, late: Overlays) -> Snapshot:
-        rows = {key: row for key, row in fold.rows.items() if key not in fold.conflicts}
         vector: Vector = dict(fold.vector)
-        return Snapshot(self.storage, rows, vector, frozenset(fold.conflicts), late, self._cache)
+        return Snapshot(self.storage, fold.live(), vector, frozenset(fold.conflicts), late, self._cache, self._relocate)
+
+    def _relocate(self, row: Located) -> Located:
+        """Where a row of an older snapshot is now that its file is gone.
+
+        Raises:
+            RowExpired: it was evicted, and its file reclaimed.
+            CorruptionError: no maintenance took the file away: it is lost.
+        """
+        with self._lock:
+            self._fold.refresh()
+            now = self._fold.rows.get(row.key, row)
+        if now.path != row.path and now.content_sha256 == row.content_sha256:
+            return now
+        if row.path in self._fold.gone:
+            raise RowExpired(f"branch {row.key} was evicted since this snapshot was taken, and its file {row.path} "
+                             "reclaimed", fix="take a new snapshot; a pin keeps the rows of an old one")
+        raise CorruptionError(f"{self.storage.uri}/{row.path} is missing though the log names it",
+                              fix="restore it from a backup, or let verify with quarantine give its rows up")
 
     def __len__(self) -> int:
         return len(self.snapshot())

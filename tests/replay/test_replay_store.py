@@ -158,8 +158,8 @@ def test_operations_of_a_newer_release_are_refused(store: ReplayStore) -> None:
     store.append([make_episode(1)])
     folder = store.root / "log" / "maint"
     folder.mkdir()
-    (folder / f"{0:012d}.json").write_bytes(canonical_json(make_entry("maint", 0, "", [{"op": "evict", "keys": []}])))
-    with pytest.raises(StoreError, match="operation 'evict'; install a newer"):
+    (folder / f"{0:012d}.json").write_bytes(canonical_json(make_entry("maint", 0, "", [{"op": "shred", "keys": []}])))
+    with pytest.raises(StoreError, match="operation 'shred'; install a newer"):
         ReplayStore.open(store.root).snapshot()
 
 
