@@ -61,7 +61,7 @@ def results() -> str:
         "episode met. 95 % intervals are Wilson's. Sampled decoding at temperature 1 unless it says greedy. One seed.")]
     for path in sorted((DOCS / "results").glob("*.json")):
         summary = json.loads(path.read_text(encoding="utf-8"))
-        parts += [f"## `{summary['command']}`", _provenance(summary), summary_table(summary)]
+        parts += [f"## {_command(summary)}", _provenance(summary), summary_table(summary)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -78,9 +78,13 @@ def _headline(summary: Json) -> str:
     """One run in the README: a row an arm, the held-out splits pooled."""
     rows = [(f"`{name}`", _rate(arm, "zero_shot"), _rate(arm, "final"), percent(arm["final_greedy_pass"]),
              percent(arm["final_score"])) for name, arm in summary["arms"].items()]
-    command = re.sub(r" --out \S+", "", summary["command"])
-    head = (f"`{command}`", "before", "after", "after, greedy", "mean score after")
+    head = (_command(summary), "before", "after", "after, greedy", "mean score after")
     return f"{_table(head, rows)}\n\n{_provenance(summary)}"
+
+
+def _command(summary: Json) -> str:
+    """What was typed; where it was written to does not matter here."""
+    return f"`{re.sub(r' --out [^ ]+', '', summary['command'])}`"
 
 
 def _provenance(summary: Json) -> str:
