@@ -23,6 +23,7 @@ from typer.core import TyperGroup
 from agentsdpo import __version__
 from agentsdpo.errors import AgentSdpoError
 from agentsdpo.files import FULL
+from agentsdpo.replay.cli import app as replay
 
 
 class Verbs(TyperGroup):
@@ -45,6 +46,7 @@ app = typer.Typer(
     name="agentsdpo", cls=Verbs, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
     pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
     help="Off-policy self-distillation for agents: collect, hint, learn, publish.")
+app.add_typer(replay)
 
 Sets = Annotated[list[str] | None, typer.Option(
     "--set", metavar="KEY=VALUE", help="Override one setting, as in --set learn.lr=1e-4; may be repeated.")]

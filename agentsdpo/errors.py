@@ -46,6 +46,18 @@ class StoreError(AgentSdpoError, OSError):
     """The replay store cannot be opened, read or written."""
 
 
+class StoreNotFound(StoreError):
+    """No store at this place, or nothing in it under this name."""
+
+    exit_code = 4
+
+
+class StoreLocked(StoreError):
+    """Somebody else holds the lock that this work needs."""
+
+    exit_code = 5
+
+
 class CorruptionError(StoreError):
     """Stored bytes are not the bytes that were written; names the file and the branch."""
 

@@ -1,0 +1,164 @@
+"""Verbs that follow a store: ``log``, ``tail``, ``sample``."""
+
+import re
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from agentsdpo.errors import ConfigError, StoreNotFound
+from agentsdpo.replay.cli_base import Json, Out, Store, Where, cell, existing, verb
+
+if TYPE_CHECKING:
+    from agentsdpo.replay.storage import Storage
+    from agentsdpo.replay.store import ReplayStore
+
+app = typer.Typer()
+_FIELDS = "t_stored,episode_id,task_id,status,reward,n_turns,n_tokens,policy_version_min"
+_UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
+
+
+@verb(app, lists=True)
+def log(
+    out: Out, store: Store,
+    writer: Annotated[str | None, typer.Option(metavar="ID", help="One stream, by the beginning of its id.")] = None,
+) -> None:
+    """List the entries of the commit log: who wrote what, in which order."""
+    opened = existing(store)
+    streams = sorted(opened.snapshot().vector)
+    chosen = [stream for stream in streams if stream.startswith(writer or "")]
+    if writer is not None and not chosen:
+        raise StoreNotFound(f"no stream starts with {writer!r} among {len(streams)}",
+                            fix="list all with: agentsdpo replay log")
+    entries = sorted((entry for stream in chosen for entry in _entries(opened.storage, stream)),
+                     key=lambda entry: (entry["ts"], entry["writer"], entry["seq"]))
+    names = ["ts", "writer", "seq", "operations"]
+    out.answer({"store": store, "entries": entries}, lambda: out.table(
+        names, [[entry[name] for name in names] for entry in entries]), lines="entries")
+
+
+def _entries(storage: "Storage", stream: str) -> Iterator[Json]:
+    """The entries of one stream, checked, in order."""
+    from agentsdpo.replay.log import check_entry, entry_path
+
+    seq, prev = 0, ""
+    while storage.exists(path := entry_path(stream, seq)):
+        entry = check_entry(storage.read(path), f"{storage.uri}/{path}", stream, seq, prev)
+        yield {"ts": datetime.fromtimestamp(entry["ts_us"] / 1e6, UTC), "writer": stream, "seq": seq,
+               "operations": [_operation(op) for op in entry["ops"]], "sha": entry["sha"], "ops": [
+                   {name: value for name, value in op.items() if name != "rows"} for op in entry["ops"]]}
+        seq, prev = seq + 1, entry["sha"]
+
+
+def _operation(op: Json) -> str:
+    """One operation in a few words."""
+    rows = op.get("rows")
+    many = f" {len(rows)} rows" if isinstance(rows, list) else f" {rows} rows" if rows else ""
+    more = [str(op[name]) for name in ("kind", "reason", "host", "group_id", "epoch") if name in op]
+    return " ".join([op["op"] + many, *more])
+
+
+@verb(app, lists=True)
+def tail(
+    out: Out, store: Store, where: Where = None,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on with what is appended.")] = False,
+    since: Annotated[str | None, typer.Option(metavar="AGE|TIME", help="From 90s, 10min, 2h or 1d ago, or from a time "
+                                              "in ISO 8601, UTC; the last 10 branches when not given.")] = None,
+    fields: Annotated[str, typer.Option(metavar="A,B,...", help="Columns to show.")] = _FIELDS,
+    every: Annotated[float, typer.Option(min=0.05, metavar="SECONDS", help="Pause between two looks.")] = 1.0,
+) -> None:
+    """Print the newest branches, one a line."""
+    from agentsdpo.replay import summary
+
+    start = _moment(since) if since else None
+    opened = existing(store)
+    table = summary.rows(opened.snapshot(), where).sort_by([("t_stored", "ascending"), ("episode_id", "ascending")])
+    names = [summary.column(name.strip(), table) for name in fields.split(",")]
+    rows = table.to_pylist()
+    first = [row for row in rows if row["t_stored"] >= start] if start else rows[-10:]
+    seen = {(row["episode_id"], row["branch_id"], row["attempt"]) for row in rows}
+    if out.form == "json" and not follow:
+        out.answer({"store": store, "branches": [_some(row, names) for row in first]}, lambda: None)
+        return
+    if out.form == "text":
+        out.say("\t".join(names))
+    while True:
+        for row in first:
+            out.line(_some(row, names), "\t".join(cell(row[name]) for name in names))
+        if not follow:
+            return
+        time.sleep(every)
+        first = _fresh(opened, where, seen)
+
+
+def _some(row: Json, names: list[str]) -> Json:
+    return {name: row[name] for name in names}
+
+
+def _fresh(opened: "ReplayStore", where: str | None, seen: set[tuple]) -> list[Json]:
+    """Rows that were not there at the last look; they count as seen from now on."""
+    from agentsdpo.replay import summary
+
+    view = opened.snapshot()
+    if all(tuple(key) in seen for key in view.rows):
+        return []
+    rows = summary.rows(view, where).sort_by([("t_stored", "ascending"), ("episode_id", "ascending")]).to_pylist()
+    new = [row for row in rows if (row["episode_id"], row["branch_id"], row["attempt"]) not in seen]
+    seen |= {tuple(key) for key in view.rows}
+    return new
+
+
+def _moment(text: str) -> datetime:
+    """The time a person means by ``2h`` or ``2026-01-31T12:00``."""
+    if age := re.fullmatch(r"(\d+(?:\.\d+)?)(s|min|h|d)", text):
+        return datetime.now(UTC) - timedelta(seconds=float(age[1]) * _UNITS[age[2]])
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise ConfigError(f"--since is {text!r}", fix="write 90s, 10min, 2h, 1d or a time as 2026-01-31T12:00") \
+            from error
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
+
+
+@verb(app, lists=True)
+def sample(
+    out: Out, store: Store,
+    n: Annotated[int, typer.Option("-n", min=1, help="Units to draw.")] = 8,
+    strategy: Annotated[str, typer.Option(help="Order of draws, as replay.strategy.")] = "uniform",
+    unit: Annotated[str, typer.Option(help="What one draw takes, as replay.unit.")] = "episode",
+    seed: Annotated[int, typer.Option(min=0, help="Of the order.")] = 0,
+    max_staleness: Annotated[int | None, typer.Option(min=0, help="Policy versions a unit may be old.")] = None,
+    current: Annotated[int | None, typer.Option(min=0, metavar="VERSION", help="The learner's policy version; the "
+                                                "newest in the store when not given.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(metavar="SHA256", help="Refuse rows of another tokenizer.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Count what each filter removes instead.")] = False,
+) -> None:
+    """Draw as a learner would, and change nothing."""
+    from pydantic import ValidationError
+
+    from agentsdpo.replay.config import ReplayConfig
+    from agentsdpo.replay.sampler import Sampler
+
+    try:
+        config = ReplayConfig.model_validate({"strategy": strategy, "unit": unit})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"--{first['loc'][0]} is {first['input']!r}", fix=f"{first['msg']}") from error
+    sampler = Sampler(existing(store), config, seed=seed, tokenizer_sha256=tokenizer, max_staleness=max_staleness)
+    rows = sampler.snapshot.rows
+    version = current if current is not None else max((row.version_max for row in rows.values()), default=0)
+    if explain:
+        removed = sampler.explain(version)
+        out.answer({"store": store, "version": version, "counts": removed}, lambda: out.table(
+            ["filter", "branches"], list(removed.items())))
+        return
+    drawn = [{"episode_id": key.episode_id, "branch_id": key.branch_id, "attempt": key.attempt,
+              "staleness": version - rows[key].version_min, "n_tokens": rows[key].n_tokens,
+              "n_trainable": rows[key].n_trainable} for key in sampler.draw(n, version)]
+    if not drawn:
+        out.note("nothing is eligible; see --explain")
+    names = ["episode_id", "branch_id", "attempt", "staleness", "n_tokens", "n_trainable"]
+    out.answer({"store": store, "version": version, "snapshot": sampler.snapshot.id, "drawn": drawn}, lambda: out.table(
+        names, [[row[name] for name in names] for row in drawn]), lines="drawn")

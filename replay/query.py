@@ -1,0 +1,130 @@
+"""SQL over a store's live rows, through DuckDB (extra ``sql``)."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.fs as pa_fs
+
+from agentsdpo.errors import ConfigError, CorruptionError
+from agentsdpo.replay.ids import Key
+from agentsdpo.replay.schema import SCHEMA
+from agentsdpo.replay.segment import open_segment
+from agentsdpo.replay.snapshot import Snapshot
+from agentsdpo.replay.storage import LocalStorage
+from agentsdpo.replay.summary import segments
+
+if TYPE_CHECKING:
+    import duckdb
+
+_VIEW = """CREATE {temporary} VIEW branches AS SELECT * EXCLUDE (_path) FROM {segments} SEMI JOIN {live}
+           USING (_path, episode_id, branch_id, attempt)"""
+
+
+def connect(view: Snapshot) -> "duckdb.DuckDBPyConnection":
+    """A DuckDB connection in memory with the view ``branches``: the live rows of a snapshot, all columns.
+
+    Columns and rows that a query does not need are not read; page checksums are verified on what is. Nothing can be
+    written: neither the store nor any other file.
+
+    Raises:
+        ConfigError: duckdb is not installed.
+        CorruptionError: the footer of a segment is not the one that was written.
+    """
+    connection = _duckdb().connect(":memory:", config={"enable_external_access": "false"})
+    connection.register("_segments", _dataset(view))
+    connection.register("_live", _live(view))
+    connection.execute(_VIEW.format(temporary="TEMP", segments="_segments", live="_live"))
+    return connection
+
+
+def run(view: Snapshot, query: str) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """Column names and rows of one query.
+
+    Raises:
+        ConfigError: DuckDB refuses it, or duckdb is not installed.
+        CorruptionError: a page is not as it was written.
+    """
+    with connect(view) as connection:
+        try:
+            answer = connection.execute(query)
+            names = [column[0] for column in answer.description or []]
+            return names, answer.fetchall()
+        except _duckdb().Error as error:
+            if "CRC" in str(error):
+                raise CorruptionError(f"a segment of {view.storage.uri} is damaged: {error}",
+                                      fix="find it with: agentsdpo replay verify --level full") from error
+            raise ConfigError(f"DuckDB refuses the query: {str(error).splitlines()[0]}",
+                              fix="select from the view branches; its columns are listed by: agentsdpo replay schema"
+                              ) from error
+
+
+def create_view(view: Snapshot, path: Path) -> None:
+    """A DuckDB database with the view ``branches`` over the files of a local store, as they are in this snapshot.
+
+    Raises:
+        ConfigError: the path is taken, the store is not local, or duckdb is not installed.
+    """
+    duckdb = _duckdb()
+    if not isinstance(view.storage, LocalStorage):
+        raise ConfigError(f"{view.storage.uri} is no local folder", fix="use agentsdpo replay sql, or copy the store "
+                          "with agentsdpo replay fork")
+    if path.exists():
+        raise ConfigError(f"{path} exists", fix="name a new file; a view shows one snapshot and is made anew")
+    root = view.storage.root.resolve()
+    files = [str(root / name) for name in segments(view)]
+    live = _live(view, prefix=f"{root}/")
+    with duckdb.connect(str(path)) as connection:
+        connection.register("_rows", live)
+        connection.execute("CREATE TABLE live AS SELECT * FROM _rows")
+        listed = ", ".join("'" + name.replace("'", "''") + "'" for name in files)
+        source = (f"(SELECT * EXCLUDE (filename), filename AS _path FROM read_parquet([{listed}], filename=true, "
+                  "union_by_name=true))") if files else "(SELECT *, '' AS _path FROM _none)"
+        if not files:
+            connection.register("_empty", SCHEMA.empty_table())
+            connection.execute("CREATE TABLE _none AS SELECT * FROM _empty")
+        connection.execute(_VIEW.format(temporary="", segments=source, live="live"))
+
+
+def _duckdb() -> Any:
+    """The module, or how to get it."""
+    if find_spec("duckdb") is None:
+        raise ConfigError("SQL needs duckdb, which is not installed", fix="pip install 'agentsdpo[sql]'")
+    import duckdb
+
+    return duckdb
+
+
+def _live(view: Snapshot, prefix: str = "") -> pa.Table:
+    """Key and file of every live row."""
+    rows = [view.rows[key] for key in sorted(view.rows)]
+    kinds = {name: SCHEMA.field(name).type for name in Key._fields}
+    columns = {name: pa.array([getattr(row.key, name) for row in rows], kind) for name, kind in kinds.items()}
+    return pa.table({"_path": pa.array([prefix + row.path for row in rows], pa.string()), **columns})
+
+
+def _dataset(view: Snapshot) -> ds.Dataset:
+    """All live row groups, each row with the file it stands in; checksums are verified when a page is read."""
+    options = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
+    kind = ds.ParquetFileFormat(default_fragment_scan_options=options)
+    groups: dict[str, set[int]] = {}
+    for row in view.rows.values():
+        groups.setdefault(row.path, set()).add(row.row_group)
+    fragments, schema = [], SCHEMA
+    for path, row in segments(view).items():
+        with open_segment(view.storage, row) as file:
+            schema = pa.unify_schemas([schema, file.schema_arrow])
+        fragments.append(kind.make_fragment(
+            *_source(view, path), partition_expression=ds.field("_path") == path,  # pyright: ignore
+            row_groups=sorted(groups[path])))
+    schema = schema.append(pa.field("_path", pa.string()))
+    return ds.FileSystemDataset(fragments, schema, kind) if fragments else ds.dataset(schema.empty_table())
+
+
+def _source(view: Snapshot, path: str) -> tuple[Any, ...]:
+    """What a fragment reads from: a local path, opened when it is needed, or an open file elsewhere."""
+    if isinstance(view.storage, LocalStorage):
+        return str(view.storage.at(path)), pa_fs.LocalFileSystem()
+    return (view.storage.open(path),)
