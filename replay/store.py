@@ -105,17 +105,25 @@ class ReplayStore:
             for episode in episodes:
                 check_episode(episode)
             self._check_policies(episodes)
+            self.append_rows(lambda writer_id: to_rows(episodes, writer_id, salvaged=salvaged))
+
+    def append_rows(self, rows: Callable[[str], pa.Table]) -> None:
+        """Write rows as they are, all or none: the end of :meth:`append`, whose RowError and StoreError it raises.
+
+        Args:
+            rows: makes the table, given the id of the writer; the caller has checked what it holds.
+        """
+        with self._lock:
             self._check_writable()
             try:
-                self._seal(episodes, salvaged)
+                self._seal(rows)
             except WriterFenced:  # somebody took this writer for dead: the same again under a new one
-                self._seal(episodes, salvaged)
+                self._seal(rows)
 
-    def _seal(self, episodes: Sequence[Episode], salvaged: bool) -> None:
+    def _seal(self, rows: Callable[[str], pa.Table]) -> None:
         """Segment first, then the log entry that makes it count."""
         writer = self._own_writer()
-        table = to_rows(episodes, writer.writer_id, salvaged=salvaged)
-        data, op = encode(table)
+        data, op = encode(rows(writer.writer_id))
         path = f"data/{datetime.now(UTC):%Y%m%d}/{writer.writer_id}-{uuid7()}.parquet"
         self._check_keys(op)
         self.storage.create(path, data)
@@ -169,7 +177,8 @@ class ReplayStore:
 
     def _check_policies(self, episodes: Sequence[Episode]) -> None:
         """Tokenizer and vocabulary agree with the recorded policies that sampled each episode."""
-        sampled = [(_versions(episode), episode) for episode in episodes]
+        sampled = [({span.version for branch in episode.branches for call in branch.calls for span in call.versions},
+                    episode) for episode in episodes]
         known = {version: self.policy(version) for version in set().union(*(versions for versions, _ in sampled))}
         for version, episode in ((version, episode) for versions, episode in sampled for version in versions):
             manifest = known[version] or {}
@@ -387,8 +396,3 @@ class ReplayStore:
 
 def _policy_path(version: int) -> str:
     return f"policies/{version:012d}.json"
-
-
-def _versions(episode: Episode) -> set[int]:
-    """All policy versions that sampled a token of the episode."""
-    return {span.version for branch in episode.branches for call in branch.calls for span in call.versions}
