@@ -11,6 +11,10 @@ from agentsdpo.replay.ids import uuid7
 TEMPORARY = ".tmp-"
 """Names of files that are being written begin so; one that stays was left by a crash."""
 _NO_WRITE = (errno.EROFS, errno.EACCES, errno.EPERM)
+ELSEWHERE = "use a local disk (ext4, xfs, btrfs, apfs), an NFS mount with working links, or a bucket (s3://...)"
+"""What to do about a file system that cannot keep a store."""
+_LACKING = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EMLINK, errno.EXDEV)
+"""What file systems without hard links, or without fsync, answer to them."""
 
 
 def create_exclusive(path: Path, data: bytes | memoryview) -> None:
@@ -31,7 +35,7 @@ def create_exclusive(path: Path, data: bytes | memoryview) -> None:
     try:
         try:
             _write_durable(temporary, data)
-            os.link(temporary, path)
+            _link(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
         sync_folder(path.parent)
@@ -39,6 +43,36 @@ def create_exclusive(path: Path, data: bytes | memoryview) -> None:
         raise
     except OSError as error:
         raise explain(error, path, len(data)) from error
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """Hard link; an NFS server that made it and whose answer was lost says at the second try that the name is taken."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        if os.stat(temporary).st_nlink != 2:
+            raise
+
+
+def preallocate(path: Path, size: int) -> None:
+    """Make a file of ``size`` bytes whose room on the disk is taken now; one that is there already is left alone.
+
+    Raises:
+        StoreError: no room, or no permission.
+    """
+    temporary = path.parent / f"{TEMPORARY}{uuid7()}"
+    try:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            os.posix_fallocate(handle, 0, size)
+            _fsync(handle, temporary)
+            temporary.replace(path)
+        finally:
+            os.close(handle)
+            temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise explain(error, path, size) from error
 
 
 def replace_whole(path: Path, data: bytes | memoryview) -> None:
@@ -65,7 +99,7 @@ def _write_durable(path: Path, data: bytes | memoryview) -> None:
         left = memoryview(data)
         while left:
             left = left[os.write(handle, left):]
-        os.fsync(handle)
+        _fsync(handle, path)
     finally:
         os.close(handle)
 
@@ -90,9 +124,17 @@ def sync_folder(folder: Path) -> None:
     """fsync of a directory, which makes the names in it durable."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(handle)
+        _fsync(handle, folder)
     finally:
         os.close(handle)
+
+
+def _fsync(handle: int, path: Path) -> None:
+    """fsync; the error names what was synced."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        raise OSError(error.errno, f"fsync: {error.strerror}", str(path)) from error
 
 
 def explain(error: OSError, path: Path, size: int) -> StoreError:
@@ -101,10 +143,13 @@ def explain(error: OSError, path: Path, size: int) -> StoreError:
         return StoreError(f"no room for {size} bytes at {path} ({error.strerror}); nothing of this write is visible",
                           fix="free space (or raise the quota or file size limit) and append again; "
                               "what was acknowledged before is safe")
+    if error.errno in _LACKING and (error.filename2 or str(error.strerror).startswith("fsync")):
+        lacking = "hard links" if error.filename2 else "fsync"
+        return StoreError(f"the file system of {path.parent} has no working {lacking} ({error.strerror})",
+                          fix=ELSEWHERE)
     if error.errno in _NO_WRITE:
         return StoreError(f"{path.parent} cannot be written ({error.strerror})",
-                          fix="give this user write permission there; reading the store works without it. "
-                              "The file system must support hard links")
+                          fix="give this user write permission there; reading the store works without it")
     if error.errno == errno.ENAMETOOLONG:
         return StoreError(f"the name {path.name[:40]!r}... has {len(os.fsencode(path.name))} bytes in a path of "
                           f"{len(os.fsencode(path))}, more than this file system takes (mostly 255 and 4,096)",

@@ -4,27 +4,42 @@ import json
 
 from agentsdpo.errors import StoreError
 from agentsdpo.replay.canonical import canonical_json
+from agentsdpo.replay.fitness import demand_fit
 from agentsdpo.replay.ids import uuid7
-from agentsdpo.replay.storage import Storage
+from agentsdpo.replay.storage import RESERVE, LocalStorage, Storage
 from agentsdpo.types import Json
 
 FORMAT, RELEASE = "agentsdpo-replay", 1
-FEATURES: frozenset[str] = frozenset()
+CONDITIONAL = "conditional-create"
+"""Feature of a store in a bucket: every writer creates with a condition, so that two can never have the same name."""
+FEATURES: frozenset[str] = frozenset({CONDITIONAL})
 """Features of the format this release understands beyond the base."""
+RESERVE_BYTES = 64 << 20
+"""Room that a store made by ``init`` holds back on its disk."""
 
 
-def create(storage: Storage) -> None:
+def create(storage: Storage, *, reserve_bytes: int = 0) -> None:
     """Turn an empty or missing folder into a store; another process doing the same at once is no error.
 
+    Args:
+        storage: where; it is tried first (:mod:`agentsdpo.replay.fitness`).
+        reserve_bytes: room to hold back on a local disk. When the disk is full, it lets writes under way finish.
+
     Raises:
+        StorageUnfit: the file system or the server cannot keep a store.
         StoreError: the folder holds something else, or cannot be written.
     """
     if storage.exists("STORE.json"):
         return
-    if any(info.path != "FORMAT.md" for info in storage.list("")) and not storage.exists("STORE.json"):
+    if any(info.path not in ("FORMAT.md", RESERVE) for info in storage.list("")) and not storage.exists("STORE.json"):
         raise StoreError(f"{storage.uri} holds files but no STORE.json", fix="name an empty or missing folder")
+    demand_fit(storage)
+    local = isinstance(storage, LocalStorage)
+    if local:
+        storage.reserve(reserve_bytes)
     about = {"format": f"{FORMAT}/{RELEASE}", "store_id": uuid7(), "min_reader": RELEASE, "min_writer": RELEASE,
-             "features": []}
+             "features": [CONDITIONAL] if storage.exclusive and not local else [],
+             "reserve_bytes": reserve_bytes if local else 0}
     for name, data in (("FORMAT.md", _FORMAT_MD.encode()), ("STORE.json", canonical_json(about))):
         try:
             storage.create(name, data)

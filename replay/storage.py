@@ -3,15 +3,24 @@
 Paths are relative to the root of the store, with ``/`` between their parts on every system.
 """
 
+import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeAlias
 
 import pyarrow as pa
 
 from agentsdpo.errors import CorruptionError, StoreError
-from agentsdpo.replay.files import TEMPORARY, create_exclusive, ensure_folder, explain, replace_whole, sync_folder
+from agentsdpo.replay.files import (
+    TEMPORARY,
+    create_exclusive,
+    ensure_folder,
+    explain,
+    preallocate,
+    replace_whole,
+    sync_folder,
+)
 
 Data = bytes | memoryview | pa.Buffer
 """What can be written: any run of bytes."""
@@ -25,6 +34,8 @@ class FileInfo(NamedTuple):
     mtime_us: int
 
 
+RESERVE = "reserve.bin"
+"""Room that is held back on a disk, so that a full one does not cut off what is being written."""
 Files: TypeAlias = list[FileInfo]
 Names: TypeAlias = list[str]
 
@@ -151,11 +162,37 @@ class LocalStorage:
 
     def create(self, path: str, data: Data) -> None:
         """See :meth:`Storage.create`; by temporary name, fsync, hard link, fsync of the folder."""
-        create_exclusive(self._target(path), memoryview(data))
+        self._write(create_exclusive, path, memoryview(data))
 
     def replace(self, path: str, data: Data) -> None:
         """See :meth:`Storage.replace`; by temporary name, fsync, rename, fsync of the folder."""
-        replace_whole(self._target(path), memoryview(data))
+        self._write(replace_whole, path, memoryview(data))
+
+    def _write(self, write: Callable[[Path, memoryview], None], path: str, body: memoryview) -> None:
+        """Write; on a full disk give the reserve back and write once more, so that what is under way can finish."""
+        try:
+            write(self._target(path), body)
+        except StoreError as error:
+            if not _is_full(error.__cause__) or self._reserved() < len(body):
+                raise
+            self.remove(RESERVE)
+            write(self._target(path), body)
+
+    def reserve(self, size: int) -> None:
+        """Hold ``size`` bytes back in ``reserve.bin`` for the day the disk is full; none when that file is there.
+
+        Raises:
+            StoreError: there is no such room now.
+        """
+        if size and not self.exists(RESERVE):
+            preallocate(self._target(RESERVE), size)
+
+    def _reserved(self) -> int:
+        """Bytes of the reserve, 0 when there is none."""
+        try:
+            return self.at(RESERVE).stat().st_size
+        except FileNotFoundError:
+            return 0
 
     def read(self, path: str) -> bytes:
         """See :meth:`Storage.read`."""
@@ -261,6 +298,10 @@ def _walk(folder: str, prefix: str) -> Iterator[FileInfo]:
         except FileNotFoundError:
             continue
         yield FileInfo(prefix + entry.name, stat.st_size, stat.st_mtime_ns // 1000)
+
+
+def _is_full(cause: BaseException | None) -> bool:
+    return isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _is_temporary(path: str) -> bool:

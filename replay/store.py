@@ -9,7 +9,6 @@ An append is one Parquet file and one log entry. A crash between the two leaves 
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -21,18 +20,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from agentsdpo.errors import CorruptionError, RowError, StoreError, TokenizerMismatch
+from agentsdpo.errors import CorruptionError, RowError, StoreError
 from agentsdpo.replay import late, layout, overlay
-from agentsdpo.replay.canonical import canonical_json
 from agentsdpo.replay.folding import Fold
 from agentsdpo.replay.ids import Key, uuid7
 from agentsdpo.replay.log import Located, LogWriter, RowExpired, Vector, WriterFenced, located
 from agentsdpo.replay.overlay import Entry, Overlays
+from agentsdpo.replay.policies import Policies
 from agentsdpo.replay.rows import Row, to_rows
-from agentsdpo.replay.rules import check_episode, check_vocabulary
+from agentsdpo.replay.rules import check_episode
 from agentsdpo.replay.segment import GroupCache, encode
 from agentsdpo.replay.snapshot import Condition, Snapshot
-from agentsdpo.replay.storage import LocalStorage, Storage, storage_for
+from agentsdpo.replay.storage import RESERVE, LocalStorage, Storage, storage_for
 from agentsdpo.types import Episode, Grade, Hint, Json
 
 if TYPE_CHECKING:
@@ -41,7 +40,8 @@ if TYPE_CHECKING:
     from agentsdpo.replay.config import ReplayConfig
     from agentsdpo.replay.sampler import Sampler
 
-_IDENTITY = ("weights_id", "tokenizer_sha256", "chat_template_sha256", "vocab_size")
+CACHE_BYTES = 256 << 20
+"""Decoded rows an open store keeps in memory."""
 
 
 class ReplayStore:
@@ -53,13 +53,14 @@ class ReplayStore:
 
     def __init__(self, storage: Storage, *, cache_bytes: int) -> None:
         self.storage, self.about = storage, layout.read(storage)
+        storage.exclusive = storage.exclusive or layout.CONDITIONAL in self.about["features"]
         self._fold, self._cache, self._lock = Fold(storage), GroupCache(storage, cache_bytes), RLock()
         self._late = Overlays(storage)
         self._writer: LogWriter | None = None
-        self._policies: dict[int, Json] = {}
+        self._policies = Policies(storage)
 
     @classmethod
-    def open(cls, uri: str | Path, create: bool = True, *, cache_bytes: int = 256 << 20) -> "ReplayStore":
+    def open(cls, uri: str | Path, create: bool = True, *, cache_bytes: int = CACHE_BYTES) -> "ReplayStore":
         """Open a store, making it first if nothing is there and ``create`` is true. Nothing is read yet.
 
         Args:
@@ -73,6 +74,37 @@ class ReplayStore:
         if create:
             layout.create(storage)
         return cls(storage, cache_bytes=cache_bytes)
+
+    @classmethod
+    def init(cls, uri: str | Path, *, reserve_bytes: int = layout.RESERVE_BYTES) -> "ReplayStore":
+        """Make a store that is meant to last, or open one and take the reserve it was made with, where that was spent.
+
+        Args:
+            uri: as for :meth:`open`.
+            reserve_bytes: room held back on a local disk (``reserve.bin``): when the disk is full, it is given back so
+                that what is under way can be finished, and :meth:`admit` refuses new episodes. 0 holds none.
+
+        Raises:
+            StorageUnfit: the file system or the server cannot keep a store.
+            StoreError: as :meth:`open`, or no room for the reserve.
+        """
+        storage = storage_for(uri)
+        layout.create(storage, reserve_bytes=reserve_bytes)
+        store = cls(storage, cache_bytes=CACHE_BYTES)
+        if isinstance(storage, LocalStorage):
+            storage.reserve(store._reserve_bytes)
+        return store
+
+    @property
+    def _reserve_bytes(self) -> int:
+        return int(self.about.get("reserve_bytes", 0))
+
+    def admit(self) -> None:
+        """Let a new episode begin. Raises StoreError when the disk was full and the reserve has been spent since."""
+        if self._reserve_bytes and not self.storage.exists(RESERVE):
+            raise StoreError(f"the disk of {self.storage.uri} was full: its reserve of {self._reserve_bytes} bytes is "
+                             "spent", fix="free space, then take the reserve again with `agentsdpo replay init`; "
+                                 "episodes under way may still be appended")
 
     @property
     def root(self) -> Path:
@@ -104,7 +136,7 @@ class ReplayStore:
         with self._lock:
             for episode in episodes:
                 check_episode(episode)
-            self._check_policies(episodes)
+            self._policies.check(episodes)
             self.append_rows(lambda writer_id: to_rows(episodes, writer_id, salvaged=salvaged))
 
     def append_rows(self, rows: Callable[[str], pa.Table]) -> None:
@@ -114,7 +146,7 @@ class ReplayStore:
             rows: makes the table, given the id of the writer; the caller has checked what it holds.
         """
         with self._lock:
-            self._check_writable()
+            self.check_writable()
             try:
                 self._seal(rows)
             except WriterFenced:  # somebody took this writer for dead: the same again under a new one
@@ -148,7 +180,7 @@ class ReplayStore:
             StoreError: it cannot be opened.
         """
         with self._lock:
-            self._check_writable()
+            self.check_writable()
             return self._own_writer().writer_id
 
     def _own_writer(self) -> LogWriter:
@@ -156,7 +188,8 @@ class ReplayStore:
             self._writer = LogWriter(self.storage)
         return self._writer
 
-    def _check_writable(self) -> None:
+    def check_writable(self) -> None:
+        """Raises StoreError when only a newer release may write here."""
         if int(self.about["min_writer"]) > layout.RELEASE:
             raise StoreError(f"{self.storage.uri} needs writer {self.about['min_writer']}, "
                              f"this is writer {layout.RELEASE}",
@@ -174,21 +207,6 @@ class ReplayStore:
             if have and have.content_sha256 != row.content_sha256 and have.status != "salvaged":
                 raise RowError(f"branch {row.key} is already stored with other content",
                                fix="never reuse an episode id; count attempts up for a second try")
-
-    def _check_policies(self, episodes: Sequence[Episode]) -> None:
-        """Tokenizer and vocabulary agree with the recorded policies that sampled each episode."""
-        sampled = [({span.version for branch in episode.branches for call in branch.calls for span in call.versions},
-                    episode) for episode in episodes]
-        known = {version: self.policy(version) for version in set().union(*(versions for versions, _ in sampled))}
-        for version, episode in ((version, episode) for versions, episode in sampled for version in versions):
-            manifest = known[version] or {}
-            theirs = manifest.get("tokenizer_sha256")
-            if theirs and theirs != episode.tokenizer_sha256:
-                raise TokenizerMismatch(
-                    f"episode {episode.episode_id} has tokenizer {episode.tokenizer_sha256[:12]!r}, policy {version} "
-                    f"has {theirs[:12]!r}", fix="collect with the tokenizer of the policy's own model folder")
-            for branch in episode.branches:
-                check_vocabulary(branch, int(manifest.get("vocab_size") or 0))
 
     def add_hints(self, hints: Mapping[Key | str, Hint]) -> None:
         """Attach hints that were written after the append; each replaces the hint its branch had.
@@ -239,7 +257,7 @@ class ReplayStore:
     def _overlay(self, kind: str, make: Callable[[Snapshot], list[Entry]]) -> None:
         """Write late values, made from the store as it is now, and commit them."""
         with self._lock:
-            self._check_writable()
+            self.check_writable()
             view = self.snapshot()
             entries = make(view)
             if not entries:
@@ -281,6 +299,26 @@ class ReplayStore:
     def _view(self, fold: Fold, late: Overlays) -> Snapshot:
         vector: Vector = dict(fold.vector)
         return Snapshot(self.storage, fold.live(), vector, frozenset(fold.conflicts), late, self._cache, self._relocate)
+
+    def fold(self) -> Fold:
+        """What the log says now, for maintenance; not to be changed. It moves on with the next snapshot or append.
+
+        Raises:
+            CorruptionError, StoreError: as :meth:`snapshot`.
+        """
+        with self._lock:
+            self._fold.refresh()
+            return self._fold
+
+    def close_group(self, group_id: str, episode_ids: Sequence[str]) -> None:
+        """Say that a group has these members and will get no more, though fewer than its size came to an end.
+
+        Raises:
+            StoreError: the entry cannot be written.
+        """
+        with self._lock:
+            self.check_writable()
+            self._commit({"op": "group_close", "group_id": group_id, "episode_ids": sorted(set(episode_ids))})
 
     def _relocate(self, row: Located) -> Located:
         """Where a row of an older snapshot is now that its file is gone.
@@ -364,17 +402,7 @@ class ReplayStore:
         Raises:
             StoreError: the version was recorded with other weights, tokenizer, template or vocabulary.
         """
-        have = self.policy(version)
-        if have is None:
-            try:
-                self.storage.create(_policy_path(version), canonical_json(manifest))
-                return
-            except FileExistsError:
-                have = self.policy(version) or {}
-        other = [n for n in _IDENTITY if n in have and n in manifest and have[n] != manifest[n]]
-        if other:
-            raise StoreError(f"policy version {version} is recorded with {other[0]} {have[other[0]]!r}, "
-                             f"not {manifest[other[0]]!r}", fix="publish under the next version number")
+        self._policies.record(version, manifest)
 
     def policy(self, version: int) -> Json | None:
         """The manifest of a policy version, None when it was not recorded.
@@ -382,17 +410,4 @@ class ReplayStore:
         Raises:
             CorruptionError: the file is not JSON.
         """
-        path = _policy_path(version)
-        if version not in self._policies and version >= 0:
-            try:
-                self._policies[version] = json.loads(self.storage.read(path))
-            except FileNotFoundError:
-                return None
-            except ValueError as error:
-                raise CorruptionError(f"{self.storage.uri}/{path} is damaged: {error}",
-                                      fix="restore it from a backup") from error
         return self._policies.get(version)
-
-
-def _policy_path(version: int) -> str:
-    return f"policies/{version:012d}.json"
