@@ -263,9 +263,15 @@ class ReplayStore:
             if not entries:
                 return
             marked = [(entry, view.located(entry.slot.key), self._late.revision(entry.slot)) for entry in entries]
-            data, path = overlay.encode(kind, marked), f"overlay/{kind}/{uuid7()}.parquet"
+            self.append_overlay(kind, overlay.encode(kind, marked), len(marked))
+
+    def append_overlay(self, kind: str, data: bytes, rows: int) -> None:
+        """Commit an overlay file of late values as it is; the caller has checked that its ``rows`` fit rows here."""
+        with self._lock:
+            self._check_writable()
+            path = f"overlay/{kind}/{uuid7()}.parquet"
             self.storage.create(path, data)
-            self._commit({"op": "overlay", "kind": kind, "path": path, "bytes": len(data), "rows": len(marked),
+            self._commit({"op": "overlay", "kind": kind, "path": path, "bytes": len(data), "rows": rows,
                           "sha256": hashlib.sha256(data).hexdigest()})
 
     def close(self) -> None:
