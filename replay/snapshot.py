@@ -36,12 +36,13 @@ class Snapshot:
         rows: live rows by key, as the log describes them.
         vector: per log stream the last entry that is part of this view.
         conflicts: keys with two whole rows of unequal content; both are withheld.
+        late: hints, rewards, labels and trainers' log-probs that came after the rows.
     """
 
     def __init__(self, storage: Storage, rows: Mapping[Key, Located], vector: Vector, conflicts: frozenset[Key],
                  late: Overlays, cache: GroupCache, relocate: Callable[[Located], Located]) -> None:
         self.storage, self.rows, self.vector, self.conflicts = storage, rows, vector, conflicts
-        self._late, self._cache, self._relocate = late, cache, relocate
+        self.late, self._cache, self._relocate = late, cache, relocate
 
     @property
     def id(self) -> str:
@@ -84,7 +85,7 @@ class Snapshot:
         if group.tokens_sha256(at.index).hex() != at.tokens_sha256:
             raise CorruptionError(f"{where}: tokens and log-probs do not hash to what was committed",
                                   fix="restore the file from a backup")
-        return self._late.onto_row(group.row(at.index), at)
+        return self.late.onto_row(group.row(at.index), at)
 
     def _group(self, at: Located) -> tuple[RowReader, Located]:
         """The row group of a row, and where that is by now: compaction may have moved it since."""
@@ -119,7 +120,7 @@ class Snapshot:
             raise StoreError(f"no attempt {attempt or 0} at episode {episode_id!r} among {len(self)} branches",
                              fix="list keys()")
         self.read(keys)  # verifies the token hashes, which whole tables do not
-        return self._late.onto_episode(to_episode(self._tables(keys, None)), self.rows[keys[0]])
+        return self.late.onto_episode(to_episode(self._tables(keys, None)), self.rows[keys[0]])
 
     # --------------------------------------------------------------------------------------------------- asking
 
@@ -139,7 +140,7 @@ class Snapshot:
             StoreError: the key is not part of the snapshot.
             CorruptionError: an overlay is damaged, or was written for other content.
         """
-        return self._late.relogprobs(self.located(key))
+        return self.late.relogprobs(self.located(key))
 
     def scalars(self, where: Condition | None = None) -> pa.Table:
         """All columns one filters by, one row per key, keys ascending: no arrays, no JSON, no hashes.
@@ -152,7 +153,7 @@ class Snapshot:
         """
         keys = sorted(self.rows)
         table = self._tables(keys, SCALARS).select(SCALARS)
-        return select(self._late.onto_table(table, [self.rows[key] for key in keys]), where)
+        return select(self.late.onto_table(table, [self.rows[key] for key in keys]), where)
 
     def to_arrow(self, where: Condition | None = None) -> pa.Table:
         """Everything, one row per key, keys ascending: the columns of the store with the latest rewards, and ``label``.
@@ -160,7 +161,7 @@ class Snapshot:
         Hints are those of the append, in ``extra``. Raises as :meth:`scalars`.
         """
         keys = self.keys(where)
-        return self._late.onto_table(self._tables(keys, None), [self.rows[key] for key in keys])
+        return self.late.onto_table(self._tables(keys, None), [self.rows[key] for key in keys])
 
     def to_polars(self, where: Condition | None = None) -> "polars.DataFrame":
         """What :meth:`to_arrow` gives, as a polars frame.
@@ -174,6 +175,10 @@ class Snapshot:
             raise ConfigError("to_polars() needs polars, which is not installed",
                               fix="pip install 'agentsdpo[polars]', or use to_arrow()") from error
         return polars.DataFrame(polars.from_arrow(self.to_arrow(where)))
+
+    def stored(self, keys: Iterable[Key]) -> pa.Table:
+        """Rows of these keys, in this order, with the columns they were written with: nothing late is merged in."""
+        return self._tables(list(keys), None)
 
     # -------------------------------------------------------------------------------------------------- reading
 
