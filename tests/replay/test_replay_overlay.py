@@ -98,8 +98,8 @@ def test_a_value_for_other_content_is_an_error(kind: str) -> None:
     store.add_relogprobs({E0: np.zeros(12, np.float32)}, policy_version=3, trainer_id="t")
     view = store.snapshot()
     slot = Slot(kind, E0, "3/t" if kind == "relogprob" else "")
-    view._late = replace(view._late, latest={**view._late.latest,
-                                             slot: view._late.latest[slot]._replace(target_sha256="0" * 64)})
+    view.late = replace(view.late, latest={**view.late.latest,
+                                             slot: view.late.latest[slot]._replace(target_sha256="0" * 64)})
     with pytest.raises(CorruptionError, match=f"a {kind} in overlay/{kind}/.* targets content 000000000000"):
         view.relogprobs(E0) if kind == "relogprob" else view.read([E0])
     if kind in ("reward", "label"):

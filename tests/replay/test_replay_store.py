@@ -303,6 +303,6 @@ def test_a_hint_for_other_content_is_an_error(store: ReplayStore) -> None:
     store.add_hints({key: LATE})
     view = store.snapshot()
     slot = Slot("hint", key)
-    view._late = replace(view._late, latest={slot: view._late.latest[slot]._replace(target_sha256="0" * 64)})
+    view.late = replace(view.late, latest={slot: view.late.latest[slot]._replace(target_sha256="0" * 64)})
     with pytest.raises(CorruptionError, match="targets content 000000000000"):
         view.read([key])
