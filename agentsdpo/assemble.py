@@ -22,8 +22,10 @@ from agentsdpo.learn.learner import Learner
 from agentsdpo.learn.load import load_chat, load_model
 from agentsdpo.learn.rows import TrainRow
 from agentsdpo.publish.registry import PolicyRegistry
+from agentsdpo.replay.config import KEEPING
 from agentsdpo.replay.rows import Row
 from agentsdpo.replay.sampler import Sampler
+from agentsdpo.replay.spool import Spool
 from agentsdpo.replay.store import ReplayStore
 from agentsdpo.runfolder import RunFolder, open_run
 from agentsdpo.types import Episode, Suite
@@ -44,6 +46,7 @@ class Run:
     collector: Collector
     hinter: CriteriaSource
     store: ReplayStore
+    spool: Spool
     sampler: Sampler
     learner: Learner
     registry: PolicyRegistry
@@ -96,9 +99,9 @@ class Run:
                            ) from error
 
     def stored(self, indices: Iterable[int]) -> dict[int, Episode]:
-        """Training episodes the store has already, by task: an earlier life of the run may have played some."""
+        """Whole training episodes the store has already, by task: an earlier life of the run may have played some."""
         snapshot = self.store.snapshot()
-        have = {key.episode_id for key in snapshot.keys()}  # noqa: SIM118 - a snapshot is no dict
+        have = {key.episode_id for key, row in snapshot.rows.items() if row.status != "salvaged"}
         ids = {index: self.collector.episode_id("train", index, 0, self.config.seed) for index in indices}
         return {index: snapshot.episode(own) for index, own in ids.items() if own in have}
 
@@ -107,6 +110,7 @@ class Run:
         scored = [e for e in episodes if e.branches and e.grade is not None]
         hinted = [e.model_copy(update={"hint": self.hinter.hint(e)}) for e in scored]
         self.store.append(hinted)
+        self.spool.seal(e.episode_id for e in episodes)
         return hinted
 
     def load_policy(self, version: int) -> None:
@@ -127,7 +131,7 @@ def run_id(config: RunConfig) -> str:
     >>> run_id(RunConfig(steps=5)) == run_id(RunConfig(steps=9)) != run_id(RunConfig(seed=1))
     True
     """
-    text = json.dumps(config.model_dump(mode="json", exclude={"steps"}), sort_keys=True)
+    text = json.dumps(config.model_dump(mode="json", exclude={"steps": True, "replay": KEEPING}), sort_keys=True)
     return f"{config.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
@@ -180,12 +184,14 @@ def assemble(config: RunConfig, out: Path | str, *, resume: bool = False) -> Run
     collector = Collector.of_engine(suite, engine, chat, config.collect, run_id=run_id(config), model_id=config.model)
     folder = open_run(out, config, resume=resume)
     store = ReplayStore.open(folder.replay)
+    collector.spool = Spool(store, config.replay.durability, config.replay.spool)
     registry = PolicyRegistry(folder.policies, base_model=config.model, tokenizer_sha256=chat.tokenizer_sha256,
                               chat_template_sha256=chat.template_sha256)
     sampler = Sampler(store, config.replay, seed=config.seed, tokenizer_sha256=chat.tokenizer_sha256,
                       max_staleness=config.learn.max_staleness, chat_template_sha256=chat.template_sha256)
     return Run(config=config, folder=folder, chat=chat, suite=suite, engine=engine, collector=collector,
-               hinter=CriteriaSource(config.hint, author=f"{suite.name} grader"), store=store, sampler=sampler,
+               hinter=CriteriaSource(config.hint, author=f"{suite.name} grader"), store=store, spool=collector.spool,
+               sampler=sampler,
                learner=learner, registry=registry)
 
 

@@ -31,6 +31,7 @@ STEPS, STALENESS = 70, 3
 REUSE = 5
 """Policy versions a row may still be drawn for after it was collected."""
 _WORLD: Json = {"collect": {"window": 512, "concurrency": 128, "max_tokens": 64}, "episodes_per_step": 16,
+                "replay": {"durability": "episode"},
                 "eval": {"every": 10, "final_episodes": 96}}
 """An episode is about 200 tokens; a turn of the seed model at most 40. 16 fresh episodes a step, each used twice."""
 _QUICK: Json = {"eval": {"episodes": 32, "final_episodes": 32, "every": 5}}

@@ -15,6 +15,7 @@ import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ class Journal:
         path = spool / store_id / writer_id / f"{episode_id}{SUFFIX}"
         handle = -1
         try:
-            ensure_folder(path.parent, within=spool)
+            _make_folder(path.parent, spool, sync)
             handle = _create_locked(path)
             if sync:
                 sync_folder(path.parent)
@@ -150,7 +151,8 @@ class Journal:
     def _new_messages(self, messages: Sequence[Json]) -> Json:
         """Columns that turn the messages of the last step into these."""
         pairs = zip(messages, self._messages, strict=False)
-        same = next((i for i, (new, old) in enumerate(pairs) if new != old), min(len(messages), len(self._messages)))
+        same = next((i for i, (new, old) in enumerate(pairs) if new is not old and new != old),
+                    min(len(messages), len(self._messages)))
         if same == len(messages) == len(self._messages):
             return {}
         return {"messages_from": same, "messages_json": to_json(list(messages[same:]))}
@@ -236,12 +238,33 @@ def _encode(rows: list[dict[str, Any]]) -> bytes:
 
 def _array(values: list[Any], kind: pa.DataType) -> Any:
     """One column; token arrays go over without a detour through Python numbers."""
+    if all(value is None for value in values):
+        return _nulls(len(values), kind)
     if not pa.types.is_list(kind):
         return pa.array(values, kind)
-    lengths = [0 if value is None else len(value) for value in values]
-    flat = np.concatenate([value for value in values if value is not None] or [np.empty(0)])
-    return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *lengths]), pa.int32()), pa.array(flat, kind.value_type),
-                                    type=kind, mask=pa.array([value is None for value in values]))
+    filled = [() if value is None else value for value in values]
+    offsets = pa.array(np.cumsum([0, *map(len, filled)], dtype=np.int32))
+    flat = pa.array(np.concatenate(filled, dtype=kind.value_type.to_pandas_dtype(), casting="unsafe"))
+    mask = pa.array([value is None for value in values]) if any(value is None for value in values) else None
+    return pa.ListArray.from_arrays(offsets, flat, type=kind, mask=mask)
+
+
+@lru_cache(maxsize=256)
+def _nulls(n: int, kind: pa.DataType) -> Any:
+    """A column without a value: most of a step's columns are."""
+    return pa.nulls(n, kind)
+
+
+_durable: set[Path] = set()
+"""Folders that this process made and made durable."""
+
+
+def _make_folder(folder: Path, spool: Path, sync: bool) -> None:
+    """The folder of a writer, durable when ``sync``."""
+    if sync and folder not in _durable:
+        ensure_folder(folder, within=spool)
+        _durable.add(folder)
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _create_locked(path: Path) -> int:

@@ -1,28 +1,31 @@
 """Draws branches for the learner: filtered, bounded in staleness, repeatable.
 
-Each strategy goes through the eligible units pass by pass, every unit once per pass; new ones join at a refresh. The
-strategies differ in the order within a pass alone. A draw depends on seed, state and learner version, on nothing else:
-no clock, no world size. One process draws; others are told the keys.
+A draw depends on seed, state and learner version, on nothing else: no clock, no world size. One process draws; the
+others are told the keys (:func:`~agentsdpo.replay.placement.placement`). ``eligible.py`` says what may be drawn,
+``strategies.py`` in which order.
 """
 
 import hashlib
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from agentsdpo.errors import ConfigError, StoreError
 from agentsdpo.replay.canonical import canonical_json
 from agentsdpo.replay.config import ReplayConfig
+from agentsdpo.replay.eligible import Filters, Units
 from agentsdpo.replay.ids import Key
+from agentsdpo.replay.index import SideIndex, Use
+from agentsdpo.replay.limiter import RateLimiter
 from agentsdpo.replay.log import Located
 from agentsdpo.replay.rows import Row
-from agentsdpo.replay.snapshot import Snapshot
-from agentsdpo.replay.store import ReplayStore
+from agentsdpo.replay.strategies import strategy_for
 from agentsdpo.types import Json
 
-_REFUSED = ("untrainable", "not_allowed", "tokenizer", "template", "no_logprob", "no_version")
-"""Filters that do not depend on the learner's version, in the order they are counted."""
+if TYPE_CHECKING:
+    from agentsdpo.replay.store import ReplayStore
 
 
 class Sampler:
@@ -34,27 +37,39 @@ class Sampler:
 
     Args:
         store: where to draw from.
-        config: strategy, unit and cap of uses.
-        seed: of the order under ``uniform``.
+        config: strategy, unit, caps and weights.
+        seed: of all strategies but ``fifo`` and ``newest``.
         tokenizer_sha256: tokenizer of the learner's model; None accepts all (to look at data, not to train on it).
         chat_template_sha256: likewise its chat template, in which the hint will be rendered.
         max_staleness: a unit is eligible iff learner version - its oldest version <= this; None is no bound.
+        where: only branches this filter holds for when they join; see :mod:`agentsdpo.replay.where`.
+        limiter: counts what joins and what is drawn, and holds draws back; None draws whenever asked.
+        index: told of all uses and priorities, for others to read.
+
+    Attributes:
+        weights: float64[K] in (0, 1], one per key of the last draw: importance weight (``prioritised``) times
+            ``staleness_weight ** staleness``.
 
     Raises:
-        ConfigError: a negative ``max_staleness``.
+        ConfigError: a negative ``max_staleness``, or ``where`` is no filter.
         CorruptionError, StoreError: as :meth:`ReplayStore.snapshot`.
     """
 
-    def __init__(self, store: ReplayStore, config: ReplayConfig, *, seed: int, tokenizer_sha256: str | None,
-                 max_staleness: int | None, chat_template_sha256: str | None = None) -> None:
+    def __init__(self, store: "ReplayStore", config: ReplayConfig, *, seed: int, tokenizer_sha256: str | None,
+                 max_staleness: int | None, chat_template_sha256: str | None = None, where: str | None = None,
+                 limiter: RateLimiter | None = None, index: SideIndex | None = None) -> None:
         if max_staleness is not None and max_staleness < 0:
             raise ConfigError(f"max_staleness is {max_staleness}", fix="set it to 0 (on-policy) or more, or to None")
         self.store, self.config, self.max_staleness = store, config, max_staleness
-        self._seed, self._tokenizer, self._template = seed, tokenizer_sha256, chat_template_sha256
-        self._pass = self._draws = self._learner_version = 0
+        self.limiter, self._index, self._seed = limiter, index, seed
+        self._filters = Filters(tokenizer_sha256, chat_template_sha256, where)
+        self._draws = self._learner_version = 0
         self._drawn: list[Located] = []
+        self.weights = np.ones(0)
         self.snapshot = store.snapshot()
-        self._rebuild(_arrivals(self.snapshot.rows.values()), {})
+        self._restart(_arrivals(self.snapshot.rows.values()), {}, 0)
+        if limiter is not None:
+            limiter.insert(len(self._units))
 
     # ----------------------------------------------------------------------------------------------- refreshing
 
@@ -69,59 +84,33 @@ class Sampler:
             CorruptionError, StoreError: as :meth:`ReplayStore.snapshot`.
         """
         self.snapshot = self.store.snapshot()
-        live, known = self.snapshot.rows, {row.key for row in self._rows}
+        live, old = self.snapshot.rows, self._units
+        known = {row.key for row in old.rows}
         new = _arrivals(row for key, row in live.items()
                         if key not in known and (only is None or key.episode_id in only))
-        if any(live.get(row.key) is not row for row in self._rows):
-            state = {name: (int(self._uses[i]), int(self._last_pass[i])) for name, i in self._units.items()}
-            kept = [live[row.key] for row in self._rows if row.key in live]
-            self._rebuild(kept + new, state)
-        else:
-            self._join(new, {})
+        before = set(old.names) if self.limiter else set()
+        if any(live.get(row.key) is not row for row in old.rows):
+            kept = [live[row.key] for row in old.rows if row.key in live]
+            self._restart(kept, self._remembered(), self._strategy.number)
+        self._join(new, {})
+        if self.limiter:
+            self.limiter.insert(len(set(self._units.names) - before))
+            self.limiter.resize(len(self._units))
         return len(new)
 
-    def _rebuild(self, rows: list[Located], state: Mapping[str, tuple[int, int]]) -> None:
-        """Start over from these rows, in order of arrival, with the uses and last passes of ``state``."""
-        self._rows: list[Located] = []
-        self._units: dict[str, int] = {}
-        self._members: list[list[int]] = []
-        self._oldest, self._uses, self._last_pass = (np.zeros(0, np.int64) for _ in range(3))
-        self._order = np.zeros(0, np.uint64)
-        self._refused: dict[str, int] = dict.fromkeys(_REFUSED, 0)
-        self._join(rows, state)
+    def _restart(self, rows: list[Located], remembered: Mapping[str, Sequence[float]], number: int) -> None:
+        """Start over from these rows, in order of arrival, in pass ``number``."""
+        self._units = Units(self._filters, self.config.unit, self.config.group_mode == "closed")
+        self._strategy = strategy_for(self.config, self._seed, number)
+        self._join(rows, remembered)
 
-    def _join(self, rows: list[Located], state: Mapping[str, tuple[int, int]]) -> None:
-        """Number new rows and their units; refused rows are counted and belong to no unit."""
-        oldest, first = self._oldest.tolist(), len(self._units)
-        for row in rows:
-            self._rows.append(row)
-            reason = self._reason(row)
-            if reason is not None:
-                self._refused[reason] += 1
-                continue
-            unit = self._units.setdefault(self._unit(row.key), len(self._units))
-            if unit == len(oldest):
-                oldest.append(row.version_min)
-                self._members.append([])
-            oldest[unit] = min(oldest[unit], row.version_min)
-            self._members[unit].append(len(self._rows) - 1)
-        names = list(self._units)[first:]
-        seen = np.array([state.get(name, (0, -1)) for name in names], np.int64).reshape(-1, 2)
-        self._oldest = np.array(oldest, np.int64)
-        self._uses = np.concatenate([self._uses, seen[:, 0]])
-        self._last_pass = np.concatenate([self._last_pass, seen[:, 1]])
-        self._order = np.concatenate([self._order, self._ranks(names, first)])
+    def _join(self, rows: list[Located], remembered: Mapping[str, Sequence[float]]) -> None:
+        where, first = self._filters.where, len(self._units)
+        wanted = set(self.snapshot.keys(where)) if where and rows else None
+        self._strategy.join(self._units.join(rows, remembered, self.snapshot.closures, wanted), first)
 
-    def _unit(self, key: Key) -> str:
-        return str(key) if self.config.unit == "branch" else f"{key.episode_id}/{key.attempt}"
-
-    def _reason(self, row: Located) -> str | None:
-        """The first filter a row fails for good, None when there is none."""
-        exact = row.logprob_kind == "processed" or (row.logprob_kind == "tempered" and row.kept_set == "not_needed")
-        checks = (row.trainable, row.train_allowed, self._tokenizer in (None, row.tokenizer_sha256),
-                  self._template in (None, row.chat_template_sha256), exact and row.kept_set != "missing",
-                  row.version_min >= 0)
-        return next((name for name, good in zip(_REFUSED, checks, strict=True) if not good), None)
+    def _remembered(self) -> dict[str, list[float]]:
+        return {name: self._units.memory.of_unit(i) for i, name in enumerate(self._units.names)}
 
     # -------------------------------------------------------------------------------------------------- drawing
 
@@ -130,55 +119,71 @@ class Sampler:
         return self.snapshot.read(self.draw(n, learner_version))
 
     def draw(self, n: int, learner_version: int) -> list[Key]:
-        """Keys of ``n`` units, no unit twice; fewer when fewer are eligible, none when none is.
+        """Keys of ``n`` units; fewer when fewer are eligible, none when none is or the limiter holds the learner back.
 
-        A draw that reaches the end of a pass goes on in the next one.
+        In passes no unit comes twice in one draw. The branches of a unit stand together, keys ascending.
         """
-        eligible = self._fresh(learner_version) & self._unused()
-        chosen: list[int] = []
-        while len(chosen) < n and eligible.any():
-            left = np.flatnonzero(eligible & (self._last_pass < self._pass))
-            if not len(left):
-                self._next_pass()
-                continue
-            ranks = self._order[left]
-            count = min(n - len(chosen), len(left))
-            nearest = np.argpartition(ranks, count - 1)[:count]
-            pick = left[nearest[np.argsort(ranks[nearest])]]
-            self._last_pass[pick] = self._pass
-            self._uses[pick] += 1
-            eligible[pick] = False
-            chosen += pick.tolist()
-        self._draws, self._learner_version = self._draws + len(chosen), learner_version
-        self._drawn = [self._rows[i] for unit in chosen for i in sorted(self._members[unit], key=self._row_key)]
+        self._drawn, self.weights, self._learner_version = [], np.ones(0), learner_version
+        if self.limiter and not self.limiter.may_sample(n):
+            return []
+        eligible = self._units.closed & self._fresh(learner_version) & self._unused() & self._rested()
+        chosen, weights = self._strategy.draw(self._units, eligible, n, self._draws)
+        self._draws += len(chosen)
+        if self.limiter:
+            self.limiter.sample(len(chosen))
+        stale = np.maximum(learner_version - self._units.oldest[chosen], 0)
+        weights = weights * self.config.staleness_weight ** stale
+        keys = [self._units.keys(unit) for unit in chosen]
+        self.weights = np.repeat(weights, [len(each) for each in keys])
+        self._drawn = [self.snapshot.rows[key] for each in keys for key in each]
+        self._tell(chosen)
         return [row.key for row in self._drawn]
-
-    def _row_key(self, i: int) -> Key:
-        return self._rows[i].key
 
     def _fresh(self, learner_version: int) -> np.ndarray:
         """bool[U]: units within the staleness bound."""
         if self.max_staleness is None:
-            return np.ones(len(self._oldest), bool)
-        return learner_version - self._oldest <= self.max_staleness
+            return np.ones(len(self._units), bool)
+        return learner_version - self._units.oldest <= self.max_staleness
 
     def _unused(self) -> np.ndarray:
         """bool[U]: units that may still be drawn."""
-        return self._uses < self.config.max_uses if self.config.max_uses else np.ones(len(self._uses), bool)
+        uses = self._units.memory.uses
+        return uses < self.config.max_uses if self.config.max_uses else np.ones(len(uses), bool)
 
-    def _next_pass(self) -> None:
-        self._pass += 1
-        if self.config.strategy == "uniform":
-            self._order = self._ranks(list(self._units), 0)
+    def _rested(self) -> np.ndarray:
+        """bool[U]: units whose last draw is long enough ago."""
+        last = self._units.memory.last_draw
+        return (last < 0) | (last + self.config.cooldown < self._draws)
 
-    def _ranks(self, names: list[str], first: int) -> np.ndarray:
-        """uint64[len(names)]: place of units within this pass, lowest first; ``first`` is the number of the first."""
-        if self.config.strategy == "uniform":
-            head = f"{self._seed}/{self._pass}/"
-            hashes = [hashlib.blake2b((head + name).encode(), digest_size=8).digest() for name in names]
-            return np.frombuffer(b"".join(hashes), ">u8").astype(np.uint64)
-        arrival = np.arange(first, first + len(names), dtype=np.uint64)
-        return arrival if self.config.strategy == "fifo" else np.uint64(2**63) - arrival
+    def update_priorities(self, priorities: Mapping[Key, float]) -> None:
+        """Say how much units deserve to be drawn again; a unit takes the greatest number of its branches.
+
+        Keys that left the store since the draw are passed over.
+
+        Raises:
+            ValueError: a priority is negative or not finite.
+        """
+        bad = next((key for key, value in priorities.items() if not 0 <= value < float("inf")), None)
+        if bad is not None:
+            raise ValueError(f"the priority of {bad} is {priorities[bad]}; give a finite number, 0 or more")
+        found: dict[int, float] = {}
+        for key, value in priorities.items():
+            if key in self._units.unit_of:
+                unit = self._units.unit_of[key]
+                found[unit] = max(found.get(unit, 0.0), float(value))
+        for unit, value in found.items():
+            self._units.memory.priority[unit] = value
+        self._tell(list(found))
+
+    def _tell(self, units: Iterable[int]) -> None:
+        """Write the uses of some units into the side index, or of all when it was deleted."""
+        if self._index is None:
+            return
+        lost, memory = self._index.lost, self._units.memory
+        chosen = range(len(self._units)) if lost else dict.fromkeys(units)
+        rows = [(key, Use(int(memory.uses[unit]), int(memory.last_draw[unit]), float(memory.priority[unit])))
+                for unit in chosen for key in self._units.keys(unit)]
+        self._index.put(rows, anew=lost)
 
     # ------------------------------------------------------------------------------------------ looking, resuming
 
@@ -186,21 +191,26 @@ class Sampler:
         """How many branches each filter removes, every branch counted at the first filter it fails.
 
         Keys: ``total``, ``untrainable``, ``not_allowed``, ``tokenizer``, ``template``, ``no_logprob``, ``no_version``,
-        ``stale``, ``used_up``, ``eligible``, and ``withheld`` (two versions of one key, not part of the total).
+        ``where``, ``open_group``, ``stale``, ``used_up``, ``resting``, ``eligible``, and ``withheld`` (two versions of
+        one key, not part of the total).
         """
-        size = np.array([len(members) for members in self._members], np.int64)
-        fresh, unused = self._fresh(learner_version), self._unused()
-        return {"total": len(self._rows), **self._refused, "stale": int(size[~fresh].sum()),
-                "used_up": int(size[fresh & ~unused].sum()), "eligible": int(size[fresh & unused].sum()),
-                "withheld": len(self.snapshot.conflicts)}
+        left = np.array([len(members) for members in self._units.members], np.int64)
+        counts = {"total": len(self._units.rows), **self._units.refused}
+        masks = {"open_group": self._units.closed, "stale": self._fresh(learner_version), "used_up": self._unused(),
+                 "resting": self._rested()}
+        for name, passed in masks.items():
+            counts[name] = int(left[~passed].sum())
+            left = np.where(passed, left, 0)
+        return {**counts, "eligible": int(left.sum()), "withheld": len(self.snapshot.conflicts)}
 
     def metrics(self) -> dict[str, float]:
         """Numbers of the last draw: staleness in versions, age in seconds, share of usable branches too stale."""
         counts = self.explain(self._learner_version)
-        usable = counts["stale"] + counts["used_up"] + counts["eligible"]
+        usable = counts["stale"] + counts["used_up"] + counts["resting"] + counts["eligible"]
+        refused = self._units.refused
         metrics = {"replay/evicted_frac": counts["stale"] / max(usable, 1),
-                   "replay/refused/count": float(sum(self._refused.values()))}
-        metrics |= {f"replay/refused/{n}": float(self._refused[n])
+                   "replay/refused/count": float(sum(refused.values()))}
+        metrics |= {f"replay/refused/{n}": float(refused[n])
                     for n in ("no_logprob", "tokenizer", "template", "not_allowed")}
         if self._drawn:
             stale = np.array([self._learner_version - row.version_min for row in self._drawn], float)
@@ -213,35 +223,45 @@ class Sampler:
 
     def state_dict(self) -> Json:
         """All that the next draws depend on, as JSON for the learner's checkpoint."""
-        return {"v": 1, "config": self._config_sha(), "pass": self._pass, "draws": self._draws,
+        return {"v": 2, "config": self._config_sha(), "pass": self._strategy.number, "draws": self._draws,
                 "snapshot": {writer: list(at) for writer, at in self.snapshot.vector.items()},
-                "rows": [str(row.key) for row in self._rows],
-                "units": {name: [int(self._uses[i]), int(self._last_pass[i])] for name, i in self._units.items()}}
+                "rows": [str(row.key) for row in self._units.rows], "units": self._remembered(),
+                "limiter": self.limiter.state_dict() if self.limiter else None}
 
     def load_state_dict(self, state: Json) -> None:
         """Continue where :meth:`state_dict` was taken: the same draws follow, though the store has grown since.
 
         Raises:
-            ConfigError: the state belongs to another configuration, seed, staleness bound, tokenizer or template.
+            ConfigError: the state belongs to another release, configuration, seed, staleness bound, filter, limiter,
+                tokenizer or template.
             StoreError: the store's log is not the one the state was taken on.
         """
-        if state["config"] != self._config_sha():
-            raise ConfigError(f"the sampler state was taken with configuration {state['config'][:12]}, this is "
-                              f"{self._config_sha()[:12]}", fix="resume with the replay settings, seed, staleness "
-                              "bound, tokenizer and template of the run, or start a new run on the same store")
-        self.snapshot: Snapshot = self.store.snapshot(at=state["snapshot"])
+        if state["v"] != 2 or state["config"] != self._config_sha():
+            raise ConfigError(f"the sampler state (version {state['v']}) was taken with configuration "
+                              f"{state['config'][:12]}, this is version 2 with {self._config_sha()[:12]}",
+                              fix="resume with the replay settings, seed, staleness bound, filter, limiter, tokenizer "
+                                  "and template of the run, or start a new run on the same store")
+        self.snapshot = self.store.snapshot(at=state["snapshot"])
         keys = [Key.parse(text) for text in state["rows"]]
         missing = [key for key in keys if key not in self.snapshot.rows]
         if missing:
             raise StoreError(f"branch {missing[0]} of the sampler state is not in the store",
                              fix="resume on the store the run was made with")
-        self._pass, self._draws, self._drawn = state["pass"], state["draws"], []
-        self._rebuild([self.snapshot.rows[key] for key in keys],
-                      {name: (uses, last) for name, (uses, last) in state["units"].items()})
+        self._draws, self._drawn, self.weights = state["draws"], [], np.ones(0)
+        self._restart([self.snapshot.rows[key] for key in keys], state["units"], state["pass"])
+        self.limiter = RateLimiter.of(state["limiter"]) if state["limiter"] else None
+        if self._index is not None:
+            self._index.put([], anew=True)
+            self._tell(range(len(self._units)))
 
     def _config_sha(self) -> str:
-        about = {**self.config.model_dump(), "seed": self._seed, "max_staleness": self.max_staleness,
-                 "tokenizer_sha256": self._tokenizer, "chat_template_sha256": self._template}
+        about = {**self.config.identity(), "seed": self._seed, "max_staleness": self.max_staleness,
+                 "tokenizer_sha256": self._filters.tokenizer_sha256,
+                 "chat_template_sha256": self._filters.chat_template_sha256}
+        if self._filters.where is not None:
+            about["where"] = self._filters.where
+        if self.limiter is not None:
+            about["limit"] = self.limiter.state_dict()["limit"]
         return hashlib.sha256(canonical_json(about)).hexdigest()
 
 

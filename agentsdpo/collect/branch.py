@@ -1,12 +1,13 @@
 """Building branches: ids, kinds and log-probs grow at the end only; a rewritten history opens a new branch."""
 
 import hashlib
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from agentsdpo.errors import EngineError
+from agentsdpo.replay.journal import Growth
 from agentsdpo.types import Branch, Call, Completion, Json, Sampling, TokenKind
 
 ForkReason = Literal["compaction", "template_rewrite", "retokenised", "subagent", "retry"]
@@ -58,6 +59,7 @@ class BranchBuilder:
         self._hash = hashlib.sha256()
         self._header: dict[str, Any] = {"branch_id": 0}
         self._closed: list[Branch] = []
+        self._told = _Told()
 
     @property
     def branch_id(self) -> int:
@@ -116,8 +118,46 @@ class BranchBuilder:
         self.ids, self._kinds, self._logps, self._calls, self._kept = [], [], [], [], []
         self._hash = hashlib.sha256()
 
+    def grown(self) -> list[Growth]:
+        """What was appended since this was last asked, one entry per branch that grew: the journal's share of a step.
+
+        Must be asked before :meth:`finish` where the end of the open branch matters.
+        """
+        told, new = self._told, []
+        for branch in self._closed[told.branches:]:
+            new.append(_rest(branch, told))
+            told = _Told(told.branches + 1)
+        new.append(Growth(self.branch_id, _fork(self._header), self.ids[told.ids:], self._kinds[told.ids:],
+                          self._logps[told.ids:], self._calls[told.calls:], self._kept[told.kept:]))
+        self._told = _Told(self.branch_id, len(self.ids), len(self._calls), len(self._kept))
+        return [growth for growth in new if len(growth.token_ids) or growth.calls]
+
     def finish(self) -> tuple[Branch, ...]:
         """Close the open branch and return all of them, in order."""
         if self.ids:
             self._close()
         return tuple(self._closed)
+
+
+class _Told(NamedTuple):
+    """How much of the branches the journal knows: whole closed ones, then ids, calls and kept sets of the next."""
+
+    branches: int = 0
+    ids: int = 0
+    calls: int = 0
+    kept: int = 0
+
+
+def _fork(header: Mapping[str, Any]) -> Json:
+    return {name: value for name, value in header.items() if name != "branch_id"}
+
+
+def _rest(branch: Branch, told: _Told) -> Growth:
+    """What a closed branch grew by beyond what was told."""
+    kept: list[Sequence[int]] = []
+    if branch.kept_ids is not None and branch.kept_counts is not None:
+        kept = [part.tolist() for part in np.split(branch.kept_ids, np.cumsum(branch.kept_counts)[:-1])][told.kept:]
+    fork = {name: getattr(branch, name) for name in ("parent_branch_id", "fork_at", "fork_reason")}
+    return Growth(branch.branch_id, {} if branch.parent_branch_id is None else fork,
+                  branch.token_ids[told.ids:].tolist(), branch.token_kind[told.ids:].tolist(),
+                  branch.logprobs[told.ids:].tolist(), branch.calls[told.calls:], kept)

@@ -4,7 +4,7 @@ import asyncio
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agentsdpo.chat import ChatFormat
 from agentsdpo.collect.config import CollectConfig
@@ -12,7 +12,10 @@ from agentsdpo.collect.engine import Engine
 from agentsdpo.collect.policy import EnginePolicy, Policy, mix
 from agentsdpo.collect.rollout import MISUSE, Rollout, describe, run_episode
 from agentsdpo.replay.ids import derived_uuid, uuid7
-from agentsdpo.types import Episode, Frozen, Grade, Json, StopReason, Suite, Task
+from agentsdpo.types import Env, Episode, Frozen, Grade, Json, StopReason, Suite, Task
+
+if TYPE_CHECKING:
+    from agentsdpo.replay.spool import Spool
 
 PolicyFactory = Callable[[Task, int], Policy]
 """Makes the policy of one episode from its task and seed."""
@@ -44,6 +47,8 @@ class Collector:
         config: concurrency and budgets.
         stamp: provenance written into every episode.
         evaluate: no feedback is attached, and no episode may be trained on.
+        spool: where episodes that may be trained on are journaled while they run; None: nowhere. Whoever appends what
+            was collected tells it so (:meth:`agentsdpo.replay.spool.Spool.seal`).
 
     Attributes:
         finished: episodes of the running or last :meth:`collect`, in the order they ended; after an interrupt they
@@ -51,15 +56,15 @@ class Collector:
     """
 
     def __init__(self, suite: Suite, policy: PolicyFactory, config: CollectConfig, *, stamp: Stamp | None = None,
-                 evaluate: bool = False) -> None:
+                 evaluate: bool = False, spool: "Spool | None" = None) -> None:
         self.suite, self.policy, self.config = suite, policy, config
-        self.stamp, self.evaluate = stamp or Stamp(), evaluate
+        self.stamp, self.evaluate, self.spool = stamp or Stamp(), evaluate, spool
         self.finished: list[Episode] = []
         self._grader = suite.grader()
 
     @classmethod
     def of_engine(cls, suite: Suite, engine: Engine, chat: ChatFormat, config: CollectConfig, *, run_id: str = "",
-                  model_id: str = "", evaluate: bool = False) -> "Collector":
+                  model_id: str = "", evaluate: bool = False, spool: "Spool | None" = None) -> "Collector":
         """A collector whose agent is a model served by an engine.
 
         Raises:
@@ -67,7 +72,7 @@ class Collector:
         """
         policy = EnginePolicy(engine, chat, config, training=not evaluate)
         stamp = Stamp.of(engine, chat, run_id=run_id, model_id=model_id)
-        return cls(suite, lambda task, seed: policy, config, stamp=stamp, evaluate=evaluate)
+        return cls(suite, lambda task, seed: policy, config, stamp=stamp, evaluate=evaluate, spool=spool)
 
     def collect(self, split: str, indices: Sequence[int], *, seed: int = 0) -> list[Episode]:
         """Play the tasks, one episode per index; an index that repeats is attempted again with another seed.
@@ -86,6 +91,7 @@ class Collector:
             KeyboardInterrupt: interrupted; :attr:`finished` holds what was done.
             ConfigError, ModelError, TruncatedSampling: the set-up is wrong, so that no episode could go well; also
                 whatever the suite raises instead of a task. Every other fault unscores its own episode.
+            JournalError: the spool's disk is full or failing.
         """
         try:
             asyncio.get_running_loop()
@@ -114,26 +120,36 @@ class Collector:
         async with gate:
             task = self.suite.task(split, index)
             own = mix(seed, split, index, attempt)
-            episode_id = self.episode_id(split, index, attempt, seed)
-            env_id, run = await self._play(task, own, episode_id)
-            grade, fault = await self._judge(task, run)
-            place = {"episode_id": episode_id, "env_id": env_id, "attempt": attempt, "group_size": group_size,
-                     "group_id": f"{self.stamp.run_id}/{split}/{index}/{seed}"}
-            notes = {"split": split, "index": index, "seed": own, **({"error": fault} if fault else {})}
-            episode = self._episode(task, run, grade, {**place, "metadata": notes})
+            place = {"episode_id": self.episode_id(split, index, attempt, seed), "attempt": attempt,
+                     "group_size": group_size, "group_id": f"{self.stamp.run_id}/{split}/{index}/{seed}",
+                     "task_id": task.task_id, "train_allowed": task.train_allowed and not self.evaluate,
+                     "metadata": {"split": split, "index": index, "seed": own}, **self.stamp.model_dump()}
+            try:
+                env, policy = self.suite.env(), self.policy(task, own)
+            except MISUSE:
+                raise
+            except Exception as fault:  # noqa: BLE001 - it is recorded on the episode
+                run = Rollout.never_began(describe(fault))
+                episode = self._episode(run, *await self._judge(task, run), {**place, "env_id": ""})
+            else:
+                episode = await self._play(task, env, policy, {**place, "env_id": env.env_id})
             self.finished.append(episode)
             return episode
 
-    async def _play(self, task: Task, seed: int, episode_id: str) -> tuple[str, Rollout]:
-        """Id of the environment and what happened in it; an unscored rollout when neither could be made."""
+    async def _play(self, task: Task, env: Env, policy: Policy, place: Json) -> Episode:
+        """Play and grade one episode, under its journal; whatever cuts it off leaves the journal to recovery."""
+        journal = self.spool.begin(place) if self.spool is not None and place["train_allowed"] else None
         try:
-            env, policy = self.suite.env(), self.policy(task, seed)
-        except MISUSE:
+            run = await run_episode(env, policy, task, seed=place["metadata"]["seed"], journal=journal,
+                                    episode_id=place["episode_id"], budget=self.config.budget(task.budget))
+            episode = self._episode(run, *await self._judge(task, run), place)
+            if journal is not None:
+                journal.step(about=episode.model_dump(mode="json", include={"stop_reason", "grade", "metadata"}))
+        except BaseException:
+            if journal is not None:
+                journal.close()
             raise
-        except Exception as fault:  # noqa: BLE001 - it is recorded on the episode
-            return "", Rollout.never_began(describe(fault))
-        return env.env_id, await run_episode(env, policy, task, seed=seed, episode_id=episode_id,
-                                             budget=self.config.budget(task.budget))
+        return episode
 
     async def _judge(self, task: Task, run: Rollout) -> tuple[Grade | None, str]:
         """The grade and, when the machinery that makes it broke, what happened: unscored, never zero."""
@@ -152,15 +168,12 @@ class Collector:
         run = self.stamp.run_id
         return derived_uuid(run, split, index, attempt, seed) if run else uuid7()
 
-    def _episode(self, task: Task, run: Rollout, grade: Grade | None, place: Json) -> Episode:
-        metadata: Json = {**run.counts, "wall_s": round(run.wall_s, 6), **place.pop("metadata")}
-        if run.answer is not None:
-            metadata["answer"] = run.answer
+    def _episode(self, run: Rollout, grade: Grade | None, fault: str, place: Json) -> Episode:
+        metadata: Json = {**run.counts, "wall_s": round(run.wall_s, 6), **place["metadata"]}
+        metadata |= {**({"error": fault} if fault else {}), **({} if run.answer is None else {"answer": run.answer})}
         stop = run.stop_reason if grade is not None else StopReason.ENGINE_ERROR
-        return Episode(**place, task_id=task.task_id, branches=run.branches, stop_reason=stop,
-                       grade=without_feedback(grade) if self.evaluate else grade,
-                       train_allowed=task.train_allowed and not self.evaluate, messages=run.messages,
-                       metadata=metadata, **self.stamp.model_dump())
+        return Episode(**{**place, "metadata": metadata}, branches=run.branches, stop_reason=stop,
+                       grade=without_feedback(grade) if self.evaluate else grade, messages=run.messages)
 
 
 def without_feedback(grade: Grade | None) -> Grade | None:

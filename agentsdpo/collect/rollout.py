@@ -22,6 +22,7 @@ from agentsdpo.errors import (
     TrainForbidden,
     TruncatedSampling,
 )
+from agentsdpo.replay.journal import Journal, JournalError
 from agentsdpo.types import (
     Branch,
     Budget,
@@ -38,8 +39,8 @@ from agentsdpo.types import (
 
 MAX_UNUSABLE = 3
 """Turns in a row without anything usable after which an episode ends with ``parse_error``."""
-MISUSE = (ConfigError, ModelError, TokenizerMismatch, TrainForbidden, TruncatedSampling)
-"""Faults of the set-up, not of one episode: they are raised as they are."""
+MISUSE = (ConfigError, ModelError, TokenizerMismatch, TrainForbidden, TruncatedSampling, JournalError)
+"""Faults of the set-up or the disk, not of one episode: they are raised as they are."""
 NUDGE = "That turn held neither a tool call nor an answer. Call a tool, or answer in plain text."
 
 
@@ -92,6 +93,12 @@ class _Run:
     unusable: int = 0
     answer: str | None = None
     last: tuple[str, Any] | None = None
+    journal: Journal | None = None
+
+    def record(self) -> None:
+        """Have what happened since the last time on disk before anything else happens."""
+        if self.journal is not None:
+            self.journal.step(self.ctx.builder.grown(), self.ctx.messages)
 
     def left_s(self) -> float | None:
         """Seconds of wall time left, None when unlimited."""
@@ -104,7 +111,7 @@ class _Run:
 
 
 async def run_episode(env: Env, policy: Policy, task: Task, *, seed: int, episode_id: str,
-                      budget: Budget | None = None) -> Rollout:
+                      budget: Budget | None = None, journal: Journal | None = None) -> Rollout:
     """Play one episode to its end.
 
     Args:
@@ -114,16 +121,17 @@ async def run_episode(env: Env, policy: Policy, task: Task, *, seed: int, episod
         seed: of the environment and of sampling.
         episode_id: unique in the run.
         budget: limits; None takes the task's.
+        journal: where each call and each turn's tool results are written before the episode goes on.
 
     Returns:
         What happened, with ``outcome`` None when environment, engine or template broke.
 
     Raises:
-        ConfigError, ModelError, TokenizerMismatch, TrainForbidden, TruncatedSampling: see :data:`MISUSE`.
+        ConfigError, ModelError, TokenizerMismatch, TrainForbidden, TruncatedSampling, JournalError: see :data:`MISUSE`.
     """
     began = time.monotonic()
     ctx = Context(episode_id=episode_id, seed=seed, messages=[])
-    run = _Run(env, ctx, budget or task.budget, began, {})
+    run = _Run(env, ctx, budget or task.budget, began, {}, journal=journal)
     outcome, error = None, ""
     try:
         ctx.messages = list(await env.reset(task, seed=seed, episode_id=episode_id))
@@ -139,6 +147,7 @@ async def run_episode(env: Env, policy: Policy, task: Task, *, seed: int, episod
             policy.release(ctx)
     run.counts["prompt_tokens"], branches = ctx.prompt_tokens, ()
     try:
+        run.record()
         branches = ctx.builder.finish()
     except RowError as fault:  # the engine answered with what no store takes
         stop, error, outcome = StopReason.ENGINE_ERROR, error or describe(fault), None
@@ -204,6 +213,7 @@ async def _take(run: _Run, turn: ModelTurn) -> StopReason | None:
         run.counts["truncated"] += turn.completion.finish_reason == "length"
     calls, now = unique_ids(turn.calls, run.ctx.turn, run.ids)
     run.ctx.messages.append(_assistant(turn, calls))
+    run.record()
     if not calls and said:
         run.answer = said
         return StopReason.COMPLETED
@@ -211,6 +221,7 @@ async def _take(run: _Run, turn: ModelTurn) -> StopReason | None:
     run.unusable = run.unusable + 1 if len(owed) == len(calls) else 0
     results = await _answer(run, calls, owed)
     run.ctx.messages += [{"role": "tool", "tool_call_id": r.call_id, "content": r.content} for r in results]
+    run.record()
     if run.env.done():
         return StopReason.COMPLETED
     if run.unusable >= MAX_UNUSABLE:
