@@ -1,12 +1,12 @@
 """What passes between the files of the learner. Shapes: N loss tokens of a micro-batch, V ids, H hidden, K kept ids."""
 
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
-from agentsdpo.learn.divergence import log_softmax
+from agentsdpo.learn.divergence import Scale, Support, log_softmax
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,9 @@ class LossTokens:
     ``tok`` int64[N] sampled ids; ``weight`` float32[N], all normalisers and factors known before the forward;
     ``turn`` int64[N], one number per turn of the micro-batch; ``behaviour_logp`` float32[N];
     ``temperature`` float32[N] of sampling, None when 1 everywhere; ``kept`` int64[N, K] padded with -1, None when
-    nothing was truncated.
+    nothing was truncated; ``branch`` int64[N], one number per branch of the micro-batch, side by side, None for one
+    branch; ``age`` int64[N] staleness of each token, None for 0; ``advantage`` float32[N] of its episode's grade, None
+    for 0; ``reference_logp`` float32[N] under the initial weights without hint, None when nothing asks for it.
     """
 
     tok: Tensor
@@ -45,6 +47,91 @@ class LossTokens:
     behaviour_logp: Tensor
     temperature: Tensor | None = None
     kept: Tensor | None = None
+    branch: Tensor | None = None
+    age: Tensor | None = None
+    advantage: Tensor | None = None
+    reference_logp: Tensor | None = None
+
+    def at(self, rows: slice) -> Self:
+        """The tokens of some rows."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return type(self)(**{name: None if value is None else value[rows] for name, value in parts.items()})
+
+    @property
+    def branches(self) -> Tensor:
+        """``branch``, zeros for None."""
+        return torch.zeros_like(self.turn) if self.branch is None else self.branch
+
+    @property
+    def ages(self) -> Tensor:
+        """``age``, zeros for None."""
+        return torch.zeros_like(self.turn) if self.age is None else self.age
+
+    @property
+    def advantages(self) -> Tensor:
+        """``advantage``, zeros for None."""
+        return torch.zeros_like(self.weight) if self.advantage is None else self.advantage
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """Which of the two terms ``sum_i a_i D_i - b_i log p_i(y_i)`` a loss has, and what ``D`` is."""
+
+    divergence: bool
+    token: bool
+    beta: float = 0.0
+    jsd_scale: Scale = "unit"
+    support: Support = "full"
+    top_k: int = 64
+
+
+class Weigh(Protocol):
+    """Weights of the loss tokens from their log-probs. Everything it returns is detached.
+
+    ``turns``: a weight depends on other tokens than its own, so all log-probs are needed before the first weight.
+    ``teacher``: weights depend on the teacher's log-probs.
+    """
+
+    turns: bool
+    teacher: bool
+
+    def __call__(self, student_logp: Tensor, teacher_logp: Tensor, rows: slice) -> tuple[Tensor | None, Tensor | None]:
+        """``a`` and ``b`` of the tokens in ``rows``, [n] each; None for a term the loss does not have.
+
+        Args:
+            student_logp: [n] log-probs of the sampled tokens, detached.
+            teacher_logp: [n]; zeros when ``teacher`` is False and ``turns`` is True.
+            rows: which of the micro-batch's tokens they are; all of them when ``turns`` is True.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What the two distributions say about each loss token, before any weight; [N], detached, in nats where they are.
+
+    ``divergence`` and the masses off the support are zero in a loss without the divergence term.
+    """
+
+    student_logp: Tensor
+    teacher_logp: Tensor
+    divergence: Tensor
+    tail_student: Tensor
+    tail_teacher: Tensor
+    entropy_student: Tensor
+    entropy_teacher: Tensor
+    top1_agree: Tensor
+
+    @classmethod
+    def empty(cls, n: int, dtype: torch.dtype, device: torch.device) -> Self:
+        """Room for ``n`` tokens. Taken once: small results kept between large temporaries would fragment the heap."""
+        return cls(**{f.name: torch.empty(n, dtype=torch.bool if f.name == "top1_agree" else dtype, device=device)
+                      for f in fields(cls)})
+
+    def put(self, rows: slice, part: Self) -> None:
+        """Write the scores of the tokens in ``rows``."""
+        for f in fields(self):
+            getattr(self, f.name)[rows] = getattr(part, f.name)
 
 
 @dataclass(frozen=True)

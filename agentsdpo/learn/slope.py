@@ -1,0 +1,91 @@
+"""Values and gradients of the loss by hand, for a block of rows: what the chunked loss forms inside its forward.
+
+For buckets ``b`` of one row (the whole vocabulary, or a support and its tail), ``p`` student, ``q`` teacher and
+``g_b = p_b dD/dp_b``, of which any multiple of ``p_b`` may be left out, ``G = sum_b g_b`` and
+
+::
+
+    dD/dz_i = g_i - p_i G                      i a bucket of its own
+    dD/dz_i = p_i / p_tail (g_tail - p_tail G)  i in the tail
+    forward KL  g = -q                reverse KL  g = p (log p - log q)        JSD  g = (1-beta) p (log p - log m)
+
+The sampled token: ``d(-log p(y))/dz_i = p_i - 1[i = y]`` over the ids it was drawn from. Compared with autograd over
+``learn/divergence.py`` in the tests. All shapes are [R, V] rows of one block, float32 or float64.
+"""
+
+import torch
+from torch import Tensor
+
+from agentsdpo.learn.divergence import Scale, Support, buckets, support_ids
+
+_FAR = 80.0
+"""Log-ratio of teacher and student above which exp would overflow; there ``log(m/q)`` is ``log beta`` to all digits."""
+
+
+def slope(log_p: Tensor, log_q: Tensor, *, beta: float, jsd_scale: Scale) -> tuple[Tensor, Tensor, Tensor]:
+    """Divergence [R] in nats, ``g`` [R, B] and its sum ``G`` [R, 1] of two log-distributions over the same buckets.
+
+    All three vanish exactly where the two are bit for bit the same, but for ``g = -q`` and ``G = -1`` of forward KL,
+    which cancel against each other.
+
+    >>> p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    >>> value, g, total = slope(p, q, beta=0.0, jsd_scale="unit")
+    >>> (g - p.exp() * total).round(decimals=4)
+    tensor([[ 0.2500, -0.2500]])
+    """
+    if beta == 0.0:
+        q = log_q.exp()
+        return torch.linalg.vecdot(q, log_q - log_p), -q, q.new_full((len(q), 1), -1.0)
+    if beta == 1.0:
+        g = log_p.exp().mul_(log_p - log_q)
+        value = g.sum(-1)
+        return value, g, value[:, None]
+    apart = (log_q - log_p).clamp_max_(_FAR)
+    mixed = torch.expm1(apart).mul_(beta).log1p_()  # log m - log p
+    g = log_p.exp().mul_(mixed)
+    value = beta * torch.linalg.vecdot(log_q.exp(), apart.sub_(mixed)) - (1.0 - beta) * g.sum(-1)
+    g.mul_(beta - 1.0)
+    if jsd_scale == "unit":
+        value, g = value / (beta * (1.0 - beta)), g.div_(beta * (1.0 - beta))
+    return value, g, g.sum(-1, keepdim=True)
+
+
+def divergence_slope(log_p: Tensor, log_q: Tensor, *, beta: float, jsd_scale: Scale, support: Support,
+                     top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Divergence of each row and its gradient with respect to the student's logits.
+
+    Returns:
+        ``D`` [R], ``dD/dz`` [R, V], and the mass off the support on both sides, [R] each (zero when it is full).
+    """
+    if support == "full":
+        value, g, total = slope(log_p, log_q, beta=beta, jsd_scale=jsd_scale)
+        nothing = torch.zeros_like(value)
+        return value, g.sub_(log_p.exp().mul_(total)), nothing, nothing
+    ids, absent = support_ids(log_p, log_q, support, top_k)
+    own, other = buckets(log_p, ids, absent), buckets(log_q, ids, absent)
+    value, g, total = slope(own, other, beta=beta, jsd_scale=jsd_scale)
+    p = own.exp()
+    each = g.sub_(p * total)
+    dz = (log_p - own[:, -1:]).clamp_max_(0.0).exp_()  # p_i / p_tail; rows of the support are written over below
+    dz.mul_(each[:, -1:]).scatter_(1, ids, 0.0)
+    dz.scatter_add_(1, ids, each[:, :-1].masked_fill(absent, 0.0))
+    return value, dz, p[:, -1], other[:, -1].exp()
+
+
+def token_slope(log_p: Tensor, tok: Tensor, kept: Tensor | None) -> Tensor:
+    """Gradient [R, V] of ``-log p(tok)`` with respect to the logits, p taken over ``kept`` where it is given.
+
+    Args:
+        log_p: [R, V], normalised over the vocabulary.
+        tok: int64[R].
+        kept: int64[R, K] padded with -1; a row of -1 was not truncated.
+    """
+    p = log_p.exp()
+    if kept is not None:
+        drawn_from = torch.zeros_like(p, dtype=torch.bool).scatter_(1, kept.clamp_min(0), kept >= 0)
+        # a padded entry must not unset id 0, which the line above may have written in either order
+        drawn_from[:, 0] = (kept == 0).any(-1)
+        free = (kept < 0).all(-1, keepdim=True)
+        inside = log_p.masked_fill(~(drawn_from | free), float("-inf")).softmax(-1)
+        p = torch.where(free, p, inside)
+    return p.scatter_add_(1, tok[:, None], torch.full_like(p[:, :1], -1.0))
