@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -37,12 +37,14 @@ class Snapshot:
         vector: per log stream the last entry that is part of this view.
         conflicts: keys with two whole rows of unequal content; both are withheld.
         late: hints, rewards, labels and trainers' log-probs that came after the rows.
+        closures: groups that were closed by name, with the episodes that belong to each.
     """
 
     def __init__(self, storage: Storage, rows: Mapping[Key, Located], vector: Vector, conflicts: frozenset[Key],
-                 late: Overlays, cache: GroupCache, relocate: Callable[[Located], Located]) -> None:
+                 late: Overlays, cache: GroupCache, relocate: Callable[[Located], Located],
+                 closures: Mapping[str, Sequence[str]]) -> None:
         self.storage, self.rows, self.vector, self.conflicts = storage, rows, vector, conflicts
-        self.late, self._cache, self._relocate = late, cache, relocate
+        self.late, self._cache, self._relocate, self.closures = late, cache, relocate, closures
 
     @property
     def id(self) -> str:

@@ -304,7 +304,8 @@ class ReplayStore:
 
     def _view(self, fold: Fold, late: Overlays) -> Snapshot:
         vector: Vector = dict(fold.vector)
-        return Snapshot(self.storage, fold.live(), vector, frozenset(fold.conflicts), late, self._cache, self._relocate)
+        return Snapshot(self.storage, fold.live(), vector, frozenset(fold.conflicts), late, self._cache, self._relocate,
+                        dict(fold.closures))
 
     def fold(self) -> Fold:
         """What the log says now, for maintenance; not to be changed. It moves on with the next snapshot or append.
@@ -384,7 +385,8 @@ class ReplayStore:
         return self.snapshot().to_polars(where)
 
     def sampler(self, config: "ReplayConfig | None" = None, *, seed: int = 0, tokenizer_sha256: str | None = None,
-                max_staleness: int | None = None, chat_template_sha256: str | None = None) -> "Sampler":
+                max_staleness: int | None = None, chat_template_sha256: str | None = None,
+                where: str | None = None) -> "Sampler":
         """A position in the store to draw from; see :class:`agentsdpo.replay.Sampler`.
 
         >>> from agentsdpo.replay.example import example
@@ -396,7 +398,7 @@ class ReplayStore:
         from agentsdpo.replay.sampler import Sampler
 
         return Sampler(self, config or ReplayConfig(), seed=seed, tokenizer_sha256=tokenizer_sha256,
-                       max_staleness=max_staleness, chat_template_sha256=chat_template_sha256)
+                       max_staleness=max_staleness, chat_template_sha256=chat_template_sha256, where=where)
 
     # ------------------------------------------------------------------------------------------------- policies
 

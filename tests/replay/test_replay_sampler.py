@@ -113,7 +113,8 @@ def test_filters_refuse_and_count(store: ReplayStore) -> None:
     assert [row.chat_template_sha256 for row in one.sample(2, 0)] == ["b" * 64] * 2
     counts = one.explain(0)
     assert counts == {"total": 8, "untrainable": 1, "not_allowed": 0, "tokenizer": 1, "template": 1, "no_logprob": 2,
-                      "no_version": 1, "stale": 0, "used_up": 0, "eligible": 2, "withheld": 0}
+                      "no_version": 1, "where": 0, "open_group": 0, "stale": 0, "used_up": 0, "resting": 0,
+                      "eligible": 2, "withheld": 0}
     assert one.metrics()["replay/refused/count"] == 6
     assert one.metrics()["replay/refused/template"] == 1
     with pytest.raises(ConfigError, match="tokenizer and template"):
