@@ -15,7 +15,7 @@ CONDITIONAL = "conditional-create"
 FEATURES: frozenset[str] = frozenset({CONDITIONAL})
 """Features of the format this release understands beyond the base."""
 RESERVE_BYTES = 64 << 20
-"""Room that a store made by ``init`` holds back on its disk."""
+"""Room that a store meant to last holds back on its disk (``agentsdpo replay init``)."""
 
 
 def create(storage: Storage, *, reserve_bytes: int = 0) -> None:
@@ -45,6 +45,21 @@ def create(storage: Storage, *, reserve_bytes: int = 0) -> None:
             storage.create(name, data)
         except FileExistsError:
             continue
+
+
+def take_reserve(storage: Storage, about: Json) -> None:
+    """Hold back again what a store was made with. Raises StoreError when there is no room."""
+    if isinstance(storage, LocalStorage):
+        storage.reserve(int(about.get("reserve_bytes", 0)))
+
+
+def check_reserve(storage: Storage, about: Json) -> None:
+    """Raise StoreError when a store was made with a reserve and has none."""
+    size = int(about.get("reserve_bytes", 0))
+    if size and not storage.exists(RESERVE):
+        raise StoreError(f"the disk of {storage.uri} was full: its reserve of {size} bytes is spent",
+                         fix="free space, then take the reserve again with `agentsdpo replay init`; episodes under "
+                             "way may still be appended")
 
 
 def read(storage: Storage) -> Json:

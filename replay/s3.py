@@ -61,7 +61,7 @@ class S3Storage:
 
     def create(self, path: str, data: Data) -> None:
         """See :meth:`Storage.create`. A name taken by equal bytes is no error: they are our own."""
-        body = memoryview(data)
+        body = memoryview(data).cast("B")
         _retry(lambda: self._create_conditional(path, body) if self.exclusive else self._create_plain(path, body))
 
     def _create_plain(self, path: str, body: memoryview) -> None:
@@ -90,7 +90,7 @@ class S3Storage:
                 raise StoreError(f"the server of {self.uri} lets a conditional PUT overwrite an object",
                                  fix="use one that knows If-None-Match; appending works without")
         finally:
-            with suppress(StoreError):
+            with suppress(StoreError):  # keys that may not delete can still write a store; a few bytes stay
                 self.remove(path)
         self.exclusive = True
 
@@ -189,6 +189,8 @@ class S3Storage:
         except (FileNotFoundError, StoreError):
             raise
         except OSError as error:
+            if "NO_SUCH_KEY" in str(error):
+                raise FileNotFoundError(errno.ENOENT, "no such object", f"{self.uri}/{path}") from None
             raise explain(doing, f"{self.uri}/{path}".rstrip("/"), str(error)) from None
 
     def _connect(self) -> fs.S3FileSystem:

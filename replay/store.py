@@ -31,7 +31,7 @@ from agentsdpo.replay.rows import Row, to_rows
 from agentsdpo.replay.rules import check_episode
 from agentsdpo.replay.segment import GroupCache, encode
 from agentsdpo.replay.snapshot import Condition, Snapshot
-from agentsdpo.replay.storage import RESERVE, LocalStorage, Storage, storage_for
+from agentsdpo.replay.storage import LocalStorage, Storage, storage_for
 from agentsdpo.types import Episode, Grade, Hint, Json
 
 if TYPE_CHECKING:
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from agentsdpo.replay.config import ReplayConfig
     from agentsdpo.replay.sampler import Sampler
 
-CACHE_BYTES = 256 << 20
-"""Decoded rows an open store keeps in memory."""
 
 
 class ReplayStore:
@@ -60,51 +58,31 @@ class ReplayStore:
         self._policies = Policies(storage)
 
     @classmethod
-    def open(cls, uri: str | Path, create: bool = True, *, cache_bytes: int = CACHE_BYTES) -> "ReplayStore":
+    def open(cls, uri: str | Path, create: bool = True, *, cache_bytes: int = 256 << 20,
+             reserve_bytes: int = 0) -> "ReplayStore":
         """Open a store, making it first if nothing is there and ``create`` is true. Nothing is read yet.
 
         Args:
             uri: folder of the store, on a file system with hard links and an honest fsync, or ``s3://bucket/prefix``.
             cache_bytes: bytes of decoded rows to keep in memory.
+            reserve_bytes: room a new store holds back on its disk: when that is full, it is given back so that what is
+                under way can be finished, and :meth:`admit` refuses new episodes. An old store takes its own again.
 
         Raises:
+            StorageUnfit: a store is to be made where none can be kept.
             StoreError: no store and ``create`` is false, a folder of something else, or a newer format.
         """
         storage = storage_for(uri)
         if create:
-            layout.create(storage)
-        return cls(storage, cache_bytes=cache_bytes)
-
-    @classmethod
-    def init(cls, uri: str | Path, *, reserve_bytes: int = layout.RESERVE_BYTES) -> "ReplayStore":
-        """Make a store that is meant to last, or open one and take the reserve it was made with, where that was spent.
-
-        Args:
-            uri: as for :meth:`open`.
-            reserve_bytes: room held back on a local disk (``reserve.bin``): when the disk is full, it is given back so
-                that what is under way can be finished, and :meth:`admit` refuses new episodes. 0 holds none.
-
-        Raises:
-            StorageUnfit: the file system or the server cannot keep a store.
-            StoreError: as :meth:`open`, or no room for the reserve.
-        """
-        storage = storage_for(uri)
-        layout.create(storage, reserve_bytes=reserve_bytes)
-        store = cls(storage, cache_bytes=CACHE_BYTES)
-        if isinstance(storage, LocalStorage):
-            storage.reserve(store._reserve_bytes)
+            layout.create(storage, reserve_bytes=reserve_bytes)
+        store = cls(storage, cache_bytes=cache_bytes)
+        if reserve_bytes:
+            layout.take_reserve(storage, store.about)
         return store
-
-    @property
-    def _reserve_bytes(self) -> int:
-        return int(self.about.get("reserve_bytes", 0))
 
     def admit(self) -> None:
         """Let a new episode begin. Raises StoreError when the disk was full and the reserve has been spent since."""
-        if self._reserve_bytes and not self.storage.exists(RESERVE):
-            raise StoreError(f"the disk of {self.storage.uri} was full: its reserve of {self._reserve_bytes} bytes is "
-                             "spent", fix="free space, then take the reserve again with `agentsdpo replay init`; "
-                                 "episodes under way may still be appended")
+        layout.check_reserve(self.storage, self.about)
 
     @property
     def root(self) -> Path:
@@ -268,7 +246,7 @@ class ReplayStore:
     def append_overlay(self, kind: str, data: bytes, rows: int) -> None:
         """Commit an overlay file of late values as it is; the caller has checked that its ``rows`` fit rows here."""
         with self._lock:
-            self._check_writable()
+            self.check_writable()
             path = f"overlay/{kind}/{uuid7()}.parquet"
             self.storage.create(path, data)
             self._commit({"op": "overlay", "kind": kind, "path": path, "bytes": len(data), "rows": rows,
