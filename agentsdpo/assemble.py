@@ -22,7 +22,6 @@ from agentsdpo.learn.learner import Learner
 from agentsdpo.learn.load import load_chat, load_model
 from agentsdpo.learn.rows import TrainRow
 from agentsdpo.publish.registry import PolicyRegistry
-from agentsdpo.replay.config import KEEPING
 from agentsdpo.replay.rows import Row
 from agentsdpo.replay.sampler import Sampler
 from agentsdpo.replay.spool import Spool
@@ -131,7 +130,8 @@ def run_id(config: RunConfig) -> str:
     >>> run_id(RunConfig(steps=5)) == run_id(RunConfig(steps=9)) != run_id(RunConfig(seed=1))
     True
     """
-    text = json.dumps(config.model_dump(mode="json", exclude={"steps": True, "replay": KEEPING}), sort_keys=True)
+    settings = config.model_dump(mode="json", exclude={"steps", "replay"}) | {"replay": config.replay.identity()}
+    text = json.dumps(settings, sort_keys=True)
     return f"{config.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
