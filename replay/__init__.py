@@ -18,6 +18,9 @@ from agentsdpo.replay.ids import Key, uuid7
 
 if TYPE_CHECKING:
     from agentsdpo.replay.config import ReplayConfig
+    from agentsdpo.replay.maintain import evict, fold, unevict
+    from agentsdpo.replay.pinned import pin, pins, unpin
+    from agentsdpo.replay.reclaim import gc
     from agentsdpo.replay.rows import Row, to_episode, to_rows
     from agentsdpo.replay.sampler import Sampler
     from agentsdpo.replay.schema import SCHEMA
@@ -25,9 +28,11 @@ if TYPE_CHECKING:
     from agentsdpo.replay.store import ReplayStore
 
 _HOMES = {"ReplayConfig": "config", "Row": "rows", "to_rows": "rows", "to_episode": "rows", "Sampler": "sampler",
-          "SCHEMA": "schema", "Snapshot": "snapshot", "ReplayStore": "store"}
-__all__ = ["SCHEMA", "Key", "ReplayConfig", "ReplayStore", "Row", "Sampler", "Snapshot", "to_episode", "to_rows",
-           "uuid7"]
+          "SCHEMA": "schema", "Snapshot": "snapshot", "ReplayStore": "store",
+          "evict": "maintain", "unevict": "maintain", "fold": "maintain", "gc": "reclaim", "pin": "pinned",
+          "unpin": "pinned", "pins": "pinned"}
+__all__ = ["SCHEMA", "Key", "ReplayConfig", "ReplayStore", "Row", "Sampler", "Snapshot", "evict", "fold", "gc", "pin",
+           "pins", "to_episode", "to_rows", "unevict", "unpin", "uuid7"]
 
 
 def __getattr__(name: str) -> Any:

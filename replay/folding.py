@@ -5,12 +5,12 @@ latest ``replace`` put it, else where it was added. Maintenance is one stream, `
 is read before the others, so that everything it speaks of is there when they are read.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from agentsdpo.errors import CorruptionError, StoreError
-from agentsdpo.replay import archive
+from agentsdpo.replay import archive, snapfile
 from agentsdpo.replay.ids import Key
 from agentsdpo.replay.log import MAINT, Located, Vector, check_entry, check_gaps, entry_path, located
 from agentsdpo.replay.storage import Storage
@@ -48,9 +48,11 @@ class Fold:
         archived: closed streams that were packed.
         closures: members of groups that were closed by name.
         epoch: number of take-overs of the maintenance stream.
+        from_snapshot: whether to begin with the folded snapshot, where there is one.
     """
 
     storage: Storage
+    from_snapshot: bool = True
     rows: dict[Key, Located] = field(default_factory=dict)
     vector: Vector = field(default_factory=dict)
     conflicts: dict[Key, list[Located]] = field(default_factory=dict)
@@ -81,6 +83,8 @@ class Fold:
             StoreError: the log has another history than ``upto``, or holds operations of a newer release.
         """
         packs = archive.Packs(self.storage)
+        if not self.vector and self.from_snapshot:
+            snapfile.restore(self, upto)
         if upto is not None:
             self._refresh_upto(upto, packs)
             return
@@ -182,7 +186,7 @@ class Fold:
                 self._file(out)
                 self.moved |= {row.key: row for row in located(out, entry["ts_us"])}
                 for row in out["rows"]:
-                    self._place(Key(*row["key"]))
+                    self._put(Key(*row["key"]))
 
     def _note_archive(self, op: Json) -> None:
         if op["op"] == "archive":
@@ -190,8 +194,7 @@ class Fold:
                               for writer, at in op["streams"].items()}
 
     def _file(self, op: Json) -> None:
-        if op["path"] not in self.gone:
-            self.files[op["path"]] = Segment(op["bytes"], op["sha256"])
+        self.note_files([(op["path"], op["bytes"], op["sha256"])])
 
     def _add(self, row: Located) -> None:
         """Keep the best row of a key; two whole rows of unequal content are a conflict and both withheld."""
@@ -200,14 +203,38 @@ class Fold:
             if best.status == row.status == "sealed":
                 self.conflicts.setdefault(row.key, [best]).append(row)
             else:
-                self.beaten |= {(row if best.rank > row.rank else self.rows[row.key]).path}
+                self.beaten.add((row if best.rank > row.rank else self.rows[row.key]).path)
         if best is None or row.rank > best.rank or (row.rank == best.rank and row.path < best.path):
             self._added[row.key] = row
-            self._place(row.key)
+            self._put(row.key)
 
-    def _place(self, key: Key) -> None:
-        """Where the best row of a key is: moved rows keep their content, else the move was of a beaten row."""
-        added, moved = self._added.get(key), self.moved.get(key)
+    def _put(self, key: Key) -> None:
+        added = self._added.get(key)
         if added is not None:
-            same = moved is not None and moved.content_sha256 == added.content_sha256
-            self.rows[key] = replace(moved, ts_us=added.ts_us) if moved and same else added
+            self.rows[key] = self.place(added)
+
+    def place(self, row: Located) -> Located:
+        """Where an added row is: what was moved had the same content, or was another row of its key."""
+        moved = self.moved.get(row.key)
+        same = moved is not None and moved.content_sha256 == row.content_sha256
+        return replace(moved, ts_us=row.ts_us) if moved and same else row
+
+    # --------------------------------------------------------------------- what a folded snapshot is read into
+
+    def put_back(self, row: Located, conflict: bool, moved: bool) -> None:
+        """A row of a folded snapshot: one of several of its key if ``conflict``, in a compacted file if ``moved``."""
+        if moved:
+            self.moved[row.key] = row
+        if conflict:
+            self.conflicts.setdefault(row.key, []).append(row)
+        best = self._added.get(row.key)
+        if best is None or row.rank > best.rank:
+            self._added[row.key] = self.rows[row.key] = row
+
+    def hide(self, key: Key, seq: int, reason: str) -> None:
+        """Evict a key, by an entry of the maintenance stream."""
+        self.evicted[key] = Evicted(seq, reason)
+
+    def note_files(self, files: Iterable[tuple[str, int, str | None]]) -> None:
+        """Data files by path, size and hash; those without a hash, or handed to gc, are no more."""
+        self.files |= {path: Segment(size, sha) for path, size, sha in files if sha and path not in self.gone}
