@@ -70,6 +70,10 @@ class RegistryError(AgentSdpoError, OSError):
     """The policy registry lacks a version, or its folder cannot be read or written."""
 
 
+class FormatError(AgentSdpoError, ValueError):
+    """A file to import that is not in the format it should be in, or that would lose something on the way."""
+
+
 class TrainForbidden(AgentSdpoError, PermissionError):
     """Data of a task whose licence forbids training was about to reach the learner."""
 

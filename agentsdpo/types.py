@@ -202,6 +202,7 @@ class Episode(Frozen):
     vocab_size: int = 0
     engine: str = ""
     messages: tuple[Json, ...] = ()
+    tools: tuple[Json, ...] = Field(default=(), description="as the agent saw them, OpenAI shape; () when not recorded")
     metadata: Json = {}
 
     @property

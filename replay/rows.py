@@ -111,6 +111,7 @@ def _record(episode: Episode, branch: Branch) -> Json:
         "token_ids": branch.token_ids, "token_kind": branch.token_kind, "logprobs": logprobs, "calls": calls,
         "kept_ids": branch.kept_ids, "kept_counts": branch.kept_counts,
         "messages_json": to_json(list(episode.messages)) if first and episode.messages else None,
+        "tools_json": to_json(list(episode.tools)) if first and episode.tools else None,
         "extra": canonical_json(_extra(episode, first)).decode(), "tokens_sha256": tokens, "content_sha256": content}
 
 
@@ -355,7 +356,7 @@ def to_episode(table: pa.Table) -> Episode:
         **{name: first[name] for name in _EPISODE_FIELDS}, branches=tuple(row.branch for row in rows),
         stop_reason=StopReason(first["stop_reason"]), grade=rows[0].grade, hint=rows[0].hint,
         vocab_size=extra.get("vocab_size", 0), messages=tuple(json.loads(first["messages_json"] or "[]")),
-        metadata=extra.get("metadata", {}))
+        tools=tuple(json.loads(first["tools_json"] or "[]")), metadata=extra.get("metadata", {}))
 
 
 _WIDE = (*_ARRAYS, "calls")
