@@ -144,7 +144,7 @@ def check_gaps(storage: Storage, writer: str, start: int = 0) -> None:
     Raises:
         CorruptionError: an entry is missing in the middle.
     """
-    names = [info.path.rpartition("/")[2].removesuffix(".json") for info in storage.list(f"log/{writer}")]
+    names = [name.removesuffix(".json") for name in storage.names(f"log/{writer}")]
     there = {int(name) for name in names if name.isdigit()}
     last = max(there, default=-1)
     # a number written while the names were listed may be missing among them: look again, one by one

@@ -167,6 +167,10 @@ class S3Storage:
         found = self._select(prefix, recursive=False)
         return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
 
+    def names(self, prefix: str) -> Names:
+        """See :meth:`Storage.names`."""
+        return [info.base_name for info in self._select(prefix, recursive=False)]
+
     def list(self, prefix: str, *, temporary: bool = False) -> Files:
         """See :meth:`Storage.list`; nothing unfinished is ever seen in a bucket."""
         start = len(self._key("")) + 1

@@ -89,6 +89,10 @@ class Storage(Protocol):
         """Names of the folders directly below a folder, ascending; none when it does not exist."""
         ...
 
+    def names(self, prefix: str) -> Names:
+        """Names of what is directly below a folder, in any order; cheaper than :meth:`list`, as it asks no sizes."""
+        ...
+
     def list(self, prefix: str, *, temporary: bool = False) -> Files:
         """All files below a folder at any depth, by path ascending; ``""`` is the whole store.
 
@@ -247,6 +251,15 @@ class LocalStorage:
         try:
             with os.scandir(self.at(prefix)) as entries:
                 return sorted(entry.name for entry in entries if entry.is_dir())
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise self._unreadable(error, prefix) from error
+
+    def names(self, prefix: str) -> Names:
+        """See :meth:`Storage.names`."""
+        try:
+            return os.listdir(self.at(prefix))
         except FileNotFoundError:
             return []
         except OSError as error:
