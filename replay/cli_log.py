@@ -1,5 +1,6 @@
 """Verbs that follow a store: ``log``, ``tail``, ``sample``."""
 
+import json
 import re
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from agentsdpo.errors import ConfigError, StoreNotFound
 from agentsdpo.replay.cli_base import Json, Out, Store, Where, cell, existing, verb
 
 if TYPE_CHECKING:
-    from agentsdpo.replay.storage import Storage
+    from agentsdpo.replay.folding import Fold
     from agentsdpo.replay.store import ReplayStore
 
 app = typer.Typer()
@@ -26,30 +27,34 @@ def log(
     writer: Annotated[str | None, typer.Option(metavar="ID", help="One stream, by the beginning of its id.")] = None,
 ) -> None:
     """List the entries of the commit log: who wrote what, in which order."""
-    opened = existing(store)
-    streams = sorted(opened.snapshot().vector)
-    chosen = [stream for stream in streams if stream.startswith(writer or "")]
+    from agentsdpo.replay.folding import Fold
+
+    fold = Fold(existing(store).storage)
+    fold.refresh()
+    chosen = [stream for stream in fold.vector if stream.startswith(writer or "")]
     if writer is not None and not chosen:
-        raise StoreNotFound(f"no stream starts with {writer!r} among {len(streams)}",
+        raise StoreNotFound(f"no stream starts with {writer!r} among {len(fold.vector)}",
                             fix="list all with: agentsdpo replay log")
-    entries = sorted((entry for stream in chosen for entry in _entries(opened.storage, stream)),
+    entries = sorted((entry for stream in chosen for entry in _entries(fold, stream)),
                      key=lambda entry: (entry["ts"], entry["writer"], entry["seq"]))
     names = ["ts", "writer", "seq", "operations"]
     out.answer({"store": store, "entries": entries}, lambda: out.table(
         names, [[entry[name] for name in names] for entry in entries]), lines="entries")
 
 
-def _entries(storage: "Storage", stream: str) -> Iterator[Json]:
-    """The entries of one stream, checked, in order."""
-    from agentsdpo.replay.log import check_entry, entry_path
+def _entries(fold: "Fold", stream: str) -> Iterator[Json]:
+    """The entries of one stream, in order, from its folder or its archive."""
+    from agentsdpo.replay.archive import Packs
+    from agentsdpo.replay.log import entry_path
+    from agentsdpo.replay.storage import read_whole
 
-    seq, prev = 0, ""
-    while storage.exists(path := entry_path(stream, seq)):
-        entry = check_entry(storage.read(path), f"{storage.uri}/{path}", stream, seq, prev)
+    packs, place = Packs(fold.storage), fold.archived.get(stream)
+    for seq in range(fold.vector[stream][0] + 1):
+        raw = packs.entry(stream, seq, place) if place else read_whole(fold.storage, entry_path(stream, seq))
+        entry = json.loads(raw or b"{}")
         yield {"ts": datetime.fromtimestamp(entry["ts_us"] / 1e6, UTC), "writer": stream, "seq": seq,
                "operations": [_operation(op) for op in entry["ops"]], "sha": entry["sha"], "ops": [
                    {name: value for name, value in op.items() if name != "rows"} for op in entry["ops"]]}
-        seq, prev = seq + 1, entry["sha"]
 
 
 def _operation(op: Json) -> str:
@@ -124,10 +129,12 @@ def _moment(text: str) -> datetime:
 
 @verb(app, lists=True)
 def sample(
-    out: Out, store: Store,
+    out: Out, store: Store, where: Where = None,
     n: Annotated[int, typer.Option("-n", min=1, help="Units to draw.")] = 8,
     strategy: Annotated[str, typer.Option(help="Order of draws, as replay.strategy.")] = "uniform",
     unit: Annotated[str, typer.Option(help="What one draw takes, as replay.unit.")] = "episode",
+    group_mode: Annotated[str, typer.Option(help="Whether groups with members missing wait, as replay.group_mode.")
+                          ] = "any",
     seed: Annotated[int, typer.Option(min=0, help="Of the order.")] = 0,
     max_staleness: Annotated[int | None, typer.Option(min=0, help="Policy versions a unit may be old.")] = None,
     current: Annotated[int | None, typer.Option(min=0, metavar="VERSION", help="The learner's policy version; the "
@@ -142,11 +149,13 @@ def sample(
     from agentsdpo.replay.sampler import Sampler
 
     try:
-        config = ReplayConfig.model_validate({"strategy": strategy, "unit": unit})
+        config = ReplayConfig.model_validate({"strategy": strategy, "unit": unit, "group_mode": group_mode})
     except ValidationError as error:
         first = error.errors()[0]
-        raise ConfigError(f"--{first['loc'][0]} is {first['input']!r}", fix=f"{first['msg']}") from error
-    sampler = Sampler(existing(store), config, seed=seed, tokenizer_sha256=tokenizer, max_staleness=max_staleness)
+        name = str(first["loc"][0]).replace("_", "-")
+        raise ConfigError(f"--{name} is {first['input']!r}", fix=f"{first['msg']}") from error
+    sampler = Sampler(existing(store), config, seed=seed, tokenizer_sha256=tokenizer, max_staleness=max_staleness,
+                      where=where)
     rows = sampler.snapshot.rows
     version = current if current is not None else max((row.version_max for row in rows.values()), default=0)
     if explain:

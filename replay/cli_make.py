@@ -5,43 +5,39 @@ from typing import Annotated
 
 import typer
 
-from agentsdpo.errors import ConfigError
-from agentsdpo.replay.cli_base import Out, Store, existing, verb
+from agentsdpo.replay.cli_base import Json, Out, Store, existing, verb
 
 app = typer.Typer()
-_NEEDED = ("fsync", "link", "exclusive", "rename")
-"""Probes without which nothing can be promised."""
 
 
 @verb(app)
-def init(out: Out, store: Store) -> None:
-    """Make a store, once the file system has shown that it can keep one."""
-    from agentsdpo.replay.probe import probe
-    from agentsdpo.replay.storage import LocalStorage, storage_for
+def init(
+    out: Out, store: Store,
+    reserve: Annotated[int, typer.Option(min=0, metavar="MIB", help="Room held back on a local disk, so that a full "
+                                         "one cuts nothing off.")] = 64,
+) -> None:
+    """Make a store, once the place has shown that it can keep one; take the reserve of an old one again."""
+    from agentsdpo.replay.storage import storage_for
     from agentsdpo.replay.store import ReplayStore
 
-    storage = storage_for(store)
-    there = storage.exists("STORE.json")
-    if isinstance(storage, LocalStorage) and not there:
-        failed = [each for each in probe(storage.root) if each["state"] == "failed" and each["name"] in _NEEDED]
-        if failed:
-            raise ConfigError(f"the file system of {store} cannot keep a store: {failed[0]['name']}: "
-                              f"{failed[0]['detail']}", fix="use a local disk (ext4, xfs, btrfs, apfs), or s3://")
-    about = ReplayStore.open(store).about
+    there = storage_for(store).exists("STORE.json")
+    about = ReplayStore.open(store, reserve_bytes=reserve << 20).about
     words = "was there already" if there else "is made"
     out.answer({"store": store, "made": not there, **about}, lambda: f"{store} {words}: store {about['store_id']}")
 
 
 @verb(app, lists=True)
 def doctor(out: Out, store: Store) -> None:
-    """Try what the store needs of its file system: fsync, links, locks, clock, space."""
+    """Try what a store needs of the place it lies in, and how fast that is."""
+    from agentsdpo.replay.fitness import examine
     from agentsdpo.replay.probe import probe
     from agentsdpo.replay.storage import LocalStorage
 
     storage = existing(store).storage
-    if not isinstance(storage, LocalStorage):
-        raise ConfigError(f"{store} is no local folder", fix="doctor tries file systems; object stores need no probe")
-    found = probe(storage.root)
+    found: list[Json] = [{"name": each.name, "state": "ok" if each.good else "failed" if each.needed else "warning",
+                          "detail": each.what} for each in examine(storage)]
+    if isinstance(storage, LocalStorage):
+        found += probe(storage.root)
     out.answer({"store": store, "probes": found}, lambda: out.table(
         ["probe", "state", "detail"], [list(each.values()) for each in found]), lines="probes")
     if any(each["state"] == "failed" for each in found):

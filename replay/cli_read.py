@@ -162,6 +162,7 @@ def show(
     calls: Annotated[bool, typer.Option("--calls", help="A table of the calls to the engine.")] = False,
     messages: Annotated[bool, typer.Option("--messages", help="The recorded messages instead of the tokens.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="The exact text of the tokens and nothing else.")] = False,
+    gap: Annotated[bool, typer.Option("--gap", help="Shade by teacher minus student log-prob.")] = False,
     model: Annotated[str | None, typer.Option(help="Folder of the model whose tokenizer is needed.")] = None,
 ) -> None:
     """Print an episode: the conversation, each sampled token shaded by its log-prob."""
@@ -176,7 +177,7 @@ def show(
     opened = existing(store)
     snapshot = opened.snapshot()
     found = view.load(opened, snapshot, summary.newest_episode(snapshot) if last else summary.find_episode(
-        snapshot, episode or ""), attempt=attempt, branch=branch, model=model)
+        snapshot, episode or ""), attempt=attempt, branch=branch, model=model, gap=gap)
     if found.decoder is None and not (messages or calls):
         out.note(f"no tokenizer {found.rows[0].tokenizer_sha256[:12]!r} here: ids are shown; name the model's folder "
                  "with --model")

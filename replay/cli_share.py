@@ -78,8 +78,8 @@ def split(
 ) -> None:
     """Copy into several stores below TO, groups whole; safe to repeat."""
     from agentsdpo.replay import combine
-    from agentsdpo.replay.summary import rows as scalars
     from agentsdpo.replay.summary import column
+    from agentsdpo.replay.summary import rows as scalars
 
     if (by is None) == (parts is None):
         raise ConfigError("give either --by or --parts", fix="as in --by env_id or --parts train=0.9,val=0.1")

@@ -9,11 +9,12 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 
 import pyarrow as pa
 
 from agentsdpo.errors import ConfigError, CorruptionError, StoreError
-from agentsdpo.replay.ids import Key, uuid7
+from agentsdpo.replay.ids import Key
 from agentsdpo.replay.log import Located
 from agentsdpo.replay.overlay_copy import copy_overlays, missing
 from agentsdpo.replay.snapshot import Condition, Snapshot
@@ -229,12 +230,9 @@ def parts_by_share(view: Snapshot, shares: Mapping[str, float], seed: int,
         keys: what to split.
     """
     parts: dict[str, list[Key]] = {name: [] for name in shares}
+    edges = list(zip(shares, accumulate(shares.values()), strict=True))
     for key in sorted(keys):
         digest = hashlib.blake2b(f"{seed}/{_group(view.rows[key])}".encode(), digest_size=8).digest()
-        at, edge = int.from_bytes(digest, "big") / 2**64, 0.0
-        for name, share in shares.items():
-            edge += share
-            if at < edge:
-                break
-        parts[name].append(key)
+        at = int.from_bytes(digest, "big") / 2**64
+        parts[next((name for name, edge in edges if at < edge), edges[-1][0])].append(key)
     return parts

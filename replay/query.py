@@ -19,8 +19,14 @@ from agentsdpo.replay.summary import segments
 if TYPE_CHECKING:
     import duckdb
 
-_VIEW = """CREATE {temporary} VIEW branches AS SELECT * EXCLUDE (_path) FROM {segments} SEMI JOIN {live}
-           USING (_path, episode_id, branch_id, attempt)"""
+_LATE = ("reward", "reward_status", "rewards_json")
+_VIEW = """CREATE {temporary} VIEW branches AS SELECT s.* EXCLUDE (_path) REPLACE (
+             CASE WHEN l._late THEN l._reward ELSE s.reward END AS reward,
+             CASE WHEN l._late THEN l._reward_status ELSE s.reward_status END AS reward_status,
+             CASE WHEN l._late THEN l._rewards_json ELSE s.rewards_json END AS rewards_json), l.label
+           FROM {segments} s JOIN {live} l ON s._path = l._path AND s.episode_id = l.episode_id
+             AND s.branch_id = l.branch_id AND s.attempt = l.attempt"""
+"""Live rows with their latest rewards and labels."""
 
 
 def connect(view: Snapshot) -> "duckdb.DuckDBPyConnection":
@@ -98,11 +104,16 @@ def _duckdb() -> Any:
 
 
 def _live(view: Snapshot, prefix: str = "") -> pa.Table:
-    """Key and file of every live row."""
+    """Key and file of every live row, its label, and its reward where that came late."""
     rows = [view.rows[key] for key in sorted(view.rows)]
     kinds = {name: SCHEMA.field(name).type for name in Key._fields}
     columns = {name: pa.array([getattr(row.key, name) for row in rows], kind) for name, kind in kinds.items()}
-    return pa.table({"_path": pa.array([prefix + row.path for row in rows], pa.string()), **columns})
+    bare = pa.table({name: pa.nulls(len(rows), SCHEMA.field(name).type) for name in _LATE})
+    late = view.late.onto_table(bare, rows)
+    given = [status is not None for status in late.column("reward_status").to_pylist()]
+    return pa.table({"_path": pa.array([prefix + row.path for row in rows], pa.string()), **columns,
+                     "label": late.column("label"), "_late": pa.array(given, pa.bool_()),
+                     **{f"_{name}": late.column(name) for name in _LATE}})
 
 
 def _dataset(view: Snapshot) -> ds.Dataset:

@@ -1,6 +1,6 @@
 """One episode, ready to be looked at: its rows, its tokenizer, and what the tokens are shaded by."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,14 +10,13 @@ from agentsdpo.errors import ConfigError, StoreNotFound
 from agentsdpo.replay.cli_base import Out, cell, printable, write
 from agentsdpo.replay.decode import Decoder, decoder_for, model_folders, pieces
 from agentsdpo.replay.rows import Row
-from agentsdpo.replay.shade import LOGPROB, Segment, Shade, conversation, segments
+from agentsdpo.replay.shade import GAP, LOGPROB, Segment, Shade, conversation, segments
 from agentsdpo.replay.snapshot import Snapshot
 from agentsdpo.replay.store import ReplayStore
 from agentsdpo.types import Call, Episode, Json
 
 _CALL_COLUMNS = ("branch_id", "call_id", "turn", "start", "end", "policy", "finish_reason", "temperature", "top_p",
                  "top_k", "logprob_kind", "logprob", "untrainable_reason")
-_TOKEN_COLUMNS = ("branch_id", "token", "id", "kind", "text", "logprob", "turn")
 _WINDOW_HELP = "write first:last, as in --tokens 0:40, -20: or :100"
 
 
@@ -43,11 +42,11 @@ class Shown:
 
 
 def load(store: ReplayStore, view: Snapshot, episode_id: str, *, attempt: int | None = None, branch: int | None = None,
-         model: str | None = None) -> Shown:
-    """Read an episode and find its tokenizer.
+         model: str | None = None, gap: bool = False) -> Shown:
+    """Read an episode and find its tokenizer; tokens are shaded by their log-prob, or with ``gap`` by :func:`gaps`.
 
     Raises:
-        StoreNotFound: no such attempt or branch.
+        StoreNotFound: no such attempt or branch, or no gap is recorded.
         ModelError, TokenizerMismatch: ``model`` is no folder of the model that sampled the tokens.
         CorruptionError: as :meth:`Snapshot.read`.
     """
@@ -62,7 +61,33 @@ def load(store: ReplayStore, view: Snapshot, episode_id: str, *, attempt: int | 
     episode = view.episode(episode_id, wanted)
     folders = model_folders(store.storage.uri, episode.model_id)
     decoder = decoder_for(episode.tokenizer_sha256, folders, model)
-    return Shown(rows, episode, view.located(chosen[0]).status, decoder, [row.branch.logprobs for row in rows])
+    shown = Shown(rows, episode, view.located(chosen[0]).status, decoder, [row.branch.logprobs for row in rows])
+    if not gap:
+        return shown
+    found = [gaps(view, row) for row in rows]
+    title = next((title for values, title in found if values is not None), None)
+    if title is None:
+        raise StoreNotFound(f"no trainer's log-probs are recorded for episode {episode_id}",
+                            fix="record them with ReplayStore.add_relogprobs(..., trainer_id='teacher')")
+    nothing = [np.full(len(row.branch.token_ids), np.nan, np.float32) for row in rows]
+    values = [have if have is not None else none for (have, _), none in zip(found, nothing, strict=True)]
+    return replace(shown, values=values, shade=replace(GAP, title=title))
+
+
+def gaps(view: Snapshot, row: Row) -> tuple[np.ndarray | None, str]:
+    """Teacher minus student log-prob per token, float32[T], and what was subtracted from what; None if not recorded.
+
+    The trainers called ``teacher`` and ``student`` are taken at their newest policy version. Without a teacher, any
+    trainer stands in for it; without a student, the behaviour policy does.
+    """
+    found = dict(sorted(view.relogprobs(row.key).items()))
+    if not found:
+        return None, ""
+    teachers = [at for at in found if at[1] == "teacher"] or [at for at in found if at[1] != "student"] or list(found)
+    students = [at for at in found if at[1] == "student" and at != teachers[-1]]
+    minus = found[students[-1]] if students else row.branch.logprobs
+    names = [f"{trainer} at policy {version}" for version, trainer in [teachers[-1], *students[-1:]]]
+    return found[teachers[-1]] - minus, f"{names[0]} minus {names[1] if students else 'behaviour'}, in nats"
 
 
 def window(text: str, shown: Shown) -> tuple[int, int]:
@@ -154,14 +179,14 @@ def _calls(shown: Shown) -> list[Json]:
 
 def _tokens(shown: Shown, wanted: tuple[int, int]) -> list[Json]:
     """One entry per token; a token inside a character of several has the text of all of them at the first."""
-    found = []
-    for row in shown.rows:
+    found, name = [], "logprob" if shown.shade is LOGPROB else "gap"
+    for row, values in zip(shown.rows, shown.values, strict=True):
         branch, (start, stop) = row.branch, wanted
         ids, turns = branch.token_ids[start:stop].tolist(), {at: c.turn for c in branch.calls for at in
                                                              range(c.start, c.end)}
         texts = {start + a: text for a, _, text in pieces(shown.decoder, ids)} if shown.decoder else {}
         found += [{"branch_id": branch.branch_id, "token": at, "id": token, "kind": int(branch.token_kind[at]),
-                   "text": texts.get(at, "" if texts else None), "logprob": float(branch.logprobs[at]),
+                   "text": texts.get(at, "" if texts else None), name: float(values[at]),
                    "turn": turns.get(at)} for at, token in enumerate(ids, start)]
     return found
 
@@ -177,7 +202,7 @@ def render(out: Out, shown: Shown, form: str, wanted: tuple[int, int] | None) ->
         _table(out, _CALL_COLUMNS, _calls(shown))
     elif wanted:
         rows = _tokens(shown, wanted)
-        _table(out, _TOKEN_COLUMNS, [{**row, "text": row["text"] and repr(row["text"])[1:-1]} for row in rows])
+        _table(out, tuple(rows[0]), [{**row, "text": row["text"] and repr(row["text"])[1:-1]} for row in rows])
     elif form == "messages":
         out.say(_header(shown))
         out.say(_messages(shown.episode, _width(out)))

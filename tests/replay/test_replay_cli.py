@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from replay_factories import make_episode
 from replay_shown import build
 from typer.testing import CliRunner, Result
 
 from agentsdpo.cli import app
-from agentsdpo.replay import ReplayStore
+from agentsdpo.replay import Key, ReplayStore
 
 
 def call(*words: Any, **options: Any) -> Result:
@@ -262,6 +263,20 @@ def test_show_one_branch_of_several(shared: Path) -> None:
     assert "attempts 0" in refused(4, "show", shared, "bbbb", "--attempt", "3")
 
 
+def test_show_the_gap_where_a_trainer_recorded_it(own: Path) -> None:
+    assert "no trainer's log-probs" in refused(4, "show", own, "aaaa", "--gap")
+    store = ReplayStore.open(own)
+    key = Key("aaaa-1", 0, 0)
+    behaviour = store.snapshot().read([key])[0].branch.logprobs
+    store.add_relogprobs({key: behaviour - np.float32(0.5)}, policy_version=5, trainer_id="student")
+    store.add_relogprobs({key: behaviour - np.float32(9)}, policy_version=5, trainer_id="teacher")
+    tokens = [t for t in document("show", own, "aaaa", "--gap", "--tokens", ":")["tokens"] if t["kind"] == 1]
+    assert tokens[0]["gap"] == pytest.approx(-8.5)
+    text = command("show", own, "aaaa", "--gap", env={**os.environ, "FORCE_COLOR": "1"}).stdout
+    assert "teacher at policy 5 minus student at policy 5" in text
+    assert "48;2;0;114;178" in text  # blue: the student likes it more
+
+
 def test_show_the_last_episode(shared: Path) -> None:
     assert document("show", shared, "--last")["episode"]["episode_id"] == "dddd-5"
 
@@ -345,12 +360,14 @@ def test_sample_draws_as_a_learner_and_explains(shared: Path) -> None:
 
 
 def test_init_makes_a_store_once(tmp_path: Path) -> None:
-    first, second = document("init", tmp_path / "s"), document("init", tmp_path / "s")
+    first, second = (document("init", tmp_path / "s", "--reserve", "0") for _ in range(2))
     assert (first["made"], second["made"]) == (True, False)
     assert first["store_id"] == second["store_id"]
     assert set(content(tmp_path / "s")) == {"STORE.json", "FORMAT.md"}
     (tmp_path / "file").write_text("x")
     assert refused(1, "init", tmp_path)
+    good("init", tmp_path / "r", "--reserve", "1")
+    assert (tmp_path / "r" / "reserve.bin").stat().st_size == 1 << 20
 
 
 def test_init_refuses_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,18 +376,18 @@ def test_init_refuses_a_file_system_without_links(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(os, "link", broken)
     said = refused(2, "init", tmp_path / "s")
-    assert "link: Operation not permitted (EPERM)" in said
-    assert "local disk" in said
+    assert "Operation not permitted" in said
     assert not (tmp_path / "s" / "STORE.json").exists()
 
 
 def test_doctor_exits_2_when_a_probe_fails(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {row["name"] for row in lines("doctor", own)} == {
-        "fsync", "link", "exclusive", "rename", "lock", "clock", "space"}
-    monkeypatch.setattr(os, "replace", lambda *names: None)
+    found = {row["name"]: row["state"] for row in lines("doctor", own)}
+    assert {"create", "exclusive", "move", "fsync", "lock", "clock", "space"} <= set(found)
+    assert "failed" not in found.values()
+    monkeypatch.setattr(os, "link", lambda *names: None)
     result = call("doctor", own)
     assert result.exit_code == 2
-    assert "rename\tfailed" in result.stdout
+    assert "create\tfailed" in result.stdout
 
 
 def test_sql_sees_live_rows_and_cannot_write(shared: Path, tmp_path: Path) -> None:
@@ -382,6 +399,21 @@ def test_sql_sees_live_rows_and_cannot_write(shared: Path, tmp_path: Path) -> No
     assert not target.exists()
     assert "DuckDB refuses" in refused(2, "sql", shared, "SELECT nosuch FROM branches")
     assert "DuckDB refuses" in refused(2, "sql", shared, f"SELECT * FROM read_json('{shared}/STORE.json')")
+
+
+def test_sql_shows_the_latest_rewards_and_labels(own: Path, tmp_path: Path) -> None:
+    store = ReplayStore.open(own)
+    store.add_rewards({"aaaa-1": 0.25})
+    store.add_labels({"dddd-5": "kept"})
+    query = "SELECT episode_id, reward, label FROM branches WHERE reward < 0.4 OR label IS NOT NULL ORDER BY ALL"
+    want = [{"episode_id": "aaaa-1", "reward": 0.25, "label": None},
+            {"episode_id": "dddd-5", "reward": 0.5, "label": "kept"}]
+    assert document("sql", own, query)["rows"] == want
+    good("view", own, "--create", tmp_path / "v.db")
+    import duckdb
+
+    with duckdb.connect(str(tmp_path / "v.db"), read_only=True) as connection:
+        assert connection.execute(query).fetchall() == [tuple(row.values()) for row in want]
 
 
 def test_sql_on_a_damaged_page_is_an_error_that_names_the_store(own: Path) -> None:
