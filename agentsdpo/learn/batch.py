@@ -8,15 +8,15 @@ With a hint of h tokens inserted at ``hint_at``, a token at position ``i >= hint
 the sampled one is checked token by token on every batch.
 """
 
-from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from agentsdpo.errors import HintError, LearnError
+from agentsdpo.learn.config import LearnConfig
+from agentsdpo.learn.prior import decay_factor, shares, skip_factor, span_factor
 from agentsdpo.learn.records import LossTokens
 from agentsdpo.learn.rows import LossRow
 
@@ -39,50 +39,67 @@ class MicroBatch:
     staleness: Tensor
 
 
-def loss_weights(rows: list[LossRow], normaliser: Literal["token", "episode"]) -> list[float]:
-    """Weight of each loss token of each row, so that all weights of a step sum to 1. Counted before gates and masks.
+def loss_weights(rows: list[LossRow], config: LearnConfig) -> list[np.ndarray]:
+    """Weight of each loss token of each row, float32[n] per row: its share of the step times what is known beforehand.
 
-    ``token``: one over all loss tokens. ``episode``: every episode weighs the same over all its branches.
-    A token that is rejected later therefore shrinks the step instead of amplifying the others.
+    Shares are counted over all rows of the step, before gates and masks; see :mod:`agentsdpo.learn.prior`.
+
+    Args:
+        rows: all rows of the step.
+        config: ``normaliser``, ``loss_tokens``; ``tool_weight``, ``skip_first``, ``staleness_decay``.
     """
-    total = sum(len(row.position) for row in rows)
-    if normaliser == "token":
-        return [1.0 / total for _ in rows]
-    per_episode: Counter[str] = Counter()
-    for row in rows:
-        per_episode[row.row.episode_id] += len(row.position)
-    return [1.0 / (len(per_episode) * per_episode[row.row.episode_id]) for row in rows]
+    counts = [len(row.position) for row in rows]
+    episodes = {row.row.episode_id: i for i, row in enumerate(rows)}
+    turns = np.cumsum([0, *(int(row.turn.max()) + 1 for row in rows)])
+    turn = np.concatenate([row.turn + first for row, first in zip(rows, turns, strict=False)])
+    weight = shares(config.normaliser, turn=turn, branch=np.repeat(np.arange(len(rows)), counts),
+                    episode=np.repeat([episodes[row.row.episode_id] for row in rows], counts),
+                    loss_tokens=config.loss_tokens or 1)
+    if config.tool_weight != 1.0:
+        weight = weight * span_factor(np.concatenate([_tool(row) for row in rows]), config.tool_weight)
+    if config.skip_first:
+        weight = weight * skip_factor(turn, config.skip_first)
+    if config.staleness_decay < 1.0:
+        weight = weight * decay_factor(np.concatenate([row.age for row in rows]), config.staleness_decay)
+    return np.split(weight.astype(np.float32), np.cumsum(counts)[:-1])
 
 
-def microbatches(rows: list[LossRow], *, normaliser: Literal["token", "episode"], max_tokens: int,
-                 device: torch.device | str = "cpu") -> list[MicroBatch]:
+def _tool(row: LossRow) -> np.ndarray:
+    """Which loss tokens belong to a tool call, bool[n]."""
+    if row.row.tool is None:
+        raise LearnError(f"learn.tool_weight needs to know the tool calls of episode {row.row.episode_id!r}",
+                         fix="give TrainRow.tool, or set learn.tool_weight to 1")
+    return row.row.tool[row.position]
+
+
+def microbatches(rows: list[LossRow], config: LearnConfig, device: torch.device | str = "cpu") -> list[MicroBatch]:
     """All micro-batches of one optimiser step, longest rows first.
 
     Args:
         rows: admitted rows.
-        normaliser: see :func:`loss_weights`.
-        max_tokens: padded teacher tokens of one micro-batch; a single longer row stands alone, never cut.
+        config: of :func:`loss_weights`; ``microbatch_tokens`` bounds the padded teacher tokens of one micro-batch, a
+            single longer row stands alone, never cut.
         device: where the tensors go.
 
     Raises:
         HintError: student and teacher rows do not agree on the scored tokens.
-        LearnError: there are no rows.
+        LearnError: there are no rows, or tool calls are weighted but not known.
     """
     if not rows:
         raise LearnError("no row is left to learn from", fix="collect fresh episodes or relax what refuses them")
-    weights = loss_weights(rows, normaliser)
+    weights = loss_weights(rows, config)
     order = sorted(range(len(rows)), key=lambda i: -rows[i].teacher_length)
     groups: list[list[int]] = []
     for i in order:
-        if groups and (len(groups[-1]) + 1) * rows[groups[-1][0]].teacher_length <= max_tokens:
+        if groups and (len(groups[-1]) + 1) * rows[groups[-1][0]].teacher_length <= config.microbatch_tokens:
             groups[-1].append(i)
         else:
             groups.append([i])
     return [collate([rows[i] for i in group], [weights[i] for i in group], device) for group in groups]
 
 
-def collate(rows: list[LossRow], weights: list[float], device: torch.device | str = "cpu") -> MicroBatch:
-    """One micro-batch of the given rows; ``weights`` holds one loss weight per row."""
+def collate(rows: list[LossRow], weights: list[np.ndarray], device: torch.device | str = "cpu") -> MicroBatch:
+    """One micro-batch of the given rows; ``weights`` holds the loss weights of each, float32[n]."""
     student = _pad([row.ids for row in rows])
     teacher = _pad([teacher_ids(row) for row in rows])
     counts = np.array([len(row.position) for row in rows])
@@ -99,9 +116,11 @@ def collate(rows: list[LossRow], weights: list[float], device: torch.device | st
         return torch.from_numpy(array).to(device)
 
     tokens = LossTokens(
-        tok=put(tok), weight=put(np.repeat(np.array(weights, np.float32), counts)),
+        tok=put(tok), weight=put(np.concatenate(weights)), branch=put(seg),
         turn=put(np.concatenate([row.turn for row in rows]) + first_turn[seg]),
         behaviour_logp=put(np.concatenate([row.behaviour_logp for row in rows])),
+        age=put(np.concatenate([row.age for row in rows])),
+        advantage=put(np.repeat(np.array([row.advantage for row in rows], np.float32), counts)),
         temperature=put(temperature) if (temperature != 1.0).any() else None, kept=_kept(rows, device))
     return MicroBatch(student_ids=put(student), teacher_ids=put(teacher), student_pos=put(student_pos),
                       teacher_pos=put(teacher_pos), tokens=tokens, seg=put(seg),

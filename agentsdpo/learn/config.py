@@ -5,10 +5,8 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from agentsdpo.errors import ConfigError
+from agentsdpo.learn.conflicts import conflicts
 from agentsdpo.settings import Settings
-
-LIVE_TEACHER_MAX_LR = 1e-6
-"""Above this learning rate a live teacher chases itself: every loss tried collapsed within 30 steps at 3e-4."""
 
 
 class LearnConfig(Settings):
@@ -22,6 +20,7 @@ class LearnConfig(Settings):
     ('divergence', 'none', 50)
     """
 
+    # ---- what is compared: learn/divergence.py
     form: Literal["divergence", "sampled"] = Field(
         default="divergence", description="divergence over the vocabulary, or the gap on the sampled token alone")
     beta: float = Field(default=0.0, ge=0.0, le=1.0, description="0 forward KL(teacher||student), 1 reverse KL, "
@@ -31,25 +30,66 @@ class LearnConfig(Settings):
     support: Literal["full", "student", "teacher", "union"] = Field(
         default="union", description="ids the divergence is taken over; all but full add one tail bucket")
     top_k: int = Field(default=64, ge=1, le=1024, description="ids per side of a support that is not full")
-    ratio: Literal["none", "is", "tis", "ppo"] = Field(
-        default="none", description="weight of the sampled form: 1, r, min(r, cap), or that with the PPO mask")
-    eps_lo: float = Field(default=0.2, gt=0.0, lt=1.0, description="PPO mask: 1 - eps_lo is the lower ratio bound")
-    eps_hi: float = Field(default=0.2, gt=0.0, le=10.0, description="PPO mask: 1 + eps_hi is the upper ratio bound")
+
+    # ---- how far the data is: learn/ratio.py, learn/clipper.py, learn/gates.py
+    ratio: Literal["none", "is", "tis", "topr", "tis_topr", "ppo", "clamp", "cispo", "icepop", "mis", "dppo",
+                   "decoupled", "m2po", "minpro", "turn_geo", "gspo", "seq_tis", "seq_mis"] = Field(
+        default="none", description="correction of the importance ratio by name; equations in learn/ratio.py")
+    eps_lo: float = Field(default=0.2, gt=0.0, lt=1.0, description=(
+        "lower bound 1 - eps_lo of the ratio (ppo, clamp, icepop, decoupled, gspo), or of p - mu (dppo)"))
+    eps_hi: float = Field(default=0.2, gt=0.0, le=10.0, description=(
+        "upper bound 1 + eps_hi of the ratio (also cispo), or of p - mu (dppo)"))
     cap: float = Field(default=2.0, ge=1.0, le=1000.0, description="largest ratio (no unit); there is no smallest")
+    m2_budget: float = Field(default=0.04, gt=0.0, le=10.0, description=(
+        "m2po: largest mean (log r)^2 of harmful tokens, nats squared; costs one more scoring of every step"))
     adv_clip: float | None = Field(default=None, gt=0.0, le=100.0,
                                    description="clip |gap| at this many running means; None is off")
     adv_decay: float = Field(default=0.99, ge=0.0, lt=1.0, description="decay of that running mean, per step")
-    gate: Literal["off", "k3"] = Field(default="off", description="drop whole turns whose mean K3 exceeds c3")
+    gate: Literal["off", "k3", "geo"] = Field(
+        default="off", description="drop units whose mean K3 exceeds c3, or whose geometric mean ratio is off 1 by geo")
+    gate_unit: Literal["turn", "branch"] = Field(default="turn", description="what a gate or a veto drops as a whole")
     c3: float = Field(default=0.1, gt=0.0, le=10.0, description="largest mean K3 of a turn, in nats")
+    geo: float = Field(default=0.1, gt=0.0, lt=1.0, description="largest distance of the geometric mean ratio from 1")
     veto: float | None = Field(default=None, gt=0.0, lt=1.0,
                                description="drop a turn that holds a ratio below this; None is off")
     max_staleness: int | None = Field(default=8, ge=0, le=1_000_000,
                                       description="policy versions; older rows are evicted; None is unlimited")
-    teacher: Literal["live", "ema", "frozen"] = Field(default="frozen", description="whose weights read the hint")
+    staleness_decay: float = Field(default=1.0, gt=0.0, le=1.0, description=(
+        "factor per policy version of each token's own staleness; 1 is off"))
+
+    # ---- what each token weighs: learn/prior.py, learn/weights.py
+    normaliser: Literal["token", "turn", "branch", "episode", "constant"] = Field(
+        default="episode", description="what weighs the same as its like; counted before gates")
+    loss_tokens: int | None = Field(default=None, ge=1, le=1_000_000_000, description=(
+        "normaliser constant: loss tokens of a full step; none elsewhere"))
+    token_weight: Literal["off", "sod", "sdar"] = Field(default="off", description=(
+        "sod: turns on which the gap is larger than on the first count less; sdar: sigmoid(sdar_slope * gap)"))
+    sdar_slope: float = Field(default=1.0, gt=0.0, le=100.0, description="slope of the sdar gate, per nat")
+    tool_weight: float = Field(default=1.0, ge=0.0, le=100.0, description="factor of the tokens of tool calls")
+    skip_first: int = Field(default=0, ge=0, le=100_000, description="loss tokens of each turn that carry no loss")
+
+    # ---- beside the teacher: learn/mix.py
+    mix: Literal["pure", "blend", "add", "credit"] = Field(default="pure", description=(
+        "the objective alone; (1-w) policy gradient + w objective; policy gradient + w objective; policy gradient "
+        "whose credit the gap reshapes"))
+    mix_weight: float = Field(default=0.5, gt=0.0, le=100.0, description="w of blend (below 1) and add")
+    advantage: Literal["grpo", "reinforce"] = Field(default="grpo", description=(
+        "of an episode's grade: standardised in its group, or less the mean of the step"))
+    tau: float = Field(default=0.0, ge=0.0, le=1.0, description="weight of the penalty (log r)^2; 0 is off")
+    beta_kl: float = Field(default=0.0, ge=0.0, le=1.0, description=(
+        "weight of the K3 penalty to the initial weights, one more forward; 0 is off"))
+
+    # ---- the teacher: learn/teacher.py
+    teacher: Literal["live", "ema", "frozen", "snapshot", "gated", "trust_region"] = Field(
+        default="frozen", description="whose weights read the hint")
     ema_rate: float = Field(default=0.05, gt=0.0, le=1.0, description="EMA teacher: share of the student per step")
+    refresh_every: int = Field(default=100, ge=1, le=1_000_000, description=(
+        "optimiser steps: snapshot copies the student every so many, gated at most every so many"))
+    trust: float = Field(default=0.05, ge=0.0, le=1.0, description=(
+        "trust region: share of the student's logits in the teacher's"))
     allow_live_lr: bool = Field(default=False, description="accept a live teacher above a learning rate of 1e-6")
-    normaliser: Literal["token", "episode"] = Field(
-        default="episode", description="each token, or each episode, weighs the same; counted before gates")
+
+    # ---- the optimiser
     lr: float = Field(default=1e-6, gt=0.0, le=1.0, description="AdamW learning rate")
     betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW moment decays, each in [0, 1)")
     weight_decay: float = Field(default=0.0, ge=0.0, le=1.0, description="AdamW decoupled decay, per step times lr")
@@ -60,33 +100,12 @@ class LearnConfig(Settings):
                                    description="padded teacher tokens per forward; one row may exceed it, uncut")
     control_every: int = Field(default=50, ge=0, le=1_000_000, description=(
         "optimiser steps between two looks at what no hint and a wrong hint would have done; 0 is never"))
+    parity: bool = Field(default=False, description=(
+        "accept what is known to be wrong (a floored ratio, a ratio on a divergence), to compare with who does it"))
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
-        for wrong, what, fix in self._conflicts():
+        for wrong, what, fix in conflicts(self):
             if wrong:
                 raise ConfigError(what, fix=fix)
         return self
-
-    def _conflicts(self) -> list[tuple[bool, str, str]]:
-        """``(is wrong, what, fix)`` of every combination that makes no sense."""
-        divergence = self.form == "divergence"
-        return [
-            (divergence and self.ratio != "none",
-             f"learn.ratio is {self.ratio!r} with learn.form 'divergence'",
-             "set ratio to 'none': the divergence does not depend on the sampled token, so a token ratio has mean 1 "
-             "and only adds variance"),
-            (divergence and self.adv_clip is not None,
-             f"learn.adv_clip is {self.adv_clip} with learn.form 'divergence'",
-             "remove adv_clip: the divergence form has no per-token gap to clip"),
-            (divergence and self.support == "student" and self.beta < 0.5,
-             f"learn.support is 'student' with learn.beta {self.beta}",
-             "use support 'teacher' or 'union' below beta 0.5: teacher mass outside the student's top-k would only "
-             "say 'raise the tail'"),
-            (self.teacher == "live" and self.lr > LIVE_TEACHER_MAX_LR and not self.allow_live_lr,
-             f"learn.teacher is 'live' with learn.lr {self.lr:g}, above {LIVE_TEACHER_MAX_LR:g}",
-             "lower lr, use teacher 'frozen', or set allow_live_lr = true and watch the score: a live teacher "
-             "follows the student and collapses"),
-            (not all(0.0 <= b < 1.0 for b in self.betas),
-             f"learn.betas is {self.betas}", "give two decays in [0, 1)"),
-        ]

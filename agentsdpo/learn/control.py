@@ -55,7 +55,7 @@ def empty_hint_gap(model: Any, rows: list[LossRow], config: LearnConfig) -> floa
     bare = [replace(row, row=replace(row.row, hint_ids=())) for row in rows]
     device, total, count = next(model.parameters()).device, 0.0, 0
     with torch.no_grad():
-        for b in microbatches(bare, normaliser="token", max_tokens=config.microbatch_tokens, device=device):
+        for b in microbatches(bare, config, device):
             sides = [scores(model, ids, at).log_probs(b.tokens.temperature)
                      for ids, at in ((b.student_ids, b.student_pos), (b.teacher_ids, b.teacher_pos))]
             left, right = (token_logp(side, b.tokens.tok, b.tokens.kept) for side in sides)
@@ -72,7 +72,7 @@ def wrong_hint_gap(teacher: Teacher, pairs: list[tuple[LossRow, LossRow]], devic
         device: of the teacher.
     """
     def logp(row: LossRow) -> Tensor:
-        batch = collate([row], [1.0], device)
+        batch = collate([row], [np.ones(len(row.position), np.float32)], device)
         return token_logp(teacher.scores(batch).log_probs(batch.tokens.temperature), batch.tokens.tok,
                           batch.tokens.kept)
 

@@ -6,7 +6,8 @@ import numpy as np
 from torch import Tensor
 
 from agentsdpo.learn.config import LearnConfig
-from agentsdpo.learn.ratio import ess_frac, k3
+from agentsdpo.learn.gates import ess_frac, k3
+from agentsdpo.learn.ratio import MASKING
 from agentsdpo.learn.records import TokenStats
 
 Metrics = dict[str, float]
@@ -24,7 +25,7 @@ def step_metrics(stats: TokenStats, staleness: Tensor, config: LearnConfig, boun
     metrics = {**gap_metrics(stats), **shape_metrics(stats, config), **push_metrics(stats.push),
                "learn/gated_frac": _share(~stats.gate)}
     metrics |= ratio_metrics(stats.log_ratio, config) | mismatch_metrics(stats.log_ratio[staleness == 0])
-    if config.ratio == "ppo":
+    if config.ratio in MASKING:
         metrics |= mask_metrics(stats)
     if bound is not None:
         metrics |= clip_metrics(stats.gap, bound)
@@ -90,7 +91,7 @@ def mismatch_metrics(log_r: Tensor) -> Metrics:
 
 
 def mask_metrics(stats: TokenStats) -> Metrics:
-    """Share of tokens the PPO mask silences, among positive and among negative gaps."""
+    """Share of tokens the ratio correction silences, among positive and among negative gaps."""
     up, down = stats.gap > 0, stats.gap < 0
     return {"learn/masked_frac/pos": _share(~stats.mask[up]), "learn/masked_frac/neg": _share(~stats.mask[down])}
 

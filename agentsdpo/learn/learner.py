@@ -8,15 +8,17 @@ from torch import Tensor
 
 from agentsdpo.errors import LearnError
 from agentsdpo.learn.batch import MicroBatch, microbatches
+from agentsdpo.learn.clipper import AdvantageClip
 from agentsdpo.learn.config import LearnConfig
 from agentsdpo.learn.control import control_metrics
 from agentsdpo.learn.diagnostics import staleness_metrics, step_metrics
 from agentsdpo.learn.model import check_model, scores
-from agentsdpo.learn.ratio import AdvantageClip
+from agentsdpo.learn.ratio import m2po_bound
 from agentsdpo.learn.records import TokenStats
 from agentsdpo.learn.rows import Admission, LossRow, TrainRow, admit
-from agentsdpo.learn.sdpo import divergence_form, sampled_form
+from agentsdpo.learn.sdpo import objective
 from agentsdpo.learn.teacher import Teacher, make_teacher
+from agentsdpo.learn.weights import Bounds
 
 
 @dataclass(frozen=True)
@@ -79,18 +81,18 @@ class Learner:
             raise LearnError(f"none of {len(rows)} rows can be trained on: {found.evicted} evicted as staler than "
                              f"{self.config.max_staleness}, refused {dict(found.refused)}",
                              fix="collect fresh episodes, raise learn.max_staleness, or mend what refuses the rows")
-        batches = microbatches(found.rows, normaliser=self.config.normaliser,
-                               max_tokens=self.config.microbatch_tokens, device=self.device)
+        batches = microbatches(found.rows, self.config, self.device)
         self.model.eval()
         control = self._control(found.rows)
-        bound = self._bound(batches)
+        bounds = self._bounds(batches)
         try:
-            loss, stats = self._backward(batches, float("inf") if bound is None else bound)
+            loss, stats = self._backward(batches, bounds)
             norm = self._update(stats)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
         self._after(stats)
-        metrics = step_metrics(stats, torch.cat([b.staleness for b in batches]), self.config, bound)
+        metrics = step_metrics(stats, torch.cat([b.staleness for b in batches]), self.config,
+                               bounds.gap if self.clipper else None)
         metrics |= control | staleness_metrics(found.staleness, found.evicted)
         metrics |= {"learn/loss": loss, "learn/grad_norm": norm, "learn/microbatches": float(len(batches))}
         metrics |= {f"replay/refused/{reason}": float(count) for reason, count in found.refused.items()}
@@ -101,13 +103,11 @@ class Learner:
         """Rows this learner may train on at this version, and why not the others."""
         return admit(rows, version, self.config, window=self.window, vocab_size=self.vocab_size)
 
-    def objective(self, batch: MicroBatch, bound: float) -> tuple[Tensor, TokenStats]:
+    def objective(self, batch: MicroBatch, bounds: Bounds) -> tuple[Tensor, TokenStats]:
         """Loss and statistics of one micro-batch; the teacher first, so that its activations are gone in time."""
         teacher = self.teacher.scores(batch)
         student = scores(self.model, batch.student_ids, batch.student_pos)
-        if self.config.form == "divergence":
-            return divergence_form(student, teacher, batch.tokens, self.config)
-        return sampled_form(student, teacher, batch.tokens, self.config, bound)
+        return objective(student, teacher, batch.tokens, self.config, bounds)
 
     def _control(self, rows: list[LossRow]) -> dict[str, float]:
         """Controls on the hints of this step, where it is time for them: the first step, then every so often."""
@@ -116,21 +116,25 @@ class Learner:
             return {}
         return control_metrics(self.model, self.teacher, rows, self.config, seed=self.step_count, window=self.window)
 
-    def _bound(self, batches: list[MicroBatch]) -> float | None:
-        """Bound on |gap|: from the state before this step; the first step scores everything once to find its own."""
-        if self.clipper is None:
-            return None
-        if not self.clipper.needs_first_mean:
-            return self.clipper.bound()
-        with torch.no_grad():
-            gaps = torch.cat([self.objective(batch, float("inf"))[1].gap for batch in batches])
-        return self.clipper.bound(first_mean=float(gaps.abs().mean()))
+    def _bounds(self, batches: list[MicroBatch]) -> Bounds:
+        """What holds for the whole step: the gap's bound is of the steps before.
 
-    def _backward(self, batches: list[MicroBatch], bound: float) -> tuple[float, TokenStats]:
+        The first of them, and every bound of m2po, take one scoring of all tokens beforehand.
+        """
+        clipper, m2 = self.clipper, self.config.ratio == "m2po"
+        if not m2 and (clipper is None or not clipper.needs_first_mean):
+            return Bounds(gap=clipper.bound()) if clipper else Bounds()
+        with torch.no_grad():
+            seen = TokenStats.cat([self.objective(batch, Bounds())[1] for batch in batches])
+        signal = seen.gap if self.config.mix == "pure" else torch.cat([batch.tokens.advantages for batch in batches])
+        return Bounds(gap=clipper.bound(first_mean=float(seen.gap.abs().mean())) if clipper else Bounds.gap,
+                      m2=m2po_bound(seen.log_ratio, signal, budget=self.config.m2_budget) if m2 else Bounds.m2)
+
+    def _backward(self, batches: list[MicroBatch], bounds: Bounds) -> tuple[float, TokenStats]:
         """Accumulate the gradient of the whole step; the loss and the statistics of all its tokens."""
         total, parts = 0.0, []
         for batch in batches:
-            loss, stats = self.objective(batch, bound)
+            loss, stats = self.objective(batch, bounds)
             value = loss.item()
             if not torch.isfinite(loss):
                 raise LearnError(f"the loss of step {self.step_count + 1} is {value}, nothing was updated",

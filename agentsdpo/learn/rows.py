@@ -7,6 +7,7 @@ import numpy as np
 
 from agentsdpo.errors import TokenizerMismatch, TrainForbidden
 from agentsdpo.learn.config import LearnConfig
+from agentsdpo.learn.prior import advantages
 from agentsdpo.types import Branch, Call, TokenKind, staleness
 
 
@@ -22,6 +23,9 @@ class TrainRow:
         train_allowed: from the task's licence.
         hint_at: token index the hint is inserted at; 0 puts it in front.
         tokenizer_sha256, chat_template_sha256: of the collecting engine; one value per step.
+        score: grade of the episode, None when unscored; read by a mix with a policy gradient alone.
+        group: attempts at one task share it (advantage ``grpo``).
+        tool: bool[T], tokens of the agent's tool calls, None where nothing asks for them.
     """
 
     branch: Branch
@@ -31,13 +35,17 @@ class TrainRow:
     hint_at: int = 0
     tokenizer_sha256: str = ""
     chat_template_sha256: str = ""
+    score: float | None = None
+    group: str = ""
+    tool: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class LossRow:
     """An admitted row: ids cut after the last loss token, and one entry per loss token (arrays of length n).
 
-    ``position`` is the index of the loss token in ``ids``; ``turn`` counts the turns of this row from 0.
+    ``position`` is the index of the loss token in ``ids``; ``turn`` counts the turns of this row from 0; ``age`` is the
+    staleness of each token, ``staleness`` that of the oldest; ``advantage`` is that of the episode's grade.
     """
 
     row: TrainRow
@@ -48,6 +56,8 @@ class LossRow:
     temperature: np.ndarray
     kept: tuple[np.ndarray, ...] | None
     staleness: int
+    age: np.ndarray
+    advantage: float = 0.0
 
     @property
     def teacher_length(self) -> int:
@@ -80,10 +90,12 @@ def admit(rows: list[TrainRow], version: int, config: LearnConfig, *, window: in
         TokenizerMismatch: rows of two tokenizers or templates, or an id the model does not have.
     """
     _one_tokenizer(rows, vocab_size)
-    found = Admission()
+    found, graded = Admission(), config.mix != "pure"
+    credit = advantages(config.advantage, {row.episode_id: (row.group, row.score) for row in rows
+                                           if row.score is not None}) if graded else {}
     for row in rows:
         loss = loss_mask(row.branch)
-        reason = refusal(row, loss, version, window)
+        reason = "unscored" if graded and row.score is None else refusal(row, loss, version, window)
         if reason:
             found.refused[reason] += 1
             continue
@@ -92,7 +104,7 @@ def admit(rows: list[TrainRow], version: int, config: LearnConfig, *, window: in
         if config.max_staleness is not None and age > config.max_staleness:
             found.evicted += 1
         else:
-            found.rows.append(_loss_row(row, loss, age))
+            found.rows.append(_loss_row(row, loss, age, version, credit.get(row.episode_id, 0.0)))
     return found
 
 
@@ -184,18 +196,21 @@ def _call_refusal(branch: Branch, call: Call, loss: np.ndarray) -> str | None:
     return "truncated" if call.sampling.truncated and branch.kept_counts is None else None
 
 
-def _loss_row(row: TrainRow, loss: np.ndarray, age: int) -> LossRow:
-    """Arrays of one admitted row."""
+def _loss_row(row: TrainRow, loss: np.ndarray, oldest: int, version: int, advantage: float) -> LossRow:
+    """Arrays of one admitted row; ``oldest`` is its staleness, ``version`` the learner's."""
     branch, position = row.branch, np.flatnonzero(loss)
     turn, temperature = np.zeros(len(loss), np.int64), np.ones(len(loss), np.float32)
+    age = np.zeros(len(loss), np.int64)
     numbers: dict[int, int] = {}
     for call in branch.calls:
         span = slice(call.start, call.end)
         turn[span] = numbers.setdefault(call.turn, len(numbers))
         temperature[span] = call.sampling.temperature or 1.0  # 0 only where no token carries loss
+        for one in call.versions:
+            age[call.start + one.start:call.start + one.end] = version - one.version
     return LossRow(row=row, ids=branch.token_ids[:position[-1] + 1], position=position, turn=turn[position],
                    behaviour_logp=branch.logprobs[position], temperature=temperature[position],
-                   kept=_kept(branch, loss), staleness=age)
+                   kept=_kept(branch, loss), staleness=oldest, age=age[position], advantage=advantage)
 
 
 def _kept(branch: Branch, loss: np.ndarray) -> tuple[np.ndarray, ...] | None:

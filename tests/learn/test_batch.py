@@ -11,10 +11,12 @@ import torch
 from agentsdpo.errors import HintError, LearnError
 from agentsdpo.learn import batch as batching
 from agentsdpo.learn.batch import MicroBatch, collate, loss_weights, microbatches, teacher_ids
+from agentsdpo.learn.config import LearnConfig
 from agentsdpo.learn.learner import Learner
 from agentsdpo.learn.model import scores
 from agentsdpo.learn.presets import resolve
 from agentsdpo.learn.rows import LossRow, TrainRow, admit
+from agentsdpo.learn.weights import Bounds
 
 CONFIG = resolve("robust", {"lr": 1e-4})
 LENGTHS = [((4, 3), (3, 2)), ((9, 1),), ((2, 2), (5, 9), (3, 1)), ((1, 0),)]
@@ -32,7 +34,7 @@ def ragged(make_row: Callable[..., TrainRow], **fields: Any) -> list[TrainRow]:
 def test_right_padding_without_a_mask_equals_one_row_at_a_time(
         tiny_model: Any, make_row: Callable[..., TrainRow], plain_logp: Callable[..., np.ndarray]) -> None:
     rows = admitted(ragged(make_row))
-    (micro,) = microbatches(rows, normaliser="token", max_tokens=10_000)
+    (micro,) = microbatches(rows, LearnConfig(normaliser="token", microbatch_tokens=10_000))
     assert micro.student_ids.shape[0] == len(LENGTHS)
     for ids, at, longer in ((micro.student_ids, micro.student_pos, lambda r: (r.ids, r.position)),
                             (micro.teacher_ids, micro.teacher_pos,
@@ -45,7 +47,7 @@ def test_right_padding_without_a_mask_equals_one_row_at_a_time(
 
 
 def test_what_is_padded_with_does_not_matter(tiny_model: Any, make_row: Callable[..., TrainRow]) -> None:
-    (micro,) = microbatches(admitted(ragged(make_row)), normaliser="token", max_tokens=10_000)
+    (micro,) = microbatches(admitted(ragged(make_row)), LearnConfig(normaliser="token", microbatch_tokens=10_000))
     noise, lengths = micro.student_ids.clone(), [r.ids for r in admitted(ragged(make_row))]
     for i, ids in enumerate(sorted(lengths, key=len, reverse=True)):
         noise[i, len(ids):] = 77
@@ -60,7 +62,7 @@ def test_what_is_padded_with_does_not_matter(tiny_model: Any, make_row: Callable
 def test_alignment_at_every_placement_and_hint_length(
         hint: tuple[int, ...], hint_at: int, make_row: Callable[..., TrainRow]) -> None:
     (row,) = admitted([make_row(hint=hint, hint_at=hint_at)])
-    micro = collate([row], [1.0])
+    micro = collate([row], [np.ones(len(row.position), np.float32)])
     assert micro.teacher_ids[0].tolist() == [*row.ids[:hint_at], *hint, *row.ids[hint_at:]]
     student, teacher = micro.student_ids.ravel(), micro.teacher_ids.ravel()
     assert torch.equal(student[micro.student_pos + 1], micro.tokens.tok)
@@ -73,37 +75,71 @@ def test_a_misaligned_row_is_an_error(make_row: Callable[..., TrainRow], monkeyp
     (row,) = admitted([make_row()])
     monkeypatch.setattr(batching, "teacher_position", lambda row: row.position + 2)
     with pytest.raises(HintError, match="the teacher's"):
-        collate([row], [1.0])
+        collate([row], [np.ones(len(row.position), np.float32)])
 
 
 def test_a_hint_behind_the_last_loss_token_is_an_error(make_row: Callable[..., TrainRow]) -> None:
     with pytest.raises(HintError, match="behind the last loss token"):
-        collate(admitted([make_row(hint_at=16)]), [1.0])
+        collate(admitted([make_row(hint_at=16)]), [np.ones(7, np.float32)])
 
 
 def test_microbatches_hold_every_row_once_within_the_budget(make_row: Callable[..., TrainRow]) -> None:
     rows = admitted(ragged(make_row) * 3)
-    parts = microbatches(rows, normaliser="token", max_tokens=100)
+    parts = microbatches(rows, LearnConfig(normaliser="token", microbatch_tokens=100))
     assert len(parts) > 1
     assert sum(len(part.student_ids) for part in parts) == len(rows)
     assert all(part.teacher_ids.numel() <= 100 or len(part.teacher_ids) == 1 for part in parts)
     assert sum(float(part.tokens.weight.sum()) for part in parts) == pytest.approx(1.0, abs=1e-6)
-    alone = microbatches(rows, normaliser="token", max_tokens=1)
+    alone = microbatches(rows, LearnConfig(normaliser="token", microbatch_tokens=1))
     assert [len(part.teacher_ids) for part in alone] == [1] * len(rows)
     with pytest.raises(LearnError, match="no row is left"):
-        microbatches([], normaliser="token", max_tokens=1)
+        microbatches([], LearnConfig(normaliser="token", microbatch_tokens=1))
 
 
 def test_turn_numbers_do_not_meet_across_rows(make_row: Callable[..., TrainRow]) -> None:
-    (micro,) = microbatches(admitted(ragged(make_row)), normaliser="token", max_tokens=10_000)
+    (micro,) = microbatches(admitted(ragged(make_row)), LearnConfig(normaliser="token", microbatch_tokens=10_000))
     pairs = set(zip(micro.seg.tolist(), micro.tokens.turn.tolist(), strict=True))
     assert len(pairs) == len(set(micro.tokens.turn.tolist())) == sum(map(len, LENGTHS))
 
 
-def test_token_and_episode_normalisers(make_row: Callable[..., TrainRow]) -> None:
+def test_normalisers_share_the_step_between_equals(make_row: Callable[..., TrainRow]) -> None:
     rows = admitted([make_row(episode="a"), make_row(episode="b", turns=((10, 1), (4, 1))), make_row(episode="b")])
-    assert loss_weights(rows, "token") == [pytest.approx(1 / 28)] * 3
-    assert loss_weights(rows, "episode") == [pytest.approx(1 / 14), pytest.approx(1 / 42), pytest.approx(1 / 42)]
+
+    def shares(**fields: Any) -> list[list[float]]:
+        return [np.unique(part).tolist() for part in loss_weights(rows, LearnConfig(**fields))]
+
+    near = pytest.approx
+    assert shares(normaliser="token") == [[near(1 / 28)]] * 3
+    assert shares(normaliser="episode") == [[near(1 / 14)], [near(1 / 42)], [near(1 / 42)]]
+    assert shares(normaliser="branch") == [[near(1 / 21)], [near(1 / 42)], [near(1 / 21)]]
+    assert shares(normaliser="turn") == [[near(1 / 24), near(1 / 18)], [near(1 / 60), near(1 / 24)],
+                                         [near(1 / 24), near(1 / 18)]]
+    assert shares(normaliser="constant", loss_tokens=50) == [[near(1 / 50)]] * 3
+
+
+def test_factors_known_beforehand_do_not_change_the_shares_of_others(make_row: Callable[..., TrainRow]) -> None:
+    row = make_row(versions=(3, 1))
+    tool = np.zeros(len(row.branch.token_ids), bool)
+    tool[7:9] = True
+    (row,) = admit([replace(row, tool=tool)], 3, resolve(), window=1000, vocab_size=300).rows
+    plain = loss_weights([row], LearnConfig())[0]
+    assert row.age.tolist() == [0, 0, 0, 0, 2, 2, 2]
+    assert (loss_weights([row], LearnConfig(tool_weight=3.0))[0] / plain).tolist() == [1, 3, 3, 1, 1, 1, 1]
+    assert (loss_weights([row], LearnConfig(skip_first=1))[0] / plain).tolist() == [0, 1, 1, 1, 0, 1, 1]
+    decayed = loss_weights([row], LearnConfig(staleness_decay=0.5))[0] / plain
+    assert decayed.tolist() == [1, 1, 1, 1, 0.25, 0.25, 0.25]
+    with pytest.raises(LearnError, match="tool calls of episode"):
+        loss_weights([replace(row, row=replace(row.row, tool=None))], LearnConfig(tool_weight=3.0))
+
+
+def test_grades_become_advantages_and_rows_without_one_are_refused(make_row: Callable[..., TrainRow]) -> None:
+    config = LearnConfig(form="sampled", mix="credit", ratio="ppo")
+    rows = [replace(make_row(episode=name), score=score, group="g") for name, score in (("a", 1.0), ("b", 0.0))]
+    found = admit([*rows, make_row(episode="c")], 0, config, window=1000, vocab_size=300)
+    assert [row.advantage for row in found.rows] == pytest.approx([0.70701, -0.70701], abs=1e-4)
+    assert found.refused == {"unscored": 1}
+    (micro,) = microbatches(found.rows, config)
+    assert micro.tokens.advantages.sign().tolist() == [1] * 7 + [-1] * 7
 
 
 def test_an_episode_in_several_branches_has_the_gradient_of_one(
@@ -119,8 +155,8 @@ def test_an_episode_in_several_branches_has_the_gradient_of_one(
     grads = []
     for rows in ([whole, other], [*pieces, other]):
         learner = Learner(tiny_model, config)
-        for micro in microbatches(admitted(rows, config), normaliser="episode", max_tokens=10_000):
-            learner.objective(micro, 1.0)[0].backward()
+        for micro in microbatches(admitted(rows, config), LearnConfig(normaliser="episode", microbatch_tokens=10_000)):
+            learner.objective(micro, Bounds(gap=1.0))[0].backward()
         grads.append(torch.cat([p.grad.ravel() for p in learner.parameters if p.grad is not None]))
         tiny_model.zero_grad()
     torch.testing.assert_close(grads[0], grads[1], atol=1e-7, rtol=1e-4)
@@ -131,7 +167,7 @@ def test_only_positions_that_predict_a_loss_token_get_a_gradient(
         preset: str, tiny_model: Any, make_row: Callable[..., TrainRow]) -> None:
     config = resolve(preset, {"lr": 1e-4, "teacher": "frozen", "gate": "off", "veto": None, "top_k": 8})
     learner = Learner(tiny_model, config)
-    (micro,) = microbatches(admitted(ragged(make_row, logp=-6.0), config), normaliser="token", max_tokens=10_000)
+    (micro,) = microbatches(admitted(ragged(make_row, logp=-6.0), config), config)
     seen: list[torch.Tensor] = []
 
     def keep(module: Any, args: Any, output: Any) -> None:
@@ -139,7 +175,7 @@ def test_only_positions_that_predict_a_loss_token_get_a_gradient(
         seen.append(output.last_hidden_state)
 
     handle = tiny_model.get_decoder().register_forward_hook(keep)
-    loss = learner.objective(micro, 5.0)[0]
+    loss = learner.objective(micro, Bounds(gap=5.0))[0]
     handle.remove()
     loss.backward()
     assert seen[-1].grad is not None
@@ -161,6 +197,6 @@ def test_the_fast_causal_path_is_taken(tiny_model: Any, make_row: Callable[..., 
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     micro: MicroBatch
-    (micro,) = microbatches(admitted(ragged(make_row)), normaliser="token", max_tokens=10_000)
+    (micro,) = microbatches(admitted(ragged(make_row)), LearnConfig(normaliser="token", microbatch_tokens=10_000))
     scores(tiny_model, micro.student_ids, micro.student_pos)
     assert masks == [(None, True)] * 2

@@ -18,6 +18,7 @@ from agentsdpo.learn.learner import Learner
 from agentsdpo.learn.model import check_model, scores
 from agentsdpo.learn.presets import resolve
 from agentsdpo.learn.rows import TrainRow
+from agentsdpo.learn.weights import Bounds
 from agentsdpo.metrics import check_keys
 from agentsdpo.types import Sampling, TokenKind
 
@@ -60,13 +61,13 @@ def test_one_step_raises_what_the_teacher_likes_and_a_flipped_sign_lowers_it(
     rows = batch_of(make_row, record, tiny_model)
     honest = Learner.objective
 
-    def maybe_flipped(self: Learner, batch: Any, bound: float) -> Any:
-        loss, stats = honest(self, batch, bound)
+    def maybe_flipped(self: Learner, batch: Any, bounds: Bounds) -> Any:
+        loss, stats = honest(self, batch, bounds)
         return sign * loss, stats
 
     monkeypatch.setattr(Learner, "objective", maybe_flipped)
     from agentsdpo.learn.batch import microbatches
-    (micro,) = microbatches(learner.admit(rows, 0).rows, normaliser="token", max_tokens=10_000)
+    (micro,) = microbatches(learner.admit(rows, 0).rows, learner.config)
 
     def student_logp() -> torch.Tensor:
         with torch.no_grad():
@@ -74,7 +75,7 @@ def test_one_step_raises_what_the_teacher_likes_and_a_flipped_sign_lowers_it(
             return head.log_probs().gather(1, micro.tokens.tok[:, None])[:, 0]
 
     with torch.no_grad():
-        gap = honest(learner, micro, float("inf"))[1].gap
+        gap = honest(learner, micro, Bounds())[1].gap
     before = student_logp()
     learner.step(rows, version=0)
     assert sign * float((gap * (student_logp() - before)).sum()) > 0
@@ -125,8 +126,8 @@ def test_an_empty_hint_has_no_gap_and_no_gradient(preset: str, tiny_model: Any, 
     rows = learner.admit(batch_of(make_row, record, tiny_model), 0).rows
     bare = [replace(row, row=replace(row.row, hint_ids=())) for row in rows]
     assert empty_hint_gap(tiny_model, rows, learner.config) < 1e-5
-    for micro in microbatches(bare, normaliser="token", max_tokens=80):
-        loss, stats = learner.objective(micro, float("inf"))
+    for micro in microbatches(bare, learner.config):
+        loss, stats = learner.objective(micro, Bounds())
         loss.backward()
         assert stats.gap.abs().max() < 1e-4
     norm = torch.cat([p.grad.ravel() for p in learner.parameters if p.grad is not None]).norm()

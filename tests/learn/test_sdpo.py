@@ -12,7 +12,8 @@ from torch import Tensor
 from agentsdpo.learn.config import LearnConfig
 from agentsdpo.learn.presets import PRESETS, TOY, resolve
 from agentsdpo.learn.records import Head, LossTokens
-from agentsdpo.learn.sdpo import divergence_form, sampled_form
+from agentsdpo.learn.sdpo import divergence_form, objective, sampled_form
+from agentsdpo.learn.weights import Bounds
 
 FULL = LearnConfig(support="full", gate="off")
 SAMPLED = LearnConfig(form="sampled", ratio="ppo")
@@ -20,9 +21,7 @@ SAMPLED = LearnConfig(form="sampled", ratio="ppo")
 
 def run(student: Head, teacher: Head, tokens: LossTokens, config: LearnConfig,
         bound: float = inf) -> tuple[Tensor, Any]:
-    if config.form == "divergence":
-        return divergence_form(student, teacher, tokens, config)
-    return sampled_form(student, teacher, tokens, config, bound)
+    return objective(student, teacher, tokens, config, Bounds(gap=bound))
 
 
 def logp_after_step(student: Head, loss: Tensor, tok: Tensor, lr: float = 0.05) -> Tensor:
@@ -55,7 +54,7 @@ def test_expectation_over_actions_is_the_reverse_kl_gradient_under_any_behaviour
         mu = torch.randn(v, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).softmax(-1)
         wide = Head(student.hidden.expand(v, -1), student.weight)
         tokens = LossTokens(tok=torch.arange(v), weight=mu, turn=torch.arange(v), behaviour_logp=mu.log())
-        loss, _ = sampled_form(wide, Head(teacher.hidden.expand(v, -1), teacher.weight), tokens, config, inf)
+        loss, _ = sampled_form(wide, Head(teacher.hidden.expand(v, -1), teacher.weight), tokens, config, Bounds())
         (got,) = torch.autograd.grad(loss, student.hidden)
         one = LossTokens(tok=torch.zeros(1, dtype=torch.long), weight=torch.ones(1).double(),
                          turn=torch.zeros(1, dtype=torch.long), behaviour_logp=torch.zeros(1).double())
@@ -77,7 +76,7 @@ def test_all_ratio_modes_agree_where_the_ratio_is_one(make_heads: Callable[..., 
     grads = []
     for mode in ("none", "is", "tis", "ppo"):
         student, teacher, tokens = make_heads()
-        loss, stats = sampled_form(student, teacher, tokens, LearnConfig(form="sampled", ratio=mode), inf)
+        loss, stats = sampled_form(student, teacher, tokens, LearnConfig(form="sampled", ratio=mode), Bounds())
         assert torch.equal(stats.log_ratio, torch.zeros(6).double())
         grads.append(torch.autograd.grad(loss, student.hidden)[0])
     assert all(torch.equal(grads[0], other) for other in grads[1:])
@@ -97,7 +96,7 @@ def test_no_gradient_reaches_the_teacher_or_the_weights_of_the_objective(make_he
 
 def test_the_gap_is_clipped_at_the_bound_but_reported_whole(make_heads: Callable[..., Any]) -> None:
     student, teacher, tokens = make_heads()
-    _, stats = sampled_form(student, teacher, tokens, SAMPLED, 0.5)
+    _, stats = sampled_form(student, teacher, tokens, SAMPLED, Bounds(gap=0.5))
     assert stats.used_gap.abs().max() == 0.5 < stats.gap.abs().max()
     assert torch.equal(stats.push, stats.used_gap)
 

@@ -49,9 +49,9 @@ def test_a_live_teacher_is_the_student_and_stores_nothing(tiny_model: Any, make_
 
 @pytest.mark.parametrize("kind", ["live", "frozen", "ema"])
 def test_scores_carry_no_gradient(kind: str, tiny_model: Any, make_row: Callable[..., TrainRow]) -> None:
-    from agentsdpo.learn.batch import collate
+    from agentsdpo.learn.batch import microbatches
     learner = learner_with(tiny_model, kind)
-    head = learner.teacher.scores(collate(learner.admit([make_row()], 0).rows, [1.0]))
+    head = learner.teacher.scores(microbatches(learner.admit([make_row()], 0).rows, learner.config)[0])
     assert not head.hidden.requires_grad
     assert not head.weight.requires_grad
 
