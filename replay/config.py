@@ -38,8 +38,8 @@ class ReplayConfig(Settings):
         default=0, ge=0, le=1_000_000_000, description="draws a unit rests after it was drawn; uniform_iid and "
                                                        "prioritised only")
     staleness_weight: float = Field(
-        default=1.0, gt=0.0, le=1.0, description="loss weight of a branch per policy version of staleness: "
-                                                 "staleness_weight ** staleness; 1 weighs all alike")
+        default=1.0, gt=0.0, le=1.0, description="factor on the probability of a draw per policy version of staleness; "
+                                                 "1 is none; uniform_iid and prioritised only")
     alpha: float = Field(
         default=0.6, ge=0.0, le=4.0, description="prioritised: exponent of the priority; 0 draws all alike")
     beta: float = Field(
@@ -82,7 +82,8 @@ class ReplayConfig(Settings):
 
 
 _FIRST = {"strategy", "unit", "max_uses"}
-_HEARD = {"uniform_iid": {"cooldown"}, "prioritised": {"cooldown", "alpha", "beta", "beta_draws", "decay"}}
+_HEARD = {"uniform_iid": {"cooldown", "staleness_weight"},
+          "prioritised": {"cooldown", "staleness_weight", "alpha", "beta", "beta_draws", "decay"}}
 """Settings by the strategies that look at them; those in no set are for all."""
 
 

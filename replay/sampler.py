@@ -47,8 +47,7 @@ class Sampler:
         index: told of all uses and priorities, for others to read.
 
     Attributes:
-        weights: float64[K] in (0, 1], one per key of the last draw: importance weight (``prioritised``) times
-            ``staleness_weight ** staleness``.
+        weights: float64[K] in (0, 1], the importance weight of each key of the last draw; 1 unless ``prioritised``.
 
     Raises:
         ConfigError: a negative ``max_staleness``, or ``where`` is no filter.
@@ -127,12 +126,11 @@ class Sampler:
         if self.limiter and not self.limiter.may_sample(n):
             return []
         eligible = self._units.closed & self._fresh(learner_version) & self._unused() & self._rested()
-        chosen, weights = self._strategy.draw(self._units, eligible, n, self._draws)
+        stale = np.maximum(learner_version - self._units.oldest, 0)
+        chosen, weights = self._strategy.draw(self._units, eligible, stale, n, self._draws)
         self._draws += len(chosen)
         if self.limiter:
             self.limiter.sample(len(chosen))
-        stale = np.maximum(learner_version - self._units.oldest[chosen], 0)
-        weights = weights * self.config.staleness_weight ** stale
         keys = [self._units.keys(unit) for unit in chosen]
         self.weights = np.repeat(weights, [len(each) for each in keys])
         self._drawn = [self.snapshot.rows[key] for each in keys for key in each]

@@ -7,7 +7,8 @@ unit again: ``uniform_iid`` every eligible unit with equal probability, ``priori
     P(i) = p_i^alpha / sum_j p_j^alpha,   p_i = priority_i * decay^uses_i,   weight_i = (N P(i))^-beta / max_j
 
 (prioritised experience replay, arXiv:1511.05952, sections 3.3 and 3.4): a batch of n divides the mass into n equal
-strata and draws once in each; the maximum is taken over all N eligible units.
+strata and draws once in each; the maximum is taken over all N eligible units. Both may prefer fresh units: then P(i) is
+multiplied by ``staleness_weight ** staleness_i``, which the importance weights do not undo.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from agentsdpo.replay.config import ReplayConfig
 from agentsdpo.replay.eligible import Units
 
 _FLOOR = 1e-12
-"""Least priority that counts: no unit is ever out of reach."""
+"""Least priority that counts, as a share of the greatest: no unit is ever out of reach."""
 
 
 def uniform(seed: int, t: int) -> float:
@@ -42,8 +43,12 @@ class Strategy(Protocol):
         """New units, the first of which has this number."""
         ...
 
-    def draw(self, units: Units, eligible: np.ndarray, n: int, t: int) -> tuple[list[int], np.ndarray]:
-        """Up to ``n`` of the units where ``eligible`` (bool[U]) holds, as draws t, t+1, ..., and float64[n] weights."""
+    def draw(self, units: Units, eligible: np.ndarray, stale: np.ndarray, n: int,
+             t: int) -> tuple[list[int], np.ndarray]:
+        """Up to ``n`` of the units where ``eligible`` (bool[U]) holds, as draws t, t+1, ..., and float64[n] weights.
+
+        ``stale`` is the staleness of each unit in policy versions, int64[U].
+        """
         ...
 
 
@@ -65,7 +70,8 @@ class Passes:
         """See :meth:`Strategy.join`."""
         self._order = np.concatenate([self._order, self._ranks(names, first)])
 
-    def draw(self, units: Units, eligible: np.ndarray, n: int, t: int) -> tuple[list[int], np.ndarray]:
+    def draw(self, units: Units, eligible: np.ndarray, stale: np.ndarray, n: int,
+             t: int) -> tuple[list[int], np.ndarray]:
         """See :meth:`Strategy.draw`; no unit twice."""
         memory, chosen, eligible = units.memory, list[int](), eligible.copy()
         while len(chosen) < n and eligible.any():
@@ -110,11 +116,13 @@ class Independent:
     def join(self, names: list[str], first: int) -> None:
         """See :meth:`Strategy.join`; nothing is kept here."""
 
-    def draw(self, units: Units, eligible: np.ndarray, n: int, t: int) -> tuple[list[int], np.ndarray]:
+    def draw(self, units: Units, eligible: np.ndarray, stale: np.ndarray, n: int,
+             t: int) -> tuple[list[int], np.ndarray]:
         """See :meth:`Strategy.draw`."""
         order, memory, chosen, config = units.by_key, units.memory, list[int](), self._config
-        mass = np.where(eligible[order], self.mass(units)[order], 0.0)
-        weights = self._weights(mass, t)
+        preference = np.where(eligible, self.preference(units), 0.0)[order]
+        weights = self._weights(preference, t)
+        mass = preference * config.staleness_weight ** stale[order].astype(np.float64)
         edges = np.cumsum(mass)
         for k in range(n):
             if not len(edges) or edges[-1] <= 0:
@@ -131,12 +139,13 @@ class Independent:
                 edges = np.cumsum(mass)
         return order[chosen].tolist(), weights[chosen]
 
-    def mass(self, units: Units) -> np.ndarray:
-        """float64[U]: probability of each unit but for the common factor."""
+    def preference(self, units: Units) -> np.ndarray:
+        """float64[U]: probability of each unit but for the common factor and its staleness."""
         if self._config.strategy == "uniform_iid":
             return np.ones(len(units))
         memory = units.memory
-        return np.maximum(memory.priority * self._config.decay ** memory.uses, _FLOOR) ** self._config.alpha
+        priority = memory.priority * self._config.decay ** memory.uses
+        return np.maximum(priority, priority.max(initial=0.0) * _FLOOR or 1.0) ** self._config.alpha
 
     def _weights(self, mass: np.ndarray, t: int) -> np.ndarray:
         """float64[U]: importance weights in (0, 1] that undo the preference, as far as beta of draw ``t`` says."""
