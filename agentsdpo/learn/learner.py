@@ -1,6 +1,6 @@
 """One optimiser step over replay rows: admit, batch, score, weigh, backward, update, report."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from agentsdpo.learn.control import control_metrics
 from agentsdpo.learn.diagnostics import staleness_metrics, step_metrics
 from agentsdpo.learn.model import check_model, scores
 from agentsdpo.learn.ratio import m2po_bound
-from agentsdpo.learn.records import TokenStats
+from agentsdpo.learn.records import TokenStats, sampled_logp
 from agentsdpo.learn.rows import Admission, LossRow, TrainRow, admit
 from agentsdpo.learn.sdpo import objective
 from agentsdpo.learn.teacher import Teacher, make_teacher
@@ -105,9 +105,12 @@ class Learner:
 
     def objective(self, batch: MicroBatch, bounds: Bounds) -> tuple[Tensor, TokenStats]:
         """Loss and statistics of one micro-batch; the teacher first, so that its activations are gone in time."""
+        tokens = batch.tokens
+        if self.config.beta_kl:
+            tokens = replace(tokens, reference_logp=sampled_logp(self.teacher.reference(batch), tokens))
         teacher = self.teacher.scores(batch)
         student = scores(self.model, batch.student_ids, batch.student_pos)
-        return objective(student, teacher, batch.tokens, self.config, bounds)
+        return objective(student, teacher, tokens, self.config, bounds)
 
     def _control(self, rows: list[LossRow]) -> dict[str, float]:
         """Controls on the hints of this step, where it is time for them: the first step, then every so often."""

@@ -6,7 +6,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from agentsdpo.learn.divergence import Scale, Support, log_softmax
+from agentsdpo.learn.divergence import Scale, Support, log_softmax, token_logp
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,14 @@ class LossTokens:
     def advantages(self) -> Tensor:
         """``advantage``, zeros for None."""
         return torch.zeros_like(self.weight) if self.advantage is None else self.advantage
+
+
+def sampled_logp(head: Head, tokens: LossTokens, *, rows: int = 256) -> Tensor:
+    """Log-probs [N] of the sampled tokens under a head without gradient, ``rows`` of logits at a time."""
+    parts = [tokens.at(slice(at, at + rows)) for at in range(0, len(tokens.tok), rows)]
+    hidden = head.hidden.split(rows)
+    return torch.cat([token_logp(Head(h, head.weight).log_probs(part.temperature), part.tok, part.kept)
+                      for h, part in zip(hidden, parts, strict=True)])
 
 
 @dataclass(frozen=True)

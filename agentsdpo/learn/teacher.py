@@ -1,11 +1,13 @@
-"""Whose weights read the hint: frozen, exponential mean, or live. One small interface.
+"""Whose weights read the hint: live, exponential mean, frozen, snapshot, gated, or a trust region. One interface.
 
 A live teacher follows the student (its target moves with what it teaches); a frozen one cannot exceed what the base
-model can do with a hint; an EMA lies between and is contaminated slowly. Dropout is off in all of them.
+model can do with a hint; an EMA lies between and is contaminated slowly. A snapshot is copied by the clock, a gated one
+only after the policy has proved itself, and a trust region leans a frozen teacher a little towards the student.
+Dropout is off in all of them.
 """
 
 import copy
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +17,10 @@ from agentsdpo.learn.batch import MicroBatch
 from agentsdpo.learn.config import LearnConfig
 from agentsdpo.learn.model import scores
 from agentsdpo.learn.records import Head
+
+Refresh = Literal["never", "first", "isolated", "score", "length", "copied"]
+"""What became of a probe: this teacher is never refreshed by one; it was the first, which later ones are compared with;
+too few steps since the last copy; the score did not rise; the lengths are off; the student was copied."""
 
 
 class Teacher(Protocol):
@@ -28,6 +34,18 @@ class Teacher(Protocol):
         """Called once after every optimiser step."""
         ...
 
+    def probed(self, student: Any, score: float, *, length_safe: bool) -> Refresh:
+        """Called after every probe of the student: mean score in [0, 1]; whether its lengths are those of before."""
+        ...
+
+    def reference(self, batch: MicroBatch) -> Head:
+        """As :meth:`scores`, of the student's rows without hint under the initial weights.
+
+        Raises:
+            LearnError: this teacher does not hold the initial weights.
+        """
+        ...
+
     def state_dict(self) -> dict[str, Tensor]:
         """Weights to put into a checkpoint; empty when the student's suffice."""
         ...
@@ -39,9 +57,12 @@ class Teacher(Protocol):
 
 def make_teacher(model: Any, config: LearnConfig) -> Teacher:
     """The teacher the configuration names, starting from the model's present weights."""
-    if config.teacher == "live":
-        return LiveTeacher(model)
-    return EmaTeacher(model, config.ema_rate) if config.teacher == "ema" else FrozenTeacher(model)
+    made = {"live": lambda: LiveTeacher(model), "frozen": lambda: FrozenTeacher(model),
+            "ema": lambda: EmaTeacher(model, config.ema_rate),
+            "snapshot": lambda: SnapshotTeacher(model, config.refresh_every),
+            "gated": lambda: GatedTeacher(model, config.refresh_every),
+            "trust_region": lambda: TrustRegionTeacher(model, config.trust)}
+    return made[config.teacher]()
 
 
 class LiveTeacher:
@@ -52,12 +73,19 @@ class LiveTeacher:
 
     def scores(self, batch: MicroBatch) -> Head:
         """See :class:`Teacher`."""
-        with torch.no_grad():
-            head = scores(self.model, batch.teacher_ids, batch.teacher_pos)
-            return Head(head.hidden, head.weight.detach())
+        return _head(self.model, batch.teacher_ids, batch.teacher_pos)
+
+    def reference(self, batch: MicroBatch) -> Head:
+        """Refused: these are not the initial weights."""
+        raise LearnError(f"{type(self).__name__} does not hold the initial weights that learn.beta_kl refers to",
+                         fix="use learn.teacher 'frozen' or 'trust_region', or set learn.beta_kl to 0")
 
     def after_step(self, student: Any) -> None:
         """Nothing: it is the student."""
+
+    def probed(self, student: Any, score: float, *, length_safe: bool) -> Refresh:
+        """Nothing: no probe refreshes it."""
+        return "never"
 
     def state_dict(self) -> dict[str, Tensor]:
         """Empty."""
@@ -76,20 +104,126 @@ class FrozenTeacher(LiveTeacher):
     def __init__(self, model: Any) -> None:
         super().__init__(copy.deepcopy(model).eval().requires_grad_(False))
 
+    def reference(self, batch: MicroBatch) -> Head:
+        """See :class:`Teacher`."""
+        return _head(self.model, batch.student_ids, batch.student_pos)
+
     def state_dict(self) -> dict[str, Tensor]:
         """Its weights by parameter name."""
         return {name: p.detach() for name, p in self.model.named_parameters()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Copy the weights in; every parameter must be there."""
-        own = dict(self.model.named_parameters())
+        """Copy the weights in; every tensor must be there."""
+        own = self.state_dict()
         if own.keys() != state.keys():
             odd = sorted(own.keys() ^ state.keys())
             raise LearnError(f"the checkpoint's teacher differs in {len(odd)} tensors, first {odd[0]!r}",
                              fix="resume with the model and the teacher the run was started with")
         with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(state[name])
+            for name, tensor in own.items():
+                tensor.copy_(state[name])
+
+
+class _Copied(FrozenTeacher):
+    """What snapshot and gated teacher share: a copy of the student that is taken anew, and a count of the steps since.
+
+    ``since`` counts optimiser steps since the last copy, ``copies`` the copies taken; both are in the state.
+    """
+
+    reference = LiveTeacher.reference
+
+    def __init__(self, model: Any, every: int) -> None:
+        super().__init__(model)
+        self.every = every
+        self._count = torch.zeros(2, dtype=torch.int64)
+
+    @property
+    def since(self) -> int:
+        """Optimiser steps since the last copy."""
+        return int(self._count[0])
+
+    @property
+    def copies(self) -> int:
+        """Copies taken since the start."""
+        return int(self._count[1])
+
+    def after_step(self, student: Any) -> None:
+        """Count the step."""
+        self._count[0] += 1
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Weights by parameter name, and the counts."""
+        return {**super().state_dict(), "steps_and_copies": self._count}
+
+    def _copy(self, student: Any) -> None:
+        with torch.no_grad():
+            for mine, theirs in zip(self.model.parameters(), student.parameters(), strict=True):
+                mine.copy_(theirs)
+        self._count[0], self._count[1] = 0, self._count[1] + 1
+
+
+class SnapshotTeacher(_Copied):
+    """A copy of the student taken every ``every`` optimiser steps, whatever has become of it."""
+
+    def after_step(self, student: Any) -> None:
+        """Count the step, and copy when it is time."""
+        super().after_step(student)
+        if self.since >= self.every:
+            self._copy(student)
+
+
+class GatedTeacher(_Copied):
+    """Frozen, until a probe shows a better student: then, and not sooner than ``every`` steps after the last, a copy.
+
+    The score must exceed that of the last copy (before the first: that of the first probe), and the lengths must be
+    those of before. What matters is the time apart, not the age of the weights (CGTR, 2606.03532).
+    """
+
+    def __init__(self, model: Any, every: int) -> None:
+        super().__init__(model, every)
+        self._score = torch.full((1,), float("nan"), dtype=torch.float64)
+
+    def probed(self, student: Any, score: float, *, length_safe: bool) -> Refresh:
+        """Copy the student if it may be copied; says why not."""
+        if torch.isnan(self._score):
+            self._score.fill_(score)
+            return "first"
+        if self.since < self.every:
+            return "isolated"
+        if score <= float(self._score):
+            return "score"
+        if not length_safe:
+            return "length"
+        self._copy(student)
+        self._score.fill_(score)
+        return "copied"
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Weights by parameter name, the counts and the score to beat."""
+        return {**super().state_dict(), "score_to_beat": self._score}
+
+
+class TrustRegionTeacher(FrozenTeacher):
+    """Logits ``(1 - trust) frozen + trust student``, both hinted: the geometric mean of the two (lasgroup/SDPO, 0.05).
+
+    Both logits are linear in the hidden states, so the mean is one head of twice the width: nothing that reads a
+    :class:`Head` needs to know.
+
+    Args:
+        model: student at the start; its live weights stay one side.
+        trust: share of the student's logits, in [0, 1].
+    """
+
+    def __init__(self, model: Any, trust: float) -> None:
+        super().__init__(model)
+        self.trust, self.student = trust, model
+
+    def scores(self, batch: MicroBatch) -> Head:
+        """See :class:`Teacher`."""
+        frozen = super().scores(batch)
+        live = _head(self.student, batch.teacher_ids, batch.teacher_pos)
+        return Head(torch.cat([(1.0 - self.trust) * frozen.hidden, self.trust * live.hidden], dim=1),
+                    torch.cat([frozen.weight, live.weight], dim=1))
 
 
 class EmaTeacher(FrozenTeacher):
@@ -100,6 +234,8 @@ class EmaTeacher(FrozenTeacher):
         rate: share of the student taken over per step, in (0, 1].
     """
 
+    reference = LiveTeacher.reference
+
     def __init__(self, model: Any, rate: float) -> None:
         super().__init__(model)
         self.rate = rate
@@ -109,3 +245,10 @@ class EmaTeacher(FrozenTeacher):
         with torch.no_grad():
             for mine, theirs in zip(self.model.parameters(), student.parameters(), strict=True):
                 mine.lerp_(theirs, self.rate)
+
+
+def _head(model: Any, ids: Tensor, positions: Tensor) -> Head:
+    """Scores without gradient."""
+    with torch.no_grad():
+        head = scores(model, ids, positions)
+        return Head(head.hidden, head.weight.detach())

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from agentsdpo.errors import LearnError
 from agentsdpo.learn import mix as mixing
 from agentsdpo.learn.config import LearnConfig
 from agentsdpo.learn.gates import segment_gate, segment_mean
@@ -142,7 +143,10 @@ def _mixed(config: LearnConfig, ratio: Tensor, distil: Tensor | None, u: Tensor,
 def _penalties(student_logp: Tensor, log_r: Tensor, tokens: LossTokens, config: LearnConfig) -> list[Tensor]:
     """Weights of ``-log p`` of the regularisers that are on; they hold for all loss tokens, gated or not."""
     found = [mixing.drift_penalty(log_r, config.tau)] if config.tau else []
-    if config.beta_kl and tokens.reference_logp is not None:
+    if config.beta_kl:
+        if tokens.reference_logp is None:
+            raise LearnError(f"learn.beta_kl is {config.beta_kl} but the tokens have no reference log-probs",
+                             fix="score them under the initial weights first (LossTokens.reference_logp)")
         found.append(mixing.reference_penalty(student_logp, tokens.reference_logp, config.beta_kl))
     return found
 
