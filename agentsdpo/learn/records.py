@@ -1,7 +1,7 @@
 """What passes between the files of the learner. Shapes: N loss tokens of a micro-batch, V ids, H hidden, K kept ids."""
 
-from dataclasses import dataclass, fields
-from typing import Protocol, Self
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -54,8 +54,8 @@ class LossTokens:
 
     def at(self, rows: slice) -> Self:
         """The tokens of some rows."""
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return type(self)(**{name: None if value is None else value[rows] for name, value in parts.items()})
+        parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: value[rows] for name, value in parts.items() if value is not None})
 
     @property
     def branches(self) -> Tensor:

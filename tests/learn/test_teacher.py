@@ -153,6 +153,7 @@ def test_the_reference_is_the_initial_weights_without_hint_or_refused(
     before = sampled_logp(learner.teacher.reference(batch), batch.tokens, rows=2)
     first = learner.step([make_row()], 0).metrics["learn/loss"]
     assert torch.equal(sampled_logp(learner.teacher.reference(batch), batch.tokens, rows=2), before)
+    assert isinstance(learner.teacher, FrozenTeacher)
     again = sampled_logp(scores(learner.teacher.model, batch.student_ids, batch.student_pos), batch.tokens)
     torch.testing.assert_close(before, again, atol=1e-6, rtol=1e-6)
     assert first != learner.step([make_row()], 0).metrics["learn/loss"]
