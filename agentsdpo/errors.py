@@ -52,12 +52,6 @@ class StoreNotFound(StoreError):
     exit_code = 4
 
 
-class StoreLocked(StoreError):
-    """Somebody else holds the lock that this work needs."""
-
-    exit_code = 5
-
-
 class CorruptionError(StoreError):
     """Stored bytes are not the bytes that were written; names the file and the branch."""
 

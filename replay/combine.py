@@ -16,6 +16,7 @@ import pyarrow as pa
 from agentsdpo.errors import ConfigError, CorruptionError, StoreError
 from agentsdpo.replay.ids import Key
 from agentsdpo.replay.log import Located
+from agentsdpo.replay.maintain import unit
 from agentsdpo.replay.overlay_copy import copy_overlays, missing
 from agentsdpo.replay.snapshot import Condition, Snapshot
 from agentsdpo.replay.store import ReplayStore
@@ -144,13 +145,14 @@ def _plan(view: Snapshot, there: Snapshot, wanted: Iterable[Key], source: Replay
 
 def whole_groups(view: Snapshot, keys: Iterable[Key]) -> list[Key]:
     """These keys and all others of their episodes and groups, ascending."""
-    chosen = {_group(view.rows[key]) for key in keys}
-    return sorted(key for key, row in view.rows.items() if _group(row) in chosen)
+    chosen = {unit(view.rows[key]) for key in keys}
+    return sorted(key for key, row in view.rows.items() if unit(row) in chosen)
 
 
-def _group(row: Located) -> str:
+def _name(row: Located) -> str:
     """What moves together: the group of rollouts, or the episode where there is none."""
-    return f"group {row.group_id}" if row.group_id else f"episode {row.key.episode_id}"
+    group, episode, attempt = unit(row)
+    return f"group {group}" if group else f"episode {episode}, attempt {attempt}"
 
 
 def _policies(source: ReplayStore, into: ReplayStore) -> dict[int, Json]:
@@ -211,7 +213,7 @@ def parts_by_column(view: Snapshot, column: str, keys: Collection[Key]) -> dict[
     seen: dict[str, str] = {}
     parts: dict[str, list[Key]] = defaultdict(list)
     for key in sorted(keys):
-        group = _group(view.rows[key])
+        group = _name(view.rows[key])
         if seen.setdefault(group, values[key]) != values[key]:
             raise ConfigError(f"{group} has both {seen[group]!r} and {values[key]!r} as {column}",
                               fix="split by a column that is the same within each group, or by --parts")
@@ -232,7 +234,7 @@ def parts_by_share(view: Snapshot, shares: Mapping[str, float], seed: int,
     parts: dict[str, list[Key]] = {name: [] for name in shares}
     edges = list(zip(shares, accumulate(shares.values()), strict=True))
     for key in sorted(keys):
-        digest = hashlib.blake2b(f"{seed}/{_group(view.rows[key])}".encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(f"{seed}/{_name(view.rows[key])}".encode(), digest_size=8).digest()
         at = int.from_bytes(digest, "big") / 2**64
         parts[next((name for name, edge in edges if at < edge), edges[-1][0])].append(key)
     return parts

@@ -31,6 +31,8 @@ Vector = dict[str, tuple[int, str]]
 class WriterFenced(StoreError):
     """The next slot of a writer's stream is taken: somebody closed the stream; a new one must be opened."""
 
+    exit_code = 5
+
 
 class RowExpired(StoreError):
     """A row of an older snapshot was evicted since, and its file reclaimed."""

@@ -1,0 +1,72 @@
+"""Late rewards, labels and hints from a file of JSON lines.
+
+    {"episode_id": "...", "reward": 0.5}
+    {"episode_id": "...", "branch_id": 0, "attempt": 0, "label": "reviewed"}
+    {"episode_id": "...", "hint": {"text": "...", "source": "user", "author": "me"}}
+
+Without ``branch_id`` all branches of the episode's latest attempt are meant.
+"""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import ValidationError
+
+from agentsdpo.errors import ConfigError
+from agentsdpo.replay.ids import Key
+from agentsdpo.types import Hint, Json
+
+KINDS = ("reward", "label", "hint")
+_PLACE = ("episode_id", "branch_id", "attempt")
+
+
+def read(lines: Iterable[str], kind: str) -> dict[Key | str, Any]:
+    """Values of one kind by key, or by episode id; empty lines are passed over.
+
+    Raises:
+        ConfigError: a line is not of the form above, or two are about the same; names the line.
+
+    >>> read(['{"episode_id": "e", "reward": 1}', '{"episode_id": "f", "branch_id": 2, "reward": 0.5}'], "reward")
+    {'e': 1.0, Key(episode_id='f', branch_id=2, attempt=0): 0.5}
+    """
+    found: dict[Key | str, Any] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            place, value = _record(json.loads(line), kind)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"line {number} is no {kind}: {_reason(error)}",
+                              fix=f'write {{"episode_id": "...", "{kind}": ...}}, one object a line') from error
+        if place in found:
+            raise ConfigError(f"line {number} is about {place}, as a line before it is", fix="keep one of them")
+        found[place] = value
+    return found
+
+
+def _record(record: Json, kind: str) -> tuple[Key | str, Any]:
+    if not isinstance(record, dict):
+        raise TypeError("not an object")
+    if unknown := record.keys() - {*_PLACE, kind}:
+        raise ValueError(f"it has {sorted(unknown)[0]!r}")
+    episode, value = record["episode_id"], record[kind]
+    if not isinstance(episode, str) or (kind == "label" and not isinstance(value, str)):
+        raise TypeError("episode_id and label are texts")
+    if isinstance(value, bool):
+        raise TypeError("a reward is a number")
+    if "branch_id" in record or "attempt" in record:
+        place: Key | str = Key(episode, int(record.get("branch_id", 0)), int(record.get("attempt", 0)))
+    else:
+        place = episode
+    return place, {"reward": float, "label": str, "hint": lambda each: Hint(**each)}[kind](value)
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, in one line."""
+    if isinstance(error, KeyError):
+        return f"{error.args[0]!r} is missing"
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return str(error).splitlines()[0]
