@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from agentsdpo.replay.ids import Key, uuid7
 
 if TYPE_CHECKING:
+    from agentsdpo.replay.compaction import compact
     from agentsdpo.replay.config import ReplayConfig
     from agentsdpo.replay.maintain import evict, fold, unevict
     from agentsdpo.replay.pinned import pin, pins, unpin
@@ -29,10 +30,10 @@ if TYPE_CHECKING:
 
 _HOMES = {"ReplayConfig": "config", "Row": "rows", "to_rows": "rows", "to_episode": "rows", "Sampler": "sampler",
           "SCHEMA": "schema", "Snapshot": "snapshot", "ReplayStore": "store",
-          "evict": "maintain", "unevict": "maintain", "fold": "maintain", "gc": "reclaim", "pin": "pinned",
-          "unpin": "pinned", "pins": "pinned"}
-__all__ = ["SCHEMA", "Key", "ReplayConfig", "ReplayStore", "Row", "Sampler", "Snapshot", "evict", "fold", "gc", "pin",
-           "pins", "to_episode", "to_rows", "unevict", "unpin", "uuid7"]
+          "evict": "maintain", "unevict": "maintain", "fold": "maintain", "compact": "compaction", "gc": "reclaim",
+          "pin": "pinned", "unpin": "pinned", "pins": "pinned"}
+__all__ = ["SCHEMA", "Key", "ReplayConfig", "ReplayStore", "Row", "Sampler", "Snapshot", "compact", "evict", "fold",
+           "gc", "pin", "pins", "to_episode", "to_rows", "unevict", "unpin", "uuid7"]
 
 
 def __getattr__(name: str) -> Any:

@@ -48,6 +48,7 @@ class Fold:
         archived: closed streams that were packed.
         closures: members of groups that were closed by name.
         epoch: number of take-overs of the maintenance stream.
+        busy: entry of the last take-over while its compaction has come to no end, else None.
         from_snapshot: whether to begin with the folded snapshot, where there is one.
     """
 
@@ -66,6 +67,7 @@ class Fold:
     archived: dict[str, archive.Place] = field(default_factory=dict)
     closures: dict[str, list[str]] = field(default_factory=dict)
     epoch: int = 0
+    busy: int | None = None
     _added: dict[Key, Located] = field(default_factory=dict)
     _checked: set[str] = field(default_factory=set)
 
@@ -169,7 +171,7 @@ class Fold:
     def _maintain(self, kind: str, op: Json, entry: Json) -> None:
         """Fold in one operation of the maintenance stream."""
         if kind == "takeover":
-            self.epoch = op["epoch"]
+            self.epoch, self.busy = op["epoch"], None if op.get("released") else entry["seq"]
         elif kind == "evict":
             self.evicted |= {Key(*key): Evicted(entry["seq"], op["reason"]) for key in op["keys"]}
         elif kind == "unevict":
@@ -182,6 +184,7 @@ class Fold:
         elif kind == "archive":
             self._note_archive(op)
         else:
+            self.busy = None
             for out in op["out"]:
                 self._file(out)
                 self.moved |= {row.key: row for row in located(out, entry["ts_us"])}

@@ -2,8 +2,9 @@
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from threading import Lock
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,14 +25,21 @@ _ENTRY_NAMES = ("episode_id", "branch_id", "attempt", "policy_version_min", "pol
 
 def encode(table: pa.Table) -> tuple[pa.Buffer, Json]:
     """Parquet bytes of a table of rows, and the ``add`` operation that commits them (without ``path``)."""
-    bounds = _group_bounds(table.column("n_tokens").to_pylist())
-    sink = pa.BufferOutputStream()
+    bounds = group_bounds(table.column("n_tokens").to_pylist())
+    return encode_groups(table.slice(start, stop - start) for start, stop in bounds)
+
+
+def encode_groups(tables: Iterable[pa.Table]) -> tuple[pa.Buffer, Json]:
+    """As :func:`encode`, one row group per table; only one of them need be in memory at a time."""
+    sink, groups = pa.BufferOutputStream(), list[int]()
+    columns: dict[str, list[Any]] = {name: [] for name in _ENTRY_NAMES}
     with pq.ParquetWriter(sink, SCHEMA, **WRITE_OPTIONS) as writer:
-        for start, stop in bounds:
-            writer.write_table(table.slice(start, stop - start), row_group_size=stop - start)
+        for group, table in enumerate(tables):
+            writer.write_table(table, row_group_size=len(table))
+            groups += [group] * len(table)
+            for name in _ENTRY_NAMES:
+                columns[name] += table.column(name).to_pylist()
     data = sink.getvalue()
-    columns = {name: table.column(name).to_pylist() for name in _ENTRY_NAMES}
-    groups = [group for group, (start, stop) in enumerate(bounds) for _ in range(start, stop)]
     tail = _footer_len(data[-8:].to_pybytes()) + 8
     return data, {"op": "add", "bytes": data.size, "sha256": hashlib.sha256(data).hexdigest(), "footer_len": tail - 8,
                   "footer_sha256": hashlib.sha256(data[-tail:]).hexdigest(), "rows": entry_rows(columns, groups)}
@@ -42,10 +50,10 @@ def _footer_len(tail: bytes) -> int:
     return int.from_bytes(tail[:4], "little")
 
 
-def _group_bounds(n_tokens: Sequence[int]) -> list[tuple[int, int]]:
+def group_bounds(n_tokens: Sequence[int]) -> list[tuple[int, int]]:
     """Row ranges of the row groups; a row is never split.
 
-    >>> _group_bounds([40_000, 40_000, 10])
+    >>> group_bounds([40_000, 40_000, 10])
     [(0, 2), (2, 3)]
     """
     bounds, start, tokens = [], 0, 0

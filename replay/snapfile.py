@@ -91,7 +91,7 @@ def _rest(fold: "Fold", used: list[str]) -> Json:
     empty = fold.files.keys() - set(used)
     return {"v": 1, "vector": fold.vector, "closed": sorted(fold.closed), "overlays": fold.overlays,
             "gone": fold.gone, "beaten": sorted(fold.beaten), "archives": packs, "closures": fold.closures,
-            "epoch": fold.epoch, "files": {path: fold.files[path] for path in sorted(empty)}}
+            "epoch": fold.epoch, "busy": fold.busy, "files": {path: fold.files[path] for path in sorted(empty)}}
 
 
 # ----------------------------------------------------------------------------------------------------- reading
@@ -173,7 +173,7 @@ def _fill(fold: "Fold", table: pa.Table, rest: Json, vector: Vector) -> None:
             fold.hide(row.key, columns["evicted_by"][i], columns["reason"][i])
     fold.note_files(zip(columns["path"], columns["size"], columns["file_sha256"], strict=True))
     fold.note_files((path, *segment) for path, segment in rest["files"].items())
-    fold.vector, fold.epoch, fold.closed = vector, rest["epoch"], set(rest["closed"])
+    fold.vector, fold.epoch, fold.busy, fold.closed = vector, rest["epoch"], rest["busy"], set(rest["closed"])
     fold.overlays, fold.gone, fold.closures = rest["overlays"], rest["gone"], rest["closures"]
     fold.beaten = set(rest["beaten"])
     fold.archived = {writer: archive.Place(path, size, sha, *vector[writer])

@@ -242,11 +242,11 @@ def rich(root: Path) -> tuple[ReplayStore, list[Key]]:
 
 def same(a: Fold, b: Fold) -> bool:
     """Equal in all that a fold says."""
-    names = ("rows", "vector", "conflicts", "overlays", "closed", "evicted", "files", "gone", "moved", "beaten",
-             "archived", "closures", "epoch")
+    names = ("rows", "vector", "conflicts", "overlays", "closed", "evicted", "files", "gone", "beaten",
+             "archived", "closures", "epoch", "busy")
     other = [name for name in names if getattr(a, name) != getattr(b, name)]
     assert not other, other
-    return True
+    return {key: row.path for key, row in a.moved.items()} == {key: row.path for key, row in b.moved.items()}
 
 
 def test_a_folded_snapshot_says_what_the_log_says(tmp_path: Path) -> None:
