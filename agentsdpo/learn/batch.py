@@ -1,9 +1,6 @@
-"""Admitted rows to tensors: right-padded micro-batches without an attention mask, and the alignment of both sides.
+"""Admitted rows to tensors: branches packed side by side without padding, and the alignment of both sides.
 
-Right padding under causal attention is exact for real tokens, since they only look back; leaving the mask out keeps the
-fused ``is_causal`` attention. An all-ones mask would cost a dense [B, 1, T, T] one.
-
-With a hint of h tokens inserted at ``hint_at``, a token at position ``i >= hint_at`` of the student's row stands at
+With a hint of h tokens inserted at ``hint_at``, a token at position ``i >= hint_at`` of the student's branch stands at
 ``i + h`` of the teacher's. Either side predicts it from the position before; that the token behind both positions is
 the sampled one is checked token by token on every batch.
 """
@@ -16,6 +13,7 @@ from torch import Tensor
 
 from agentsdpo.errors import HintError, LearnError
 from agentsdpo.learn.config import LearnConfig
+from agentsdpo.learn.pack import PackedRow, RowCost, pack, packed_row
 from agentsdpo.learn.prior import decay_factor, shares, skip_factor, span_factor
 from agentsdpo.learn.records import LossTokens
 from agentsdpo.learn.rows import LossRow
@@ -23,15 +21,15 @@ from agentsdpo.learn.rows import LossRow
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows of one forward. B rows, S and S' padded lengths, N loss tokens.
+    """Branches of one forward, N loss tokens.
 
-    ``student_ids`` int64[B, S], ``teacher_ids`` int64[B, S']; ``student_pos``, ``teacher_pos`` int64[N] index the
-    flattened rows at the position that predicts each loss token; ``seg`` int64[N] is its row in the micro-batch,
-    ``staleness`` int64[N] that of its row.
+    ``student`` and ``teacher`` hold the branches in the same order; ``student_pos``, ``teacher_pos`` int64[N] index
+    them at the position that predicts each loss token; ``seg`` int64[N] is its branch in the micro-batch, ``staleness``
+    int64[N] that of its branch.
     """
 
-    student_ids: Tensor
-    teacher_ids: Tensor
+    student: PackedRow
+    teacher: PackedRow
     student_pos: Tensor
     teacher_pos: Tensor
     tokens: LossTokens
@@ -72,41 +70,38 @@ def _tool(row: LossRow) -> np.ndarray:
     return row.row.tool[row.position]
 
 
-def microbatches(rows: list[LossRow], config: LearnConfig, device: torch.device | str = "cpu") -> list[MicroBatch]:
-    """All micro-batches of one optimiser step, longest rows first.
+def microbatches(rows: list[LossRow], config: LearnConfig, cost: RowCost,
+                 device: torch.device | str = "cpu") -> list[MicroBatch]:
+    """All micro-batches of one optimiser step, each of at most ``forward_tokens`` of the teacher and alike in cost.
 
     Args:
         rows: admitted rows.
-        config: of :func:`loss_weights`; ``microbatch_tokens`` bounds the padded teacher tokens of one micro-batch, a
-            single longer row stands alone, never cut.
+        config: of :func:`loss_weights`; ``forward_tokens``.
+        cost: of a branch by its length, see :func:`~agentsdpo.learn.pack.row_cost`.
         device: where the tensors go.
 
     Raises:
         HintError: student and teacher rows do not agree on the scored tokens.
-        LearnError: there are no rows, or tool calls are weighted but not known.
+        LearnError: there are no rows, one is longer than a forward, or tool calls are weighted but not known.
     """
     if not rows:
         raise LearnError("no row is left to learn from", fix="collect fresh episodes or relax what refuses them")
     weights = loss_weights(rows, config)
-    order = sorted(range(len(rows)), key=lambda i: -rows[i].teacher_length)
-    groups: list[list[int]] = []
-    for i in order:
-        if groups and (len(groups[-1]) + 1) * rows[groups[-1][0]].teacher_length <= config.microbatch_tokens:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return [collate([rows[i] for i in group], [weights[i] for i in group], device) for group in groups]
+    bins = pack([row.teacher_length for row in rows], config.forward_tokens, cost)
+    return [collate([rows[i] for i in own], [weights[i] for i in own], device) for own in bins]
 
 
 def collate(rows: list[LossRow], weights: list[np.ndarray], device: torch.device | str = "cpu") -> MicroBatch:
     """One micro-batch of the given rows; ``weights`` holds the loss weights of each, float32[n]."""
-    student = _pad([row.ids for row in rows])
-    teacher = _pad([teacher_ids(row) for row in rows])
+    student = np.concatenate([row.ids for row in rows])
+    hinted = [teacher_ids(row) for row in rows]
+    teacher = np.concatenate(hinted)
     counts = np.array([len(row.position) for row in rows])
     seg = np.repeat(np.arange(len(rows)), counts)
     at = np.concatenate([row.position for row in rows])
     shifted = np.concatenate([teacher_position(row) for row in rows])
-    student_pos, teacher_pos = seg * student.shape[1] + at - 1, seg * teacher.shape[1] + shifted - 1
+    first, first_hinted = (np.cumsum([0, *map(len, side[:-1])])[seg] for side in ([row.ids for row in rows], hinted))
+    student_pos, teacher_pos = first + at - 1, first_hinted + shifted - 1
     tok = np.concatenate([row.ids[row.position] for row in rows]).astype(np.int64)
     _assert_aligned(student, teacher, student_pos, teacher_pos, tok)
     first_turn = np.cumsum([0, *(int(row.turn.max()) + 1 for row in rows[:-1])])
@@ -122,8 +117,8 @@ def collate(rows: list[LossRow], weights: list[np.ndarray], device: torch.device
         age=put(np.concatenate([row.age for row in rows])),
         advantage=put(np.repeat(np.array([row.advantage for row in rows], np.float32), counts)),
         temperature=put(temperature) if (temperature != 1.0).any() else None, kept=_kept(rows, device))
-    return MicroBatch(student_ids=put(student), teacher_ids=put(teacher), student_pos=put(student_pos),
-                      teacher_pos=put(teacher_pos), tokens=tokens, seg=put(seg),
+    return MicroBatch(student=packed_row([row.ids for row in rows], device), teacher=packed_row(hinted, device),
+                      student_pos=put(student_pos), teacher_pos=put(teacher_pos), tokens=tokens, seg=put(seg),
                       staleness=put(np.repeat(np.array([row.staleness for row in rows]), counts)))
 
 
@@ -141,18 +136,10 @@ def teacher_position(row: LossRow) -> np.ndarray:
     return row.position + np.where(row.position >= row.row.hint_at, len(row.row.hint_ids or ()), 0)
 
 
-def _pad(rows: list[np.ndarray]) -> np.ndarray:
-    """Rows side by side, int64[B, longest], zeros on the right (any id will do: no real token sees it)."""
-    out = np.zeros((len(rows), max(map(len, rows))), np.int64)
-    for i, ids in enumerate(rows):
-        out[i, :len(ids)] = ids
-    return out
-
-
 def _assert_aligned(student: np.ndarray, teacher: np.ndarray, student_pos: np.ndarray, teacher_pos: np.ndarray,
                     tok: np.ndarray) -> None:
     """Both rows hold the sampled token right behind the position that predicts it."""
-    left, right = student.ravel()[student_pos + 1], teacher.ravel()[teacher_pos + 1]
+    left, right = student[student_pos + 1], teacher[teacher_pos + 1]
     wrong = np.flatnonzero((left != tok) | (right != tok))
     if len(wrong):
         i = int(wrong[0])

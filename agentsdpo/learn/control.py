@@ -14,8 +14,9 @@ from torch import Tensor
 
 from agentsdpo.learn.batch import collate, microbatches
 from agentsdpo.learn.config import LearnConfig
-from agentsdpo.learn.divergence import token_logp
 from agentsdpo.learn.model import scores
+from agentsdpo.learn.pack import row_cost
+from agentsdpo.learn.records import sampled_logp
 from agentsdpo.learn.rows import LossRow
 from agentsdpo.learn.teacher import Teacher
 
@@ -55,10 +56,9 @@ def empty_hint_gap(model: Any, rows: list[LossRow], config: LearnConfig) -> floa
     bare = [replace(row, row=replace(row.row, hint_ids=())) for row in rows]
     device, total, count = next(model.parameters()).device, 0.0, 0
     with torch.no_grad():
-        for b in microbatches(bare, config, device):
-            sides = [scores(model, ids, at).log_probs(b.tokens.temperature)
-                     for ids, at in ((b.student_ids, b.student_pos), (b.teacher_ids, b.teacher_pos))]
-            left, right = (token_logp(side, b.tokens.tok, b.tokens.kept) for side in sides)
+        for b in microbatches(bare, config, row_cost(model), device):
+            left, right = (sampled_logp(scores(model, row, at), b.tokens)
+                           for row, at in ((b.student, b.student_pos), (b.teacher, b.teacher_pos)))
             total, count = total + float((left - right).abs().sum()), count + len(left)
     return total / count
 
@@ -73,8 +73,7 @@ def wrong_hint_gap(teacher: Teacher, pairs: list[tuple[LossRow, LossRow]], devic
     """
     def logp(row: LossRow) -> Tensor:
         batch = collate([row], [np.ones(len(row.position), np.float32)], device)
-        return token_logp(teacher.scores(batch).log_probs(batch.tokens.temperature), batch.tokens.tok,
-                          batch.tokens.kept)
+        return sampled_logp(teacher.scores(batch), batch.tokens)
 
     with torch.no_grad():
         return float(torch.cat([(logp(right) - logp(wrong)).abs() for right, wrong in pairs]).mean())

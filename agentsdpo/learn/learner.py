@@ -1,5 +1,6 @@
 """One optimiser step over replay rows: admit, batch, score, weigh, backward, update, report."""
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,13 +13,16 @@ from agentsdpo.learn.clipper import AdvantageClip
 from agentsdpo.learn.config import LearnConfig
 from agentsdpo.learn.control import control_metrics
 from agentsdpo.learn.diagnostics import staleness_metrics, step_metrics
-from agentsdpo.learn.model import check_model, scores
+from agentsdpo.learn.model import prepare_model, scores
+from agentsdpo.learn.pack import row_cost
 from agentsdpo.learn.ratio import m2po_bound
 from agentsdpo.learn.records import TokenStats, sampled_logp
 from agentsdpo.learn.rows import Admission, LossRow, TrainRow, admit
 from agentsdpo.learn.sdpo import objective
 from agentsdpo.learn.teacher import Teacher, make_teacher
 from agentsdpo.learn.weights import Bounds
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,17 +51,20 @@ class Learner:
         device: of student and tensors.
 
     Raises:
-        ModelError: logits that are more than a linear map of the hidden states.
+        ModelError: a model that cannot be learnt with, see :func:`~agentsdpo.learn.model.prepare_model`.
     """
 
     def __init__(self, model: Any, config: LearnConfig, *, teacher: Teacher | None = None,
                  device: torch.device | str = "cpu") -> None:
         self.model = model.to(device=device, dtype=torch.float32).eval()  # eval: dropout off on both sides
-        check_model(self.model)
+        prepare_model(self.model)
+        self.cost = row_cost(self.model)
         shape = model.config.get_text_config()
         self.window: int = getattr(shape, "max_position_embeddings", None) or 2**31
         self.vocab_size: int = shape.vocab_size
         self.config, self.device, self.step_count = config, device, 0
+        if config.parity:
+            _log.warning("learn.parity is on: this objective repeats a known flaw, to be compared with, not trained with")
         self.teacher = teacher or make_teacher(self.model, config)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, betas=config.betas,
@@ -81,7 +88,7 @@ class Learner:
             raise LearnError(f"none of {len(rows)} rows can be trained on: {found.evicted} evicted as staler than "
                              f"{self.config.max_staleness}, refused {dict(found.refused)}",
                              fix="collect fresh episodes, raise learn.max_staleness, or mend what refuses the rows")
-        batches = microbatches(found.rows, self.config, self.device)
+        batches = microbatches(found.rows, self.config, self.cost, self.device)
         self.model.eval()
         control = self._control(found.rows)
         bounds = self._bounds(batches)
@@ -109,7 +116,7 @@ class Learner:
         if self.config.beta_kl:
             tokens = replace(tokens, reference_logp=sampled_logp(self.teacher.reference(batch), tokens))
         teacher = self.teacher.scores(batch)
-        student = scores(self.model, batch.student_ids, batch.student_pos)
+        student = scores(self.model, batch.student, batch.student_pos)
         return objective(student, teacher, tokens, self.config, bounds)
 
     def _control(self, rows: list[LossRow]) -> dict[str, float]:

@@ -2,44 +2,61 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from agentsdpo.errors import ModelError
+from agentsdpo.learn.attention import use_segments
+from agentsdpo.learn.pack import PackedRow, packed_row
 from agentsdpo.learn.records import Head
 
 _CLOSE = 1e-3
 """Largest difference, relative to the logits, that rounding may make."""
 
 
-def check_model(model: Any) -> None:
-    """Raise ModelError for a model whose logits are more than ``hidden @ weight.T``; tried out on four ids."""
+def prepare_model(model: Any) -> None:
+    """Make a model attend inside the branches of packed rows, after trying out that it can be learnt with.
+
+    Raises:
+        ModelError: logits that are more than ``hidden @ weight.T``, or branches that reach each other when they are
+            packed (attention that cannot be replaced, or layers that carry a state along the row).
+    """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise ModelError(f"the output layer is {type(head).__name__}, not a linear layer without bias",
                          fix="use a causal language model with a plain LM head")
     if getattr(model.config, "final_logit_softcapping", None):
         raise ModelError("the model caps its logits (final_logit_softcapping)", fix="use a model without soft-capping")
-    positions = torch.arange(4, device=head.weight.device)
+    device, branches = head.weight.device, [np.arange(4), np.arange(3, 0, -1)]
     with torch.no_grad():
-        ours = scores(model, positions[None], positions).logits()
-        logits = model(input_ids=positions[None], use_cache=False).logits[0]
-    off = float((ours - logits).abs().max())
-    if not off <= _CLOSE * (1.0 + float(logits.abs().max())):
+        logits = [model(input_ids=torch.from_numpy(ids)[None].to(device), use_cache=False).logits[0]
+                  for ids in branches]
+        use_segments(model)
+        ours = [scores(model, packed_row(rows, device), torch.arange(sum(map(len, rows)), device=device)).logits()
+                for rows in (branches[:1], branches)]
+    largest = 1.0 + max(float(each.abs().max()) for each in logits)
+    off = float((ours[0] - logits[0]).abs().max())
+    if not off <= _CLOSE * largest:
         raise ModelError(f"the model's logits differ from its last hidden states times the output layer by {off:.3g}",
                          fix="use a model that does not scale or shape its logits: the loss would be of another one")
+    off = float((ours[1] - torch.cat(logits)).abs().max())
+    if not off <= _CLOSE * largest:
+        raise ModelError(f"the logits of two branches in one row differ by {off:.3g} from those of each alone",
+                         fix="use a model of attention layers alone that goes by position_ids")
 
 
-def scores(model: Any, ids: Tensor, positions: Tensor) -> Head:
-    """One forward without mask or cache, and the hidden states at flat positions.
+def scores(model: Any, row: PackedRow, positions: Tensor) -> Head:
+    """One forward without mask or cache, and the hidden states at some positions.
 
     Args:
-        model: a causal language model of transformers.
-        ids: int64[B, T], padded on the right.
-        positions: int64[N] into the flattened [B*T].
+        model: a causal language model of transformers, see :func:`prepare_model`.
+        row: T packed tokens.
+        positions: int64[N], each below T.
 
     Returns:
         ``hidden`` [N, H] and the output projection [V, H]; with gradient unless called under no_grad.
     """
-    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-    return Head(hidden.flatten(0, 1).index_select(0, positions), model.get_output_embeddings().weight)
+    hidden = model.get_decoder()(input_ids=row.ids, position_ids=row.position_ids, segments=row.segments,
+                                 use_cache=False).last_hidden_state
+    return Head(hidden[0].index_select(0, positions), model.get_output_embeddings().weight)

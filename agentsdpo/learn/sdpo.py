@@ -13,7 +13,7 @@ June 2026).
 from torch import Tensor
 
 from agentsdpo.learn.config import LearnConfig
-from agentsdpo.learn.loss import dense_loss
+from agentsdpo.learn.loss import token_loss
 from agentsdpo.learn.records import Head, LossTerms, LossTokens, TokenStats
 from agentsdpo.learn.weights import Bounds, Weigher
 
@@ -104,5 +104,5 @@ def _loss(student: Head, teacher: Head, tokens: LossTokens, config: LearnConfig,
     terms = LossTerms(divergence=divergence, token=token, beta=config.beta, jsd_scale=config.jsd_scale,
                       support=config.support, top_k=config.top_k)
     weigher = Weigher(tokens, config, bounds)
-    loss, scores = dense_loss(student, teacher, tokens, terms, weigher)
+    loss, scores = token_loss(student, teacher, tokens, terms, weigher)
     return loss, weigher.stats(scores)

@@ -16,6 +16,7 @@ from agentsdpo.errors import LearnError
 from agentsdpo.learn.batch import MicroBatch
 from agentsdpo.learn.config import LearnConfig
 from agentsdpo.learn.model import scores
+from agentsdpo.learn.pack import PackedRow
 from agentsdpo.learn.records import Head
 
 Refresh = Literal["never", "first", "isolated", "score", "length", "copied"]
@@ -73,7 +74,7 @@ class LiveTeacher:
 
     def scores(self, batch: MicroBatch) -> Head:
         """See :class:`Teacher`."""
-        return _head(self.model, batch.teacher_ids, batch.teacher_pos)
+        return _head(self.model, batch.teacher, batch.teacher_pos)
 
     def reference(self, batch: MicroBatch) -> Head:
         """Refused: these are not the initial weights."""
@@ -106,7 +107,7 @@ class FrozenTeacher(LiveTeacher):
 
     def reference(self, batch: MicroBatch) -> Head:
         """See :class:`Teacher`."""
-        return _head(self.model, batch.student_ids, batch.student_pos)
+        return _head(self.model, batch.student, batch.student_pos)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Its weights by parameter name."""
@@ -221,7 +222,7 @@ class TrustRegionTeacher(FrozenTeacher):
     def scores(self, batch: MicroBatch) -> Head:
         """See :class:`Teacher`."""
         frozen = super().scores(batch)
-        live = _head(self.student, batch.teacher_ids, batch.teacher_pos)
+        live = _head(self.student, batch.teacher, batch.teacher_pos)
         return Head(torch.cat([(1.0 - self.trust) * frozen.hidden, self.trust * live.hidden], dim=1),
                     torch.cat([frozen.weight, live.weight], dim=1))
 
@@ -247,8 +248,8 @@ class EmaTeacher(FrozenTeacher):
                 mine.lerp_(theirs, self.rate)
 
 
-def _head(model: Any, ids: Tensor, positions: Tensor) -> Head:
+def _head(model: Any, row: PackedRow, positions: Tensor) -> Head:
     """Scores without gradient."""
     with torch.no_grad():
-        head = scores(model, ids, positions)
+        head = scores(model, row, positions)
         return Head(head.hidden, head.weight.detach())

@@ -1,4 +1,4 @@
-"""Padding, alignment, normalisers, and that nothing but loss tokens gets a gradient."""
+"""Packing, alignment, normalisers, and that nothing but loss tokens gets a gradient."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,15 +10,18 @@ import torch
 
 from agentsdpo.errors import HintError, LearnError
 from agentsdpo.learn import batch as batching
-from agentsdpo.learn.batch import MicroBatch, collate, loss_weights, microbatches, teacher_ids
+from agentsdpo.learn.batch import collate, loss_weights, microbatches, teacher_ids
 from agentsdpo.learn.config import LearnConfig
 from agentsdpo.learn.learner import Learner
-from agentsdpo.learn.model import scores
+from agentsdpo.learn.model import prepare_model, scores
+from agentsdpo.learn.pack import RowCost
 from agentsdpo.learn.presets import resolve
 from agentsdpo.learn.rows import LossRow, TrainRow, admit
 from agentsdpo.learn.weights import Bounds
 
 CONFIG = resolve("robust", {"lr": 1e-4})
+WHOLE = LearnConfig(normaliser="token")
+COST = RowCost(linear=100.0, quadratic=1.0)
 LENGTHS = [((4, 3), (3, 2)), ((9, 1),), ((2, 2), (5, 9), (3, 1)), ((1, 0),)]
 
 
@@ -31,30 +34,20 @@ def ragged(make_row: Callable[..., TrainRow], **fields: Any) -> list[TrainRow]:
             for i, turns in enumerate(LENGTHS)]
 
 
-def test_right_padding_without_a_mask_equals_one_row_at_a_time(
+def test_packed_branches_equal_one_row_at_a_time(
         tiny_model: Any, make_row: Callable[..., TrainRow], plain_logp: Callable[..., np.ndarray]) -> None:
     rows = admitted(ragged(make_row))
-    (micro,) = microbatches(rows, LearnConfig(normaliser="token", microbatch_tokens=10_000))
-    assert micro.student_ids.shape[0] == len(LENGTHS)
-    for ids, at, longer in ((micro.student_ids, micro.student_pos, lambda r: (r.ids, r.position)),
-                            (micro.teacher_ids, micro.teacher_pos,
-                             lambda r: (teacher_ids(r), r.position + len(r.row.hint_ids)))):
+    (micro,) = microbatches(rows, WHOLE, COST)
+    assert micro.student.segments.lengths == tuple(len(row.ids) for row in rows)
+    sides = [(micro.student, micro.student_pos, [(row.ids, row.position) for row in rows]),
+             (micro.teacher, micro.teacher_pos,
+              [(teacher_ids(row), row.position + len(row.row.hint_ids or ())) for row in rows])]
+    expected = [np.concatenate([plain_logp(tiny_model, ids)[at] for ids, at in alone]) for _, _, alone in sides]
+    prepare_model(tiny_model)
+    for (row, at, _), plain in zip(sides, expected, strict=True):
         with torch.no_grad():
-            got = scores(tiny_model, ids, at).log_probs().gather(1, micro.tokens.tok[:, None])[:, 0]
-        order = sorted(rows, key=lambda r: -r.teacher_length)
-        expected = np.concatenate([plain_logp(tiny_model, longer(r)[0])[longer(r)[1]] for r in order])
-        np.testing.assert_allclose(got.numpy(), expected, atol=1e-6, rtol=1e-6)
-
-
-def test_what_is_padded_with_does_not_matter(tiny_model: Any, make_row: Callable[..., TrainRow]) -> None:
-    (micro,) = microbatches(admitted(ragged(make_row)), LearnConfig(normaliser="token", microbatch_tokens=10_000))
-    noise, lengths = micro.student_ids.clone(), [r.ids for r in admitted(ragged(make_row))]
-    for i, ids in enumerate(sorted(lengths, key=len, reverse=True)):
-        noise[i, len(ids):] = 77
-    assert not torch.equal(noise, micro.student_ids)
-    with torch.no_grad():
-        left, right = (scores(tiny_model, ids, micro.student_pos).hidden for ids in (micro.student_ids, noise))
-    torch.testing.assert_close(left, right, atol=1e-6, rtol=0.0)
+            got = scores(tiny_model, row, at).log_probs().gather(1, micro.tokens.tok[:, None])[:, 0]
+        np.testing.assert_allclose(got.numpy(), plain, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("hint", [(9,), (9, 8, 7), tuple(range(20, 120))])
@@ -63,8 +56,8 @@ def test_alignment_at_every_placement_and_hint_length(
         hint: tuple[int, ...], hint_at: int, make_row: Callable[..., TrainRow]) -> None:
     (row,) = admitted([make_row(hint=hint, hint_at=hint_at)])
     micro = collate([row], [np.ones(len(row.position), np.float32)])
-    assert micro.teacher_ids[0].tolist() == [*row.ids[:hint_at], *hint, *row.ids[hint_at:]]
-    student, teacher = micro.student_ids.ravel(), micro.teacher_ids.ravel()
+    assert micro.teacher.ids[0].tolist() == [*row.ids[:hint_at], *hint, *row.ids[hint_at:]]
+    student, teacher = micro.student.ids.ravel(), micro.teacher.ids.ravel()
     assert torch.equal(student[micro.student_pos + 1], micro.tokens.tok)
     assert torch.equal(teacher[micro.teacher_pos + 1], micro.tokens.tok)
     hinted = row.position >= hint_at
@@ -85,19 +78,19 @@ def test_a_hint_behind_the_last_loss_token_is_an_error(make_row: Callable[..., T
 
 def test_microbatches_hold_every_row_once_within_the_budget(make_row: Callable[..., TrainRow]) -> None:
     rows = admitted(ragged(make_row) * 3)
-    parts = microbatches(rows, LearnConfig(normaliser="token", microbatch_tokens=100))
+    parts = microbatches(rows, LearnConfig(normaliser="token", forward_tokens=100), COST)
     assert len(parts) > 1
-    assert sum(len(part.student_ids) for part in parts) == len(rows)
-    assert all(part.teacher_ids.numel() <= 100 or len(part.teacher_ids) == 1 for part in parts)
+    assert sum(len(part.student.segments.lengths) for part in parts) == len(rows)
+    assert all(part.teacher.ids.numel() <= 100 for part in parts)
     assert sum(float(part.tokens.weight.sum()) for part in parts) == pytest.approx(1.0, abs=1e-6)
-    alone = microbatches(rows, LearnConfig(normaliser="token", microbatch_tokens=1))
-    assert [len(part.teacher_ids) for part in alone] == [1] * len(rows)
+    with pytest.raises(LearnError, match="a branch has .* tokens with its hint but learn.forward_tokens is 20"):
+        microbatches(rows, LearnConfig(forward_tokens=20), COST)
     with pytest.raises(LearnError, match="no row is left"):
-        microbatches([], LearnConfig(normaliser="token", microbatch_tokens=1))
+        microbatches([], WHOLE, COST)
 
 
 def test_turn_numbers_do_not_meet_across_rows(make_row: Callable[..., TrainRow]) -> None:
-    (micro,) = microbatches(admitted(ragged(make_row)), LearnConfig(normaliser="token", microbatch_tokens=10_000))
+    (micro,) = microbatches(admitted(ragged(make_row)), WHOLE, COST)
     pairs = set(zip(micro.seg.tolist(), micro.tokens.turn.tolist(), strict=True))
     assert len(pairs) == len(set(micro.tokens.turn.tolist())) == sum(map(len, LENGTHS))
 
@@ -138,7 +131,7 @@ def test_grades_become_advantages_and_rows_without_one_are_refused(make_row: Cal
     found = admit([*rows, make_row(episode="c")], 0, config, window=1000, vocab_size=300)
     assert [row.advantage for row in found.rows] == pytest.approx([0.70701, -0.70701], abs=1e-4)
     assert found.refused == {"unscored": 1}
-    (micro,) = microbatches(found.rows, config)
+    (micro,) = microbatches(found.rows, config, COST)
     assert micro.tokens.advantages.sign().tolist() == [1] * 7 + [-1] * 7
 
 
@@ -155,7 +148,7 @@ def test_an_episode_in_several_branches_has_the_gradient_of_one(
     grads = []
     for rows in ([whole, other], [*pieces, other]):
         learner = Learner(tiny_model, config)
-        for micro in microbatches(admitted(rows, config), LearnConfig(normaliser="episode", microbatch_tokens=10_000)):
+        for micro in microbatches(admitted(rows, config), LearnConfig(), COST):
             learner.objective(micro, Bounds(gap=1.0))[0].backward()
         grads.append(torch.cat([p.grad.ravel() for p in learner.parameters if p.grad is not None]))
         tiny_model.zero_grad()
@@ -167,7 +160,7 @@ def test_only_positions_that_predict_a_loss_token_get_a_gradient(
         preset: str, tiny_model: Any, make_row: Callable[..., TrainRow]) -> None:
     config = resolve(preset, {"lr": 1e-4, "teacher": "frozen", "gate": "off", "veto": None, "top_k": 8})
     learner = Learner(tiny_model, config)
-    (micro,) = microbatches(admitted(ragged(make_row, logp=-6.0), config), config)
+    (micro,) = microbatches(admitted(ragged(make_row, logp=-6.0), config), config, COST)
     seen: list[torch.Tensor] = []
 
     def keep(module: Any, args: Any, output: Any) -> None:
@@ -184,19 +177,3 @@ def test_only_positions_that_predict_a_loss_token_get_a_gradient(
     expected[micro.student_pos] = True
     assert torch.equal(moved & ~expected, torch.zeros_like(moved))
     assert (moved & expected).sum() > 0.5 * expected.sum()
-
-
-def test_the_fast_causal_path_is_taken(tiny_model: Any, make_row: Callable[..., TrainRow],
-                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    masks: list[Any] = []
-    real = torch.nn.functional.scaled_dot_product_attention
-
-    def spy(*args: Any, **kwargs: Any) -> Any:
-        masks.append((kwargs.get("attn_mask"), kwargs.get("is_causal")))
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    micro: MicroBatch
-    (micro,) = microbatches(admitted(ragged(make_row)), LearnConfig(normaliser="token", microbatch_tokens=10_000))
-    scores(tiny_model, micro.student_ids, micro.student_pos)
-    assert masks == [(None, True)] * 2

@@ -13,9 +13,11 @@ import torch
 from agentsdpo.collect.branch import BranchBuilder
 from agentsdpo.collect.inprocess import InProcessEngine
 from agentsdpo.errors import LearnError, ModelError
+from agentsdpo.learn.chunked import chunked_loss
 from agentsdpo.learn.control import empty_hint_gap
 from agentsdpo.learn.learner import Learner
-from agentsdpo.learn.model import check_model, scores
+from agentsdpo.learn.loss import dense_loss
+from agentsdpo.learn.model import prepare_model, scores
 from agentsdpo.learn.presets import resolve
 from agentsdpo.learn.rows import TrainRow
 from agentsdpo.learn.weights import Bounds
@@ -67,11 +69,11 @@ def test_one_step_raises_what_the_teacher_likes_and_a_flipped_sign_lowers_it(
 
     monkeypatch.setattr(Learner, "objective", maybe_flipped)
     from agentsdpo.learn.batch import microbatches
-    (micro,) = microbatches(learner.admit(rows, 0).rows, learner.config)
+    (micro,) = microbatches(learner.admit(rows, 0).rows, learner.config, learner.cost)
 
     def student_logp() -> torch.Tensor:
         with torch.no_grad():
-            head = scores(tiny_model, micro.student_ids, micro.student_pos)
+            head = scores(tiny_model, micro.student, micro.student_pos)
             return head.log_probs().gather(1, micro.tokens.tok[:, None])[:, 0]
 
     with torch.no_grad():
@@ -95,9 +97,9 @@ def test_loss_gradient_and_clipper_do_not_depend_on_the_split(
     rows = batch_of(make_row, record, tiny_model)
     start = {name: p.detach().clone() for name, p in tiny_model.named_parameters()}
     seen = []
-    for tokens in (10_000, 60, 1):
+    for tokens in (10_000, 80, 40):
         tiny_model.load_state_dict({**start, "lm_head.weight": start["model.embed_tokens.weight"]})
-        learner = Learner(tiny_model, resolve(preset, {**FAST, "microbatch_tokens": tokens}))
+        learner = Learner(tiny_model, resolve(preset, {**FAST, "forward_tokens": tokens}))
         reports = [learner.step(rows, version=0).metrics for _ in range(2)]
         clip = learner.clipper.state_dict() if learner.clipper else {}
         seen.append([*(m["learn/loss"] for m in reports), *(m["learn/grad_norm"] for m in reports),
@@ -126,7 +128,7 @@ def test_an_empty_hint_has_no_gap_and_no_gradient(preset: str, tiny_model: Any, 
     rows = learner.admit(batch_of(make_row, record, tiny_model), 0).rows
     bare = [replace(row, row=replace(row.row, hint_ids=())) for row in rows]
     assert empty_hint_gap(tiny_model, rows, learner.config) < 1e-5
-    for micro in microbatches(bare, learner.config):
+    for micro in microbatches(bare, learner.config, learner.cost):
         loss, stats = learner.objective(micro, Bounds())
         loss.backward()
         assert stats.gap.abs().max() < 1e-4
@@ -249,6 +251,9 @@ class Scaled(torch.nn.Module):
     def get_decoder(self) -> Any:
         return self.inner.get_decoder()
 
+    def set_attn_implementation(self, name: str) -> None:
+        self.inner.set_attn_implementation(name)
+
     def forward(self, **inputs: Any) -> Any:
         out = self.inner(**inputs)
         out.logits = out.logits / 2
@@ -256,12 +261,45 @@ class Scaled(torch.nn.Module):
 
 
 def test_a_model_that_shapes_its_logits_is_refused(tiny_model: Any) -> None:
-    check_model(tiny_model)
+    prepare_model(tiny_model)
     with pytest.raises(ModelError, match="logits differ from its last hidden states"):
         Learner(Scaled(tiny_model), resolve("robust", FAST))
     tiny_model.config.final_logit_softcapping = 30.0
     with pytest.raises(ModelError, match="caps its logits"):
         Learner(tiny_model, resolve("robust", FAST))
+
+
+class Leaky(Scaled):
+    """A model that does not hand keyword arguments on to its attention, or carries a state along the row."""
+
+    def get_decoder(self) -> Any:
+        decoder = self.inner.get_decoder()
+        return lambda input_ids, position_ids, segments, use_cache: decoder(
+            input_ids=input_ids, position_ids=position_ids, use_cache=use_cache)
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.inner(**inputs)
+
+
+def test_a_model_whose_packed_branches_see_each_other_is_refused(tiny_model: Any) -> None:
+    with pytest.raises(ModelError, match="the logits of two branches in one row differ by"):
+        Learner(Leaky(tiny_model), resolve("robust", FAST))
+
+
+@pytest.mark.parametrize("preset", ["robust", "sdpopp", "sdft"])
+def test_steps_of_the_chunked_loss_are_those_of_the_dense_one(
+        preset: str, tiny_model: Any, make_row: Callable[..., TrainRow], record: Callable[..., TrainRow],
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = batch_of(make_row, record, tiny_model)
+    ends, norms = [], []
+    for form in (chunked_loss, dense_loss):
+        monkeypatch.setattr("agentsdpo.learn.sdpo.token_loss", form)
+        model = copy.deepcopy(tiny_model)
+        learner = Learner(model, resolve(preset, {**FAST, "adv_clip": None} if preset != "sdpopp" else FAST))
+        norms.append([learner.step(rows, 0).metrics["learn/grad_norm"] for _ in range(3)])
+        ends.append(weights(model))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    torch.testing.assert_close(ends[0], ends[1], atol=2e-5, rtol=0.0)
 
 
 def test_preset_metrics_are_those_that_apply(tiny_model: Any, make_row: Callable[..., TrainRow],

@@ -60,7 +60,7 @@ def test_a_live_teacher_is_the_student_and_stores_nothing(tiny_model: Any, make_
 @pytest.mark.parametrize("kind", ["live", "frozen", "ema", "snapshot", "gated", "trust_region"])
 def test_scores_carry_no_gradient(kind: str, tiny_model: Any, make_row: Callable[..., TrainRow]) -> None:
     learner = learner_with(tiny_model, kind)
-    head = learner.teacher.scores(microbatches(learner.admit([make_row()], 0).rows, learner.config)[0])
+    head = learner.teacher.scores(microbatches(learner.admit([make_row()], 0).rows, learner.config, learner.cost)[0])
     assert not head.hidden.requires_grad
     assert not head.weight.requires_grad
 
@@ -130,9 +130,9 @@ def test_a_trust_region_mixes_logits(trust: float, tiny_model: Any, make_row: Ca
     learner.step([make_row()], 0)
     teacher = learner.teacher
     assert isinstance(teacher, TrustRegionTeacher)
-    (batch,) = microbatches(learner.admit([make_row()], 0).rows, learner.config)
+    (batch,) = microbatches(learner.admit([make_row()], 0).rows, learner.config, learner.cost)
     with torch.no_grad():
-        frozen, live = (scores(model, batch.teacher_ids, batch.teacher_pos).logits()
+        frozen, live = (scores(model, batch.teacher, batch.teacher_pos).logits()
                         for model in (teacher.model, tiny_model))
     assert not torch.allclose(frozen, live, atol=1e-4)
     torch.testing.assert_close(teacher.scores(batch).logits(), torch.lerp(frozen, live, trust), atol=2e-6, rtol=1e-5)
@@ -149,12 +149,12 @@ def test_only_a_gated_teacher_listens_to_probes(kind: str, tiny_model: Any) -> N
 def test_the_reference_is_the_initial_weights_without_hint_or_refused(
         tiny_model: Any, make_row: Callable[..., TrainRow]) -> None:
     learner = learner_with(tiny_model, "frozen", beta_kl=0.01)
-    (batch,) = microbatches(learner.admit([make_row()], 0).rows, learner.config)
+    (batch,) = microbatches(learner.admit([make_row()], 0).rows, learner.config, learner.cost)
     before = sampled_logp(learner.teacher.reference(batch), batch.tokens, rows=2)
     first = learner.step([make_row()], 0).metrics["learn/loss"]
     assert torch.equal(sampled_logp(learner.teacher.reference(batch), batch.tokens, rows=2), before)
     assert isinstance(learner.teacher, FrozenTeacher)
-    again = sampled_logp(scores(learner.teacher.model, batch.student_ids, batch.student_pos), batch.tokens)
+    again = sampled_logp(scores(learner.teacher.model, batch.student, batch.student_pos), batch.tokens)
     torch.testing.assert_close(before, again, atol=1e-6, rtol=1e-6)
     assert first != learner.step([make_row()], 0).metrics["learn/loss"]
     with pytest.raises(LearnError, match="does not hold the initial weights"):
