@@ -3,6 +3,7 @@
 import json
 
 from agentsdpo.errors import StoreError
+from agentsdpo.replay import format_md
 from agentsdpo.replay.canonical import canonical_json
 from agentsdpo.replay.fitness import demand_fit
 from agentsdpo.replay.ids import uuid7
@@ -40,7 +41,7 @@ def create(storage: Storage, *, reserve_bytes: int = 0) -> None:
     about = {"format": f"{FORMAT}/{RELEASE}", "store_id": uuid7(), "min_reader": RELEASE, "min_writer": RELEASE,
              "features": [CONDITIONAL] if storage.exclusive and not local else [],
              "reserve_bytes": reserve_bytes if local else 0}
-    for name, data in (("FORMAT.md", _FORMAT_MD.encode()), ("STORE.json", canonical_json(about))):
+    for name, data in (("FORMAT.md", format_md.TEXT.encode()), ("STORE.json", canonical_json(about))):
         try:
             storage.create(name, data)
         except FileExistsError:
@@ -84,70 +85,3 @@ def read(storage: Storage) -> Json:
         raise StoreError(f"{storage.uri} has format {about['format']}{extra} and needs reader {needs}, not {RELEASE}",
                          fix="install a newer agentsdpo (pip install -U agentsdpo)")
     return about
-
-
-_FORMAT_MD = """\
-# Replay store, format agentsdpo-replay/1
-
-Agent episodes with exact token ids and the log-prob of every sampled token, as plain Parquet files.
-One row is one branch (a token sequence that only ever grew) of one episode; the key is
-`(episode_id, branch_id, attempt)`.
-
-| path | what |
-|---|---|
-| `STORE.json` | format, store id, oldest reader and writer that may touch it, features |
-| `data/<yyyymmdd>/<writer>-<uuid7>.parquet` | segments of whole rows, never changed |
-| `log/<writer>/<seq>.json` | commit entries: a row counts once an `add` operation names it |
-| `overlay/hint/<uuid7>.parquet` | hints that came later; the highest `revision` wins |
-| `policies/<version>.json` | what a policy version is: weights, tokenizer, template, vocabulary |
-
-## Read it without this package
-
-A glob over `data/` reads whole files only. It shows a file whose commit was cut off by a crash as well, so take the
-paths from the log where that matters.
-
-DuckDB:
-
-    SELECT episode_id, reward, n_trainable, token_ids, logprobs FROM read_parquet('STORE/data/*/*.parquet');
-    -- committed files alone
-    SET VARIABLE f = (SELECT list('STORE/' || o.path) FROM (SELECT unnest(ops) AS o FROM
-        read_json('STORE/log/*/*.json', columns = {ops: 'STRUCT(op VARCHAR, path VARCHAR)[]'})) WHERE o.op = 'add');
-    SELECT count(*) FROM read_parquet(getvariable('f'));
-
-Polars: `polars.read_parquet("STORE/data/*/*.parquet")`; pandas: `pandas.read_parquet("STORE/data")`.
-These readers do not check page checksums unless told to; `agentsdpo.replay` always does.
-
-## Columns that need a word
-
-- `token_ids` int32, `token_kind` uint8, `logprobs` float32: three lists of length `n_tokens`.
-- `token_kind`: 0 context, 1 sampled and trained, 2 answer of the environment, 3 put in by the framework, 4 sampled but
-  kept out of the loss, 5 sampled without a usable log-prob.
-- `logprobs` holds the behaviour policy's log-prob where the kind is 1 or 4 and NaN elsewhere (0.0 would mean
-  probability one). `logprob_kind`: `processed` (of the distribution drawn from), `tempered` (before filters), `raw`
-  (before temperature), `unknown`, `none`.
-- `calls`: one struct per request to the engine; `start`, `end` are positions in the branch, `versions` say which policy
-  version sampled which part of the completion. `prompt_sha256` hashes the ids before `start` (int32, little-endian).
-- `kept_ids`, `kept_counts`: the ids each sampled token was drawn from, one count per sampled token, 0: nothing was cut.
-- `policy_version_min` is the oldest version in the row (-1 unknown); staleness is counted from it.
-- `rewards_json` is the grade with every criterion, `extra` has the hint, the vocabulary size and the metadata.
-
-## Row rules
-
-(a) the three lists have length `n_tokens`; (b) a finite log-prob exactly at kinds 1 and 4; (c) it is in
-(-1000, 1e-4]; (d) 0 <= id < vocabulary size; (e) call spans are ordered, disjoint and cover exactly kinds 1, 4, 5;
-(f) version spans tile each completion; (g) `policy_version_min`/`_max` follow from them; (h) `n_sampled` counts kinds
-1, 4, 5 and `n_trainable` kind 1; (i) kept sets hold the sampled id, ascend, and a single id has log-prob 0; (j) a child
-branch equals its parent before `fork_at` and samples nothing there; (k) `prompt_sha256` fits; (l) `trainable` is
-`n_trainable > 0`, otherwise `untrainable_reason` says why.
-
-## Hashes
-
-`tokens_sha256`: token_ids, token_kind, logprobs, kept_ids, kept_counts in this order; each as one byte (0 null,
-1 present), then the number of elements (u32), then the elements; all little-endian, NaN as 0x7fc00000.
-`content_sha256`: `tokens_sha256`, then the calls: their number (u32); for every field in schema order that is not null
-in all of them, its name (u32 length, bytes), one byte per call (0 null, 1 present), then the present values: numbers;
-all lengths (u32) and then all bytes of strings and hashes; all lengths (u32) and then the fields of the structs in the
-same way for lists of structs. t_request, t_first_token, t_done and mono_ns are left out.
-A log entry's `sha` hashes its other fields as JSON with sorted keys and no spaces; `prev` is the `sha` before it.
-`footer_sha256` hashes the last `footer_len + 8` bytes of a segment, `sha256` all of it.
-"""
