@@ -33,7 +33,11 @@ _WHOLE = 8 << 20
 """Bytes up to which opening a file fetches it at once; segments of single appends are far smaller."""
 _IMMUTABLE = ("data/", "log/", "overlay/", "aux/", "policies/")
 """Folders whose files are never replaced."""
-_ATTEMPTS = 4
+_ATTEMPTS, _PAUSE_S = 7, 0.2
+"""Attempts at one request, and the longest pause after the first; it doubles up to 5 s, some 8 s in all."""
+_abandoned: list[pa.NativeFile] = []
+"""Streams of failed writes, kept for good: when pyarrow destroys one it closes it once more, and then what is left in
+it, nothing mostly, becomes the object. At exit S3 is shut down before they go."""
 
 
 class S3Storage:
@@ -111,8 +115,12 @@ class S3Storage:
     def _put(self, path: str, body: memoryview) -> None:
         def write(system: fs.S3FileSystem, key: str) -> None:
             stream = system.open_output_stream(key)
-            stream.write(body)
-            stream.close()  # not by `with`: that would finish the upload of a write that failed
+            try:
+                stream.write(body)
+                stream.close()  # not by `with`: that would finish the upload of a write that failed
+            except BaseException:
+                _abandoned.append(stream)
+                raise
 
         self._once("writing", path, write)
 
@@ -204,7 +212,8 @@ class S3Storage:
             options = {"endpoint_override": host, "scheme": scheme} if host else {}
             self._system = os.getpid(), fs.S3FileSystem(
                 region=self.region, anonymous="anonymous" in self._options, background_writes=False,
-                allow_delayed_open=True, **options)  # a delayed open makes one PUT of a small file, not three requests
+                allow_delayed_open=True, retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1), **options)
+            # a delayed open makes one PUT of a small file, not three requests; attempts are counted here alone
         return self._system[1]
 
     @property
@@ -263,8 +272,8 @@ class _Ranges:
 
 
 def _retry(action: Callable[[], T]) -> T:
-    """Up to four attempts with growing, random pauses, about two seconds in all."""
-    return Retrying(stop=stop_after_attempt(_ATTEMPTS), wait=wait_random_exponential(multiplier=0.2, max=2),
+    """Several attempts with growing, random pauses."""
+    return Retrying(stop=stop_after_attempt(_ATTEMPTS), wait=wait_random_exponential(multiplier=_PAUSE_S, max=5),
                     retry=retry_if_exception_type(S3Fault), reraise=True)(action)
 
 
