@@ -202,6 +202,7 @@ def test_a_fork_says_that_it_cannot_create(address: str) -> None:
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
+        words = ""
         try:
             words = f"{len(everything(store))} "
             store.append([make_episode(2, size=40)])
@@ -379,13 +380,13 @@ def test_a_killed_upload_shows_nothing(address: str, proxy: Proxy) -> None:
     assert storage.read("data/large") == b"whole"
 
 
-def test_a_failed_write_is_not_made_good_at_exit(address: str, proxy: Proxy) -> None:
-    """pyarrow closes the stream of a failed write again when it is destroyed, which made an empty object of it."""
+def test_a_failed_write_leaves_no_empty_object(address: str, proxy: Proxy) -> None:
+    """pyarrow closes the stream of a failed write once more when it is destroyed, now or at exit."""
     code = ("import sys; from agentsdpo.replay import s3; from agentsdpo.replay.storage import storage_for\n"
-            "s3._ATTEMPTS, s3._PAUSE_S = 2, 0.01\n"
+            "s3._ATTEMPTS = 1\n"
             "try: storage_for(sys.argv[1]).create('log/w/000000000000.json', b'entry')\n"
             "except s3.S3Fault: print('failed')")
-    proxy.rule(503, "PUT", "/log/w/", times=2)
+    proxy.rule(503, "PUT", "/log/w/")
     done = subprocess.run([sys.executable, "-c", code, address], capture_output=True, text=True, timeout=60,
                           env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
     assert done.stdout == "failed\n"
