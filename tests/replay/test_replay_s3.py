@@ -381,12 +381,12 @@ def test_a_killed_upload_shows_nothing(address: str, proxy: Proxy) -> None:
 
 
 def test_a_failed_write_leaves_no_empty_object(address: str, proxy: Proxy) -> None:
-    """pyarrow closes the stream of a failed write once more when it is destroyed, now or at exit."""
+    """pyarrow closes the stream of a failed upload once more when it is destroyed, now or at exit."""
     code = ("import sys; from agentsdpo.replay import s3; from agentsdpo.replay.storage import storage_for\n"
             "s3._ATTEMPTS = 1\n"
-            "try: storage_for(sys.argv[1]).create('log/w/000000000000.json', b'entry')\n"
+            "try: storage_for(sys.argv[1]).create('data/large', bytes(11 << 20))\n"
             "except s3.S3Fault: print('failed')")
-    proxy.rule(503, "PUT", "/log/w/")
+    proxy.rule(503, "POST", "/data/large")
     done = subprocess.run([sys.executable, "-c", code, address], capture_output=True, text=True, timeout=60,
                           env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
     assert done.stdout == "failed\n"
