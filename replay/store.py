@@ -138,25 +138,26 @@ class ReplayStore:
         self._check_keys(op)
         self.storage.create(path, data)
         try:
-            self._commit({**op, "path": path})
+            self._commit({**op, "path": path}, again=False)  # the file is named after its writer
         except StoreError:
             if not writer.names(path):
                 self.storage.remove(path)
             raise
 
-    def _commit(self, op: Json) -> None:
-        """Commit one operation; after a failure the stream is given up, as its last entry is in doubt."""
-        writer, self._writer = self._own_writer(), None
-        writer.commit([op])
-        self._writer = writer
+    def _commit(self, op: Json, *, again: bool = True) -> None:
+        """Commit one operation, under a new writer (``again``) where somebody closed ours; a failed one is given up."""
+        writer, self._writer = self._own_writer(), None  # after a failure its last entry is in doubt
+        try:
+            writer.commit([op])
+            self._writer = writer
+        except WriterFenced:
+            if not again:
+                raise
+            self._commit(op, again=False)
 
     @property
     def writer_id(self) -> str:
-        """Id of the log stream that the next append goes to, which is opened now if there is none.
-
-        Raises:
-            StoreError: it cannot be opened.
-        """
+        """Id of the log stream that the next append goes to; opened now if there is none, or StoreError is raised."""
         with self._lock:
             self.check_writable()
             return self._own_writer().writer_id
@@ -257,7 +258,7 @@ class ReplayStore:
         with self._lock:
             if self._writer is not None and self._writer.pid == os.getpid():
                 with suppress(WriterFenced):  # closed by somebody else
-                    self._commit({"op": "close"})
+                    self._commit({"op": "close"}, again=False)
             self._writer = None
 
     # -------------------------------------------------------------------------------------------------- reading
