@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from agentsdpo.errors import ConfigError
+from agentsdpo.replay.pinned import standing
+from agentsdpo.replay.store import ReplayStore
 from agentsdpo.types import Json
 
 
@@ -118,11 +120,16 @@ class RateLimiter:
         return cls(Limit(**state["limit"]), state["inserts"], state["samples"], state["size"])
 
 
+def published(store: ReplayStore) -> list[Json]:
+    """What learners say in their pins: the ``limiter`` of every pin that has not lapsed. Raises as :func:`standing`."""
+    return [pin.state["limiter"] for pin in standing(store) if "limiter" in pin.state]
+
+
 def may_collect(states: Iterable[Mapping[str, Any]], n: int, *, pending: int = 0) -> bool:
     """Whether a collector may add ``n`` units, going by what the learners publish.
 
     Args:
-        states: :meth:`RateLimiter.state_dict` of every learner whose pin has not lapsed; a lapsed pin never blocks.
+        states: :meth:`RateLimiter.state_dict` of the learners, from :func:`published`; a lapsed pin never blocks.
         n: units about to be added.
         pending: units added since, which no learner has counted yet.
 

@@ -1,6 +1,7 @@
 """The rate limiter: neither side waits for ever, and the ratio is kept."""
 
 import json
+import time
 from collections import deque
 
 import pytest
@@ -9,8 +10,8 @@ from hypothesis import strategies as st
 from replay_factories import TOKENIZER, make_episode
 
 from agentsdpo.errors import ConfigError
-from agentsdpo.replay import ReplayConfig, ReplayStore, Sampler
-from agentsdpo.replay.limiter import Limit, RateLimiter, may_collect
+from agentsdpo.replay import ReplayConfig, ReplayStore, Sampler, pin
+from agentsdpo.replay.limiter import Limit, RateLimiter, may_collect, published
 
 LIMITS = st.builds(dict, samples_per_insert=st.sampled_from([0.25, 0.5, 1.0, 1.5, 3.0, 8.0]),
                    min_size=st.integers(1, 6), min_diff=st.integers(-10, 10), room=st.integers(0, 40),
@@ -97,6 +98,18 @@ def test_collectors_read_the_counters_of_the_learners() -> None:
     assert may_collect(states[1:], 3)
     assert not may_collect(states[1:], 2, pending=2), "what was added since counts"
     assert not may_collect(states, 1), "the slowest learner decides"
+
+
+def test_counters_travel_in_pins_and_lapse_with_them(store: ReplayStore) -> None:
+    store.append([make_episode(0, size=20)])
+    assert may_collect(published(store), 9), "no learner"
+    limiter = RateLimiter(Limit.around(2.0, min_size=1, error_buffer=2.0), inserts=2, samples=0, size=2)
+    pin(store, "learner", store.snapshot(), state={"limiter": limiter.state_dict()})
+    pin(store, "viewer", store.snapshot())
+    assert not may_collect(published(store), 1)
+    pin(store, "learner", store.snapshot(), ttl_s=0.01, state={"limiter": limiter.state_dict()})
+    time.sleep(0.05)
+    assert may_collect(published(store), 1), "a lapsed pin blocks nobody"
 
 
 def test_the_sampler_counts_and_holds_back(store: ReplayStore) -> None:
