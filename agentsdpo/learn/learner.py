@@ -64,7 +64,7 @@ class Learner:
         self.vocab_size: int = shape.vocab_size
         self.config, self.device, self.step_count = config, device, 0
         if config.parity:
-            _log.warning("learn.parity is on: this objective repeats a known flaw, to be compared with, not trained with")
+            _log.warning("learn.parity is on: this objective repeats a known flaw, compare with it alone")
         self.teacher = teacher or make_teacher(self.model, config)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, betas=config.betas,

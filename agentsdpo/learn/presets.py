@@ -1,11 +1,22 @@
 """Named starting points of the objective, and how overrides are laid over them.
 
-``sdpopp`` is the published recipe (Scaling SDPO, field note, June 2026): sampled tokens, PPO mask, cap 2, gap clipped
-at 3 running means, staleness up to 3, live teacher. ``robust`` is the default: forward KL recomputed over the
-vocabulary, no token ratio, turn gates, staleness up to 8. ``sdft`` distils demonstrations (2601.19897, in the
-JSD form of its port). ``naive`` is the control: it is ``sdpopp`` field by field (teacher, learning rate, batch,
-normaliser, staleness bound) with its three corrections (ratio, mask, gap clip) taken out, so that a
-difference between the two curves is theirs.
+Published forms:
+
+- ``sdpopp`` Scaling SDPO (field note, June 2026): sampled tokens, PPO mask, cap 2, gap clipped at 3 running means,
+  staleness up to 3, live teacher.
+- ``robust`` the default: forward KL recomputed over the vocabulary, no token ratio, turn gates, staleness up to 8.
+- ``sampled_tis`` the baseline to beat: truncated ratio, negatives tapered as in TOPR (2503.14286).
+- ``safe_agent`` keeps tool use: a policy gradient of grades decides the direction, the gap reshapes the credit (in the
+  spirit of SGCD, 2606.12634). Grades come in groups: it needs several attempts a task.
+- ``sdft`` distils demonstrations (2601.19897, in the JSD form of its port).
+- ``conversations`` learns from logs of users (2603.12273): no bound on staleness but a decay, a pull to the start.
+- ``test_time`` one hard task (SDPO, 2601.20802, section on test time): reverse KL on the student's own top 20.
+
+Controls: ``naive`` is ``sdpopp`` field by field (teacher, learning rate, batch, normaliser, staleness bound) with its
+three corrections (ratio, mask, gap clip) taken out, so that a difference between the two curves is theirs.
+
+``parity_*`` do what TRL 1.16, lasgroup/SDPO and OpenClaw-RL compute, known flaws included: a ratio on a divergence, a
+ratio that never corrects, a fast EMA. They are there to compare with, and a learner says so when it is made.
 """
 
 from typing import Any
@@ -18,27 +29,51 @@ from agentsdpo.learn.config import LearnConfig
 _SDPOPP: dict[str, Any] = {
     "form": "sampled", "ratio": "ppo", "eps_lo": 0.2, "eps_hi": 0.2, "cap": 2.0, "adv_clip": 3.0, "adv_decay": 0.99,
     "gate": "off", "veto": None, "max_staleness": 3, "teacher": "live", "normaliser": "token", "lr": 1e-6, "batch": 16}
+_K3 = {"gate": "k3", "c3": 0.1, "veto": 1e-4}
+_OPENCLAW: dict[str, Any] = {
+    "ratio": "none", "gate": "off", "max_staleness": 0, "teacher": "frozen", "normaliser": "branch",
+    "betas": (0.9, 0.98), "weight_decay": 0.1, "parity": True}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "sdpopp": _SDPOPP,
     "robust": {
         "form": "divergence", "beta": 0.0, "support": "union", "top_k": 64, "ratio": "none",
-        "gate": "k3", "c3": 0.1, "veto": 1e-4, "max_staleness": 8, "teacher": "frozen", "normaliser": "episode",
-        "lr": 1e-6, "batch": 32},
+        **_K3, "max_staleness": 8, "teacher": "frozen", "normaliser": "episode", "lr": 1e-6, "batch": 32},
     "naive": {**_SDPOPP, "ratio": "none", "adv_clip": None},
+    "sampled_tis": {**_SDPOPP, "ratio": "tis_topr", "max_staleness": 1, "teacher": "frozen"},
+    "safe_agent": {
+        "form": "sampled", "mix": "credit", "advantage": "grpo", "ratio": "ppo", "eps_lo": 0.2, "eps_hi": 0.28,
+        "cap": 3.0, "adv_clip": 3.0, "adv_decay": 0.99, **_K3, "max_staleness": 3, "teacher": "gated",
+        "refresh_every": 100, "normaliser": "episode", "tau": 1e-3, "lr": 1e-6, "batch": 64},
     "sdft": {
         "form": "divergence", "beta": 0.5, "jsd_scale": "unit", "support": "union", "top_k": 100,
         "ratio": "none", "gate": "off", "max_staleness": 4, "teacher": "frozen", "normaliser": "episode",
         "lr": 1e-6, "batch": 32},
+    "conversations": {
+        "form": "divergence", "beta": 0.0, "support": "union", "top_k": 64, "ratio": "none", **_K3,
+        "max_staleness": None, "staleness_decay": 0.97, "teacher": "frozen", "normaliser": "turn", "beta_kl": 0.01,
+        "lr": 3e-5, "batch": 16},
+    "test_time": {
+        "form": "divergence", "beta": 1.0, "support": "student", "top_k": 20, "ratio": "none", "gate": "off",
+        "max_staleness": 1, "teacher": "frozen", "normaliser": "token", "lr": 1e-5, "batch": 4},
+    "parity_trl": {
+        "form": "sampled", "ratio": "tis", "cap": 2.0, "gate": "off", "max_staleness": 0, "teacher": "ema",
+        "ema_rate": 0.05, "normaliser": "branch", "lr": 5e-5, "batch": 8, "parity": True},
+    "parity_lasgroup": {
+        "form": "divergence", "beta": 0.5, "jsd_scale": "raw", "support": "student", "top_k": 100, "ratio": "tis",
+        "cap": 2.0, "gate": "off", "max_staleness": 8, "teacher": "ema", "ema_rate": 0.05, "normaliser": "token",
+        "lr": 1e-5, "weight_decay": 0.01, "batch": 32, "parity": True},
+    "parity_openclaw": {**_OPENCLAW, "form": "sampled", "lr": 1e-5, "batch": 16},
+    "parity_openclaw_topk": {
+        **_OPENCLAW, "form": "divergence", "beta": 1.0, "support": "teacher", "top_k": 50, "lr": 1e-6, "batch": 4},
 }
-"""Fields each preset sets; the rest are the defaults of :class:`LearnConfig`. Learning rates are for full weights."""
+"""Fields each preset sets; the rest are the defaults of :class:`LearnConfig`. Learning rates are for full weights, but
+for ``conversations``, whose is for an adapter."""
 
+_SMALL = {"divergence": 6e-4, "sampled": 1e-4}
 TOY: dict[str, dict[str, Any]] = {
-    "sdpopp": {"lr": 1e-4, "teacher": "frozen"},
-    "robust": {"lr": 6e-4},
-    "naive": {"lr": 1e-4, "teacher": "frozen"},
-    "sdft": {"lr": 6e-4},
-}
+    name: {"lr": _SMALL[fields["form"]], **({"teacher": "frozen"} if fields["teacher"] == "live" else {})}
+    for name, fields in PRESETS.items()}
 """What a model of a few million parameters needs instead: higher learning rates, hence no live teacher."""
 
 

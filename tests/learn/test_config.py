@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -13,8 +13,11 @@ from agentsdpo.learn.presets import PRESETS, TOY, resolve
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_every_preset_resolves_alone_and_for_the_toy_model(name: str) -> None:
-    assert resolve(name).lr == 1e-6
-    assert resolve(name, TOY[name]).lr >= 1e-4
+    published = {"conversations": 3e-5, "test_time": 1e-5, "parity_trl": 5e-5, "parity_lasgroup": 1e-5,
+                 "parity_openclaw": 1e-5}
+    assert resolve(name).lr == published.get(name, 1e-6)
+    assert resolve(name, TOY[name]).lr == (1e-4 if resolve(name).form == "sampled" else 6e-4)
+    assert resolve(name).parity == name.startswith("parity_"), "a known flaw is never the default"
 
 
 def test_preset_fields_are_those_of_the_specification() -> None:
@@ -41,6 +44,19 @@ def test_naive_differs_from_sdpopp_in_the_corrections_alone() -> None:
     ("sdpopp", {"ratio_floor": 0.8}, "does not exist"),
     ("robust", {"beta": 1.5}, "learn.beta is 1.5"),
     ("robust", {"betas": (0.9, 1.0)}, "decays"),
+    ("robust", {"ratio": "clamp"}, "does not depend on the sampled token"),
+    ("sdpopp", {"ratio": "clamp"}, "floor keeps pushing"),
+    ("sdpopp", {"cap": 1.1}, "learn.cap is 1.1 with learn.eps_hi 0.2"),
+    ("sdpopp", {"gate_unit": "branch"}, "neither learn.gate nor learn.veto"),
+    ("robust", {"normaliser": "constant"}, "loss_tokens None"),
+    ("robust", {"loss_tokens": 100}, "with normaliser 'constant', and with no other"),
+    ("safe_agent", {"token_weight": "sdar"}, "reshaped by the gap already"),
+    ("robust", {"max_staleness": 0, "staleness_decay": 0.9}, "nothing stale is left"),
+    ("robust", {"mix": "credit"}, "a divergence has no sign"),
+    ("sdpopp", {"mix": "blend", "mix_weight": 1.0}, "weight below 1"),
+    ("robust", {"beta_kl": 0.01, "teacher": "ema"}, "initial weights are the reference"),
+    ("robust", {"teacher": "trust_region", "trust": 1.0, "lr": 1e-4}, "follows the student"),
+    ("robust", {"mix": "everything"}, "learn.mix is 'everything'"),
     ("best", {}, "no preset 'best'"),
 ])
 def test_what_makes_no_sense_is_refused_with_the_reason(preset: str, overrides: dict[str, Any], reason: str) -> None:
@@ -51,6 +67,23 @@ def test_what_makes_no_sense_is_refused_with_the_reason(preset: str, overrides: 
 def test_the_override_flag_admits_a_fast_live_teacher() -> None:
     assert resolve("sdpopp", {"lr": 1e-4, "allow_live_lr": True}).teacher == "live"
     assert resolve("robust", {"support": "student", "beta": 1.0}).support == "student"
+
+
+def test_every_correction_has_its_name_in_the_settings_and_every_setting_its_correction() -> None:
+    from agentsdpo.learn.ratio import RATIOS
+    assert set(get_args(LearnConfig.model_fields["ratio"].annotation)) == set(RATIOS)
+    for name in RATIOS:
+        assert resolve("sdpopp", {"ratio": name, "parity": name == "clamp"}).ratio == name
+    assert resolve("robust", {"ratio": "tis", "mix": "add"}).ratio == "tis", "there it corrects the policy gradient"
+    assert resolve("robust", {"ratio": "turn_geo"}).ratio == "turn_geo", "a prefix has a meaning"
+
+
+def test_a_parity_preset_says_that_it_repeats_a_flaw(tiny_model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    from agentsdpo.learn.learner import Learner
+    Learner(tiny_model, resolve("robust"))
+    assert not caplog.records
+    Learner(tiny_model, resolve("parity_lasgroup"))
+    assert "repeats a known flaw" in caplog.text
 
 
 def test_a_nested_configuration_is_checked_too() -> None:
