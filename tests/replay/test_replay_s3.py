@@ -385,7 +385,8 @@ def test_a_failed_write_leaves_no_empty_object(address: str, proxy: Proxy) -> No
     code = ("import sys; from agentsdpo.replay import s3; from agentsdpo.replay.storage import storage_for\n"
             "s3._ATTEMPTS = 1\n"
             "try: storage_for(sys.argv[1]).create('data/large', bytes(11 << 20))\n"
-            "except s3.S3Fault: print('failed')")
+            "except s3.S3Fault: print('failed')\n"
+            "import gc; gc.collect()")
     proxy.rule(503, "POST", "/data/large")
     done = subprocess.run([sys.executable, "-c", code, address], capture_output=True, text=True, timeout=60,
                           env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
