@@ -27,13 +27,14 @@ if TYPE_CHECKING:
     from agentsdpo.replay.schema import SCHEMA
     from agentsdpo.replay.snapshot import Snapshot
     from agentsdpo.replay.store import ReplayStore
+    from agentsdpo.replay.verification import verify
 
 _HOMES = {"ReplayConfig": "config", "Row": "rows", "to_rows": "rows", "to_episode": "rows", "Sampler": "sampler",
           "SCHEMA": "schema", "Snapshot": "snapshot", "ReplayStore": "store",
           "evict": "maintain", "unevict": "maintain", "fold": "maintain", "compact": "compaction", "gc": "reclaim",
-          "pin": "pinned", "unpin": "pinned", "pins": "pinned"}
+          "verify": "verification", "pin": "pinned", "unpin": "pinned", "pins": "pinned"}
 __all__ = ["SCHEMA", "Key", "ReplayConfig", "ReplayStore", "Row", "Sampler", "Snapshot", "compact", "evict", "fold",
-           "gc", "pin", "pins", "to_episode", "to_rows", "unevict", "unpin", "uuid7"]
+           "gc", "pin", "pins", "to_episode", "to_rows", "unevict", "unpin", "uuid7", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -115,9 +115,13 @@ class Fold:
             check_gaps(self.storage, writer, self._seq(writer) + 1)
             self._checked.add(writer)
         for entry in self._entries(writer, packs, last):
-            for op in entry["ops"]:
-                self._apply(op, entry)
-            self.vector[writer] = (entry["seq"], entry["sha"])
+            self.take(entry)
+
+    def take(self, entry: Json) -> None:
+        """Fold in the next entry of its stream. Raises StoreError for operations of a newer release."""
+        for op in entry["ops"]:
+            self._apply(op, entry)
+        self.vector[entry["writer"]] = (entry["seq"], entry["sha"])
 
     def _entries(self, writer: str, packs: archive.Packs, last: int | None) -> Iterator[Json]:
         """Entries behind the position in a stream, checked."""
@@ -162,7 +166,8 @@ class Fold:
             for row in located(op, entry["ts_us"]):
                 self._add(row)
         elif kind == "overlay":
-            self.overlays.setdefault(op["kind"], []).append(op)
+            if op["path"] not in self.gone:
+                self.overlays.setdefault(op["kind"], []).append(op)
         elif kind == "group_close":
             self.closures[op["group_id"]] = sorted({*self.closures.get(op["group_id"], ()), *op["episode_ids"]})
         elif kind == "close":
@@ -181,6 +186,8 @@ class Fold:
             self.gone |= dict.fromkeys(op["paths"], entry["seq"])
             for path in op["paths"]:
                 self.files.pop(path, None)
+            self.overlays = {name: [op for op in ops if op["path"] not in self.gone]
+                             for name, ops in self.overlays.items()}
         elif kind == "archive":
             self._note_archive(op)
         else:

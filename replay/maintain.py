@@ -85,7 +85,7 @@ def evict(store: ReplayStore, keys: Iterable[Key], *, reason: str, dry_run: bool
     wanted = list(keys)
 
     def plan(fold: Fold) -> list[Json]:
-        chosen = sorted(_whole_groups(fold.rows, wanted, store.storage.uri) - fold.evicted.keys())
+        chosen = sorted(whole_groups(fold.rows, wanted, store.storage.uri) - fold.evicted.keys())
         return [{"op": "evict", "keys": chosen, "reason": reason}] if chosen else []
 
     return _hide_or_show(store, plan, dry_run, sole_maintainer)
@@ -102,7 +102,7 @@ def unevict(store: ReplayStore, keys: Iterable[Key], *, dry_run: bool = False,
     wanted = list(keys)
 
     def plan(fold: Fold) -> list[Json]:
-        chosen = sorted(_whole_groups(fold.rows, wanted, store.storage.uri) & fold.evicted.keys())
+        chosen = sorted(whole_groups(fold.rows, wanted, store.storage.uri) & fold.evicted.keys())
         lost = [key for key in chosen if fold.rows[key].path in fold.gone]
         if lost:
             path = fold.rows[lost[0]].path
@@ -118,8 +118,12 @@ def _hide_or_show(store: ReplayStore, plan: Plan, dry_run: bool, sole_maintainer
     return EvictReport(tuple(Key(*key) for op in ops for key in op["keys"]), dry_run)
 
 
-def _whole_groups(rows: Mapping[Key, Located], keys: Iterable[Key], uri: str) -> set[Key]:
-    """The keys with all members of their groups; an episode outside a group is one of its own."""
+def whole_groups(rows: Mapping[Key, Located], keys: Iterable[Key], uri: str) -> set[Key]:
+    """The keys with all members of their groups; an episode outside a group is one of its own.
+
+    Raises:
+        StoreError: a key is not among the rows.
+    """
     wanted = set()
     for key in keys:
         if key not in rows:
