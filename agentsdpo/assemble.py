@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from agentsdpo.chat import ChatFormat
 from agentsdpo.collect.collector import Collector
 from agentsdpo.collect.inprocess import InProcessEngine
@@ -22,12 +24,13 @@ from agentsdpo.learn.learner import Learner
 from agentsdpo.learn.load import load_chat, load_model
 from agentsdpo.learn.rows import TrainRow
 from agentsdpo.publish.registry import PolicyRegistry
+from agentsdpo.replay.index import SideIndex
 from agentsdpo.replay.rows import Row
 from agentsdpo.replay.sampler import Sampler
 from agentsdpo.replay.spool import Spool
 from agentsdpo.replay.store import ReplayStore
 from agentsdpo.runfolder import RunFolder, open_run
-from agentsdpo.types import Episode, Suite
+from agentsdpo.types import Branch, Episode, Suite
 
 TASKS_PER_SEED = 10_000_000
 """Training tasks of two seeds never meet."""
@@ -120,8 +123,18 @@ class Run:
         """Store rows as the learner takes them."""
         return [TrainRow(branch=row.branch, hint_ids=hint_ids(self.chat, row.hint) if row.hint else None,
                          episode_id=row.key.episode_id, train_allowed=row.train_allowed,
-                         tokenizer_sha256=row.tokenizer_sha256, chat_template_sha256=row.chat_template_sha256)
+                         tokenizer_sha256=row.tokenizer_sha256, chat_template_sha256=row.chat_template_sha256,
+                         score=row.reward, group=row.group_id,
+                         tool=tool_tokens(self.chat, row.branch) if self.config.learn.tool_weight != 1.0 else None)
                 for row in drawn]
+
+
+def tool_tokens(chat: ChatFormat, branch: Branch) -> np.ndarray:
+    """Which tokens of a branch belong to the agent's own tool calls, bool[T]."""
+    found = np.zeros(len(branch.token_ids), dtype=bool)
+    for call in branch.calls:
+        found[call.start:call.end] = chat.in_calls(branch.token_ids[call.start:call.end].tolist())
+    return found
 
 
 def run_id(config: RunConfig) -> str:
@@ -159,8 +172,11 @@ def check_request(config: RunConfig) -> tuple[Path | str, ChatFormat, Suite]:
     """Model path, chat format and suite of a configuration: all that can be asked for wrongly.
 
     Raises:
-        ModelError, ConfigError: no such model, template, suite or split.
+        ModelError, ConfigError: no such model, template, suite or split; an advantage that would be 0 everywhere.
     """
+    if config.learn.mix != "pure" and config.learn.advantage == "grpo":
+        raise ConfigError("learn.advantage is 'grpo' but a run plays every task once: alone in its group, each episode "
+                          "has advantage 0", fix="set learn.advantage = \"reinforce\"")
     path = seed_path() if config.model == SEED_MODEL else config.model
     chat, suite = load_chat(path), make_suite(config)
     for split in ("train", *config.eval.splits, *config.eval.final_splits):
@@ -188,11 +204,11 @@ def assemble(config: RunConfig, out: Path | str, *, resume: bool = False) -> Run
     registry = PolicyRegistry(folder.policies, base_model=config.model, tokenizer_sha256=chat.tokenizer_sha256,
                               chat_template_sha256=chat.template_sha256)
     sampler = Sampler(store, config.replay, seed=config.seed, tokenizer_sha256=chat.tokenizer_sha256,
-                      max_staleness=config.learn.max_staleness, chat_template_sha256=chat.template_sha256)
+                      max_staleness=config.learn.max_staleness, chat_template_sha256=chat.template_sha256,
+                      index=SideIndex(folder.uses, store.about["store_id"]))
     return Run(config=config, folder=folder, chat=chat, suite=suite, engine=engine, collector=collector,
                hinter=CriteriaSource(config.hint, author=f"{suite.name} grader"), store=store, spool=collector.spool,
-               sampler=sampler,
-               learner=learner, registry=registry)
+               sampler=sampler, learner=learner, registry=registry)
 
 
 def evaluator(run: Run, *, greedy: bool) -> Collector:

@@ -5,6 +5,7 @@
     RUN/  config.toml        every setting, with the commit of the first start in its first line
           environment.json   one entry per start: versions of Python and packages, commit, machine, command
           metrics.jsonl      replay/   policies/   checkpoint/
+          uses.sqlite        draws of each branch, for ``agentsdpo replay evict --max-uses``; may be deleted
           FINISHED           written last; a run without it was stopped and can be resumed
           LOCK               held by the process that runs here; names its pid
           summary.json       report.html
@@ -61,6 +62,11 @@ class RunFolder:
     def replay(self) -> Path:
         """The replay store."""
         return self.path / "replay"
+
+    @property
+    def uses(self) -> Path:
+        """The sampler's side index."""
+        return self.path / "uses.sqlite"
 
     @property
     def policies(self) -> Path:

@@ -69,6 +69,8 @@ class Sampler:
         self._restart(_arrivals(self.snapshot.rows.values()), {}, 0)
         if limiter is not None:
             limiter.insert(len(self._units))
+        if index is not None:
+            index.put([], anew=True)
 
     # ----------------------------------------------------------------------------------------------- refreshing
 

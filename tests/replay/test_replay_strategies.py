@@ -1,6 +1,7 @@
 """Strategies against what they promise: once per pass, frequencies by theory, the same draws after any interruption."""
 
 import json
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from replay_factories import TOKENIZER, make_branch, make_episode
 
 from agentsdpo.errors import ConfigError
-from agentsdpo.replay import Key, ReplayConfig, ReplayStore, Sampler
+from agentsdpo.replay import Key, ReplayConfig, ReplayStore, Sampler, compact, evict, gc, pin
 from agentsdpo.replay.eligible import Filters, Units
 from agentsdpo.replay.log import Located
 from agentsdpo.replay.placement import placement
@@ -312,6 +313,41 @@ def test_a_rank_outside_the_world_is_refused() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ a real store
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "prioritised"])
+def test_resuming_after_compaction_and_gc(tmp_path: Path, strategy: str) -> None:
+    """A checkpoint pins its snapshot; meanwhile rows are moved, their files deleted, others hidden."""
+    stores = [ReplayStore.open(tmp_path / name) for name in ("calm", "busy")]
+    samplers = []
+    for store in stores:
+        for i in range(8):
+            store.append([make_episode(i, episode_id=f"e{i}", group_id=f"g{i}", group_size=1, size=20)])
+        samplers.append(store.sampler(ReplayConfig.model_validate({"strategy": strategy}), seed=3))
+    calm, busy = samplers
+    assert calm.draw(3, 0) == busy.draw(3, 0)
+    state, store = json.loads(json.dumps(busy.state_dict())), stores[1]
+    pin(store, "learner", busy.snapshot)
+    store.close()
+    compact(store)
+    for _ in range(2):
+        gc(store, grace_s=0)
+        time.sleep(0.02)
+    assert not list(store.root.glob("data/2*/*")), "all of it was moved"
+    gone = Key("e5", 0, 0)
+    again = ReplayStore.open(store.root)
+    two = again.sampler(busy.config, seed=3)
+    two.load_state_dict(state)
+    drawn = calm.draw(6, 0)
+    assert [row.key for row in two.sample(6, 0)] == drawn
+    for one in stores:
+        evict(one, [gone], reason="test")
+    calm.refresh()
+    two.refresh()
+    for _ in range(4):
+        drawn = calm.draw(5, 0)
+        assert [row.key for row in two.sample(5, 0)] == drawn
+        assert gone not in drawn
 
 
 def test_a_filter_of_its_own_and_late_rewards(store: ReplayStore, tmp_path: Path) -> None:
