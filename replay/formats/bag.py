@@ -1,0 +1,128 @@
+"""The whole of an episode as one JSON object: what ``extra["agentsdpo"]`` holds in formats that have room for it.
+
+    {"v": 1, "sha256": <of the document around it>, "status": "sealed",
+     "episode": {... all fields but the branches ...},
+     "branches": [{"branch_id": 0, ..., "token_ids": [7, 8], "token_kind": [0, 1], "logprobs": [null, -0.5],
+                   "kept_ids": null, "kept_counts": null, "calls": [{...}]}]}
+
+Log-probs are the shortest decimals that give the same float32 again, null where there is none. Strings with lone
+surrogates make the object unreadable for strict readers of JSON; it is then ``{"v": 1, "json": "<the object>"}``.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from agentsdpo.errors import FormatError, RowError
+from agentsdpo.replay.canonical import canonical_json, to_json
+from agentsdpo.replay.formats.files import valid_text
+from agentsdpo.types import Branch, Episode, Json
+
+NAME = "agentsdpo"
+_ARRAYS = {"token_ids": np.int32, "token_kind": np.uint8, "kept_ids": np.int32, "kept_counts": np.int32}
+
+
+def pack(episode: Episode, status: str, document: Any) -> Json:
+    """An episode as a JSON object that goes into ``document``.
+
+    Args:
+        episode: what to keep.
+        status: of its rows in the store.
+        document: what stands around the object, in a form that the reader can take apart again. Its hash tells
+            whether somebody edited the one without the other.
+    """
+    bag = {"v": 1, "sha256": _hash(document), "status": status,
+           "episode": episode.model_dump(mode="json", exclude={"branches"}),
+           "branches": [_branch(branch) for branch in episode.branches]}
+    return bag if valid_text(bag) == bag else {"v": 1, "json": to_json(bag)}
+
+
+def unpack(bag: Any, document: Any, where: str) -> tuple[Episode, str]:
+    """The episode and its status from :func:`pack`; the arrays are bit for bit those that were packed.
+
+    Raises:
+        FormatError: not such an object, one of a newer release, or the document around it was changed since.
+    """
+    try:
+        if isinstance(bag, dict) and "json" in bag:
+            bag = json.loads(bag["json"])
+        if bag["v"] != 1:
+            raise FormatError(f"{where}: {NAME} data has version {bag['v']!r}, this release reads 1",
+                              fix="install a newer agentsdpo")
+        branches = tuple(_read_branch(branch) for branch in bag["branches"])
+        episode, status, sha = Episode(**bag["episode"], branches=branches), bag["status"], bag["sha256"]
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(f"{where}: {NAME} data cannot be read: {describe(error)}",
+                          fix=f"export again, or remove {NAME} to import what the format itself says") from error
+    if sha != _hash(document):
+        raise FormatError(f"{where} was edited after the export: what it says and what its {NAME} data says differ",
+                          fix=f"undo the edit, or remove {NAME} to import the edited part without its tokens")
+    if status not in ("sealed", "truncated", "aborted", "salvaged"):
+        raise FormatError(f"{where}: {NAME} data has status {status!r}", fix="export again")
+    return episode, status
+
+
+def describe(error: Exception) -> str:
+    """An error on one line, with the path of the value where it has one.
+
+    >>> describe(KeyError("v"))
+    "KeyError: 'v'"
+    """
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{path_of(first['loc'])}: {first['msg']}"
+    return f"{error}" if isinstance(error, RowError) else f"{type(error).__name__}: {error}"
+
+
+def path_of(location: tuple[int | str, ...]) -> str:
+    """A place in a document as people write it.
+
+    >>> path_of(("steps", 3, "metrics", "logprob"))
+    'steps[3].metrics.logprob'
+    """
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    return text.removeprefix(".")
+
+
+def _hash(document: Any) -> str:
+    return hashlib.sha256(canonical_json(valid_text(document))).hexdigest()
+
+
+def _branch(branch: Branch) -> Json:
+    fields = branch.model_dump(mode="json", exclude={*_ARRAYS, "logprobs"})
+    arrays = {name: getattr(branch, name) for name in _ARRAYS}
+    fields |= {name: None if array is None else array.tolist() for name, array in arrays.items()}
+    return fields | {"logprobs": decimals(branch.logprobs)}
+
+
+def decimals(logprobs: np.ndarray) -> list[float | None]:
+    """float32[T] as JSON numbers that read back to the same bits, None for NaN.
+
+    >>> decimals(np.array([-0.1, np.nan, -0.0], np.float32))
+    [-0.1, None, -0.0]
+    """
+    return [None if value != value else float(str(value)) for value in logprobs]
+
+
+def _read_branch(fields: Json) -> Branch:
+    arrays = {name: _array(fields[name], kind) for name, kind in _ARRAYS.items()}
+    logprobs = np.array([np.nan if value is None else value for value in fields["logprobs"]], np.float32)
+    return Branch(**{**fields, **arrays, "logprobs": logprobs})  # pyright: ignore[reportArgumentType]
+
+
+def _array(values: Any, kind: type[np.generic]) -> np.ndarray | None:
+    """A flat array of integers that fit.
+
+    Raises:
+        TypeError, OverflowError: something else.
+    """
+    if values is None:
+        return None
+    if not isinstance(values, list) or any(type(value) is not int for value in values):
+        raise TypeError("tokens, kinds and counts are lists of integers")
+    return np.array(values, kind)

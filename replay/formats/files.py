@@ -1,0 +1,110 @@
+"""Files of other formats: written under a temporary name and renamed when whole, read line by line."""
+
+import gzip
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+from agentsdpo.errors import FormatError, StoreError
+from agentsdpo.files import sync
+from agentsdpo.replay.ids import uuid7
+
+MAX_DEPTH = 128
+"""Levels of nesting a JSON value may have; what is deeper is hostile, and some reader down the line would fail."""
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears, durable, when the block ends without an error, in the place of what was there.
+
+    Raises:
+        StoreError: it cannot be written; nothing is left behind then.
+    """
+    temporary = path.parent / f".tmp-{uuid7()}-{path.name}"
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync(path.parent)
+    except StoreError:
+        raise
+    except OSError as error:
+        raise StoreError(f"{path} cannot be written: {error.strerror or error}",
+                         fix="name a file in a folder that exists, with room and permission") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """JSON values of a file with where each stands: one a line, or the only one in a ``.json`` file.
+
+    Blank lines are passed over; ``.gz`` is unpacked.
+
+    Raises:
+        FormatError: not UTF-8, not JSON, NaN or an infinity, nested more than 128 levels.
+        StoreError: the file cannot be read.
+    """
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+            if path.name.removesuffix(".gz").endswith(".json"):
+                yield str(path), parse(file.read(), str(path))
+                return
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    where = f"{path}:{number}"
+                    yield where, parse(line, where)
+    except (OSError, EOFError) as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}",
+                         fix="name a readable file") from error
+
+
+def parse(data: bytes, where: str) -> Any:
+    """One JSON value; raises FormatError as :func:`read_lines`.
+
+    >>> parse(b'{"a": [1]}', "x:1")
+    {'a': [1]}
+    """
+    try:
+        value = json.loads(data.decode(), parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where} is no JSON: {error}", fix="one JSON value a line, in UTF-8") from error
+    if depth(value) > MAX_DEPTH:
+        raise FormatError(f"{where} is nested more than {MAX_DEPTH} levels", fix="flatten it")
+    return value
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number in JSON")
+
+
+def depth(value: Any) -> int:
+    """Levels of nesting of a JSON value; 0 for a plain one.
+
+    >>> depth({"a": [1]})
+    2
+    """
+    level, layer = 0, [value]
+    while layer := [each for each in layer if isinstance(each, (dict, list))]:
+        level += 1
+        layer = [inner for each in layer for inner in (each.values() if isinstance(each, dict) else each)]
+    return level
+
+
+def valid_text(value: Any) -> Any:
+    """The JSON value with lone surrogates replaced, which strict readers of JSON refuse.
+
+    >>> valid_text({"a": ["b" + chr(0xd800), 1]})
+    {'a': ['b?', 1]}
+    """
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {valid_text(key): valid_text(inner) for key, inner in value.items()}
+    return [valid_text(inner) for inner in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,130 @@
+"""The store's own rows in one Parquet file: everything an episode holds, as of the export, late values merged in.
+
+Any Parquet reader can open it. When it is read back, each row's ``content_sha256`` and ``tokens_sha256`` are checked,
+and the hash of everything else, which stands in the file's metadata under ``agentsdpo.sha256``.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from agentsdpo.errors import AgentSdpoError, FormatError
+from agentsdpo.replay.canonical import canonical_json
+from agentsdpo.replay.formats.reading import Found, Notes
+from agentsdpo.replay.rows import to_episode, to_rows
+from agentsdpo.replay.schema import SCHEMA, WRITE_OPTIONS, conform
+from agentsdpo.replay.segment import GROUP_ROWS, GROUP_TOKENS
+from agentsdpo.types import Episode
+
+_HASHES = ["tokens_sha256", "content_sha256"]
+_SHA = "agentsdpo.sha256"
+
+
+class Writer:
+    """Writes episodes into one file, row groups of about 32,768 tokens."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._writer = pq.ParquetWriter(file, SCHEMA, use_content_defined_chunking=True, **WRITE_OPTIONS)
+        self._held: list[pa.Table] = []
+        self._rows, self._tokens = 0, 0
+        self._digest = hashlib.sha256()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        if kind is None:
+            self._flush()
+            self._writer.add_key_value_metadata({_SHA: self._digest.hexdigest()})
+        self._writer.close()
+
+    def write(self, episode: Episode, *, salvaged: bool) -> None:
+        """Add all branches of an episode."""
+        table = to_rows([episode], salvaged=salvaged)
+        self._digest.update(_said(episode, salvaged))
+        self._held.append(table)
+        self._rows, self._tokens = self._rows + len(table), self._tokens + sum(
+            len(branch.token_ids) for branch in episode.branches)
+        if self._tokens >= GROUP_TOKENS or self._rows >= GROUP_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._held:
+            self._writer.write_table(pa.concat_tables(self._held), row_group_size=self._rows)
+        self._held, self._rows, self._tokens = [], 0, 0
+
+
+def read(path: Path, notes: Notes, siblings: frozenset[Path]) -> Iterator[Found]:
+    """Episodes of a file; the rows of one stand together, as :class:`Writer` and the store itself leave them.
+
+    Raises:
+        FormatError: no such file, damaged pages, rows that do not hash to what they say, or an episode torn apart.
+    """
+    seen: set[tuple[str, int]] = set()
+    digest = hashlib.sha256()
+    for table in _runs(path, notes):
+        name = (table["episode_id"][0].as_py(), table["attempt"][0].as_py())
+        where = f"{path}: episode {name[0]}"
+        if name in seen:
+            raise FormatError(f"{where} stands in two places of the file", fix="sort it by episode_id, attempt")
+        seen.add(name)
+        try:
+            episode = to_episode(table)
+            salvaged = table["status"][0].as_py() == "salvaged"
+            same = to_rows([episode], salvaged=salvaged).select(_HASHES).equals(
+                table.sort_by("branch_id").select(_HASHES).combine_chunks())
+        except (AgentSdpoError, ValueError, KeyError, TypeError) as error:
+            raise FormatError(f"{where} cannot be read: {error}", fix="export it again") from error
+        if not same:
+            raise FormatError(f"{where} does not hash to what its rows say", fix="export it again: it is damaged")
+        digest.update(_said(episode, salvaged))
+        yield Found(episode, episode.train_allowed, episode.episode_id, where, salvaged)
+    if (stated := _stated(path)) is not None and stated != digest.hexdigest():
+        raise FormatError(f"{path} does not hash to what it says", fix="export it again: it is damaged")
+
+
+def _said(episode: Episode, salvaged: bool) -> bytes:
+    """All of an episode that the hashes of its rows leave out."""
+    forks = [branch.model_dump(include={"branch_id", "parent_branch_id", "fork_at", "fork_reason"})
+             for branch in episode.branches]
+    return canonical_json([episode.model_dump(mode="json", exclude={"branches"}), forks, salvaged])
+
+
+def _stated(path: Path) -> str | None:
+    """The hash in the file's metadata; files that others wrote have none."""
+    found = (pq.read_metadata(path).metadata or {}).get(_SHA.encode())
+    return found.decode() if found else None
+
+
+def _runs(path: Path, notes: Notes) -> Iterator[pa.Table]:
+    """Tables of the rows of one episode each."""
+    rest = SCHEMA.empty_table()
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            known = set(SCHEMA.names)
+            for name in file.schema_arrow.names:
+                if name not in known:
+                    notes.lose(f"column {name}")
+            for group in range(file.num_row_groups):
+                table = pa.concat_tables([rest, conform(file.read_row_group(group, use_threads=False))])
+                cuts = _cuts(table)
+                for start, stop in zip(cuts, cuts[1:], strict=False):
+                    yield table.slice(start, stop - start)
+                rest = table.slice(cuts[-1])
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"{path} cannot be read as a Parquet file of this format: {error}",
+                          fix="name a file that `export parquet` wrote, or a data file of a store") from error
+    if len(rest):
+        yield rest
+
+
+def _cuts(table: pa.Table) -> list[int]:
+    """Where each episode of a table begins."""
+    names = list(zip(table["episode_id"].to_pylist(), table["attempt"].to_pylist(), strict=True))
+    return [0, *(i for i in range(1, len(names)) if names[i] != names[i - 1])]
