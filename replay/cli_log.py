@@ -1,7 +1,8 @@
-"""Verbs that follow a store: ``log``, ``tail``, ``sample``."""
+"""Verbs that follow a store: ``log``, ``tail``, ``sample``, ``browse``."""
 
 import json
 import re
+import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -171,3 +172,14 @@ def sample(
     names = ["episode_id", "branch_id", "attempt", "staleness", "n_tokens", "n_trainable"]
     out.answer({"store": store, "version": version, "snapshot": sampler.snapshot.id, "drawn": drawn}, lambda: out.table(
         names, [[row[name] for name in names] for row in drawn]), lines="drawn")
+
+
+@verb(app)
+def browse(out: Out, store: Store, where: Where = None) -> None:
+    """Leaf through the episodes on a terminal."""
+    from agentsdpo.replay.browse import Browser
+
+    opened = existing(store)
+    if not (out.tty and sys.stdin.isatty()):
+        raise ConfigError("browse needs a terminal", fix="use agentsdpo replay ls and show in scripts")
+    Browser(opened, out, where=where).run()

@@ -356,6 +356,21 @@ def test_sample_draws_as_a_learner_and_explains(shared: Path) -> None:
     assert "nothing is eligible" in good("sample", shared, "--tokenizer", "0" * 64).stderr
 
 
+def test_browse_leafs_filters_and_shows(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from agentsdpo.replay.browse import Browser
+    from agentsdpo.replay.cli_base import Out
+
+    answers, pages = iter(["n", "p", "/ reward >", "/env_id == 'desk'", "1", "99", "/", "3", "q"]), list[str]()
+    Browser(ReplayStore.open(shared), Out("browse"), ask=lambda prompt: next(answers), page=pages.append).run()
+    text = capsys.readouterr().out
+    assert "1 to 5 of 5" in text
+    assert "1 to 3 of 3" in text
+    assert "the filter 'reward >' cannot be read" in text
+    assert "'99' is none of these" in text
+    assert ["episode dddd-5" in pages[0], "episode cccc-3" in pages[1]] == [True, False]
+    assert "needs a terminal" in refused(2, "browse", shared)
+
+
 # ------------------------------------------------------------------------------------------- init, doctor, SQL
 
 
