@@ -130,6 +130,23 @@ class ChatFormat:
         closed = bool(ids) and ids[-1] == self.eos_id
         return self.decode(ids[:-1] if closed else ids)
 
+    def in_calls(self, ids: Sequence[int]) -> list[bool]:
+        """Which tokens of one completion belong to a tool call, its delimiters included; an open call runs to the end.
+
+        Raises:
+            ModelError: the delimiters are not single tokens.
+        """
+        first, last = (self.encode(mark) for mark in (_OPEN, _CLOSE))
+        if len(first) != 1 or len(last) != 1:
+            raise ModelError(f"{_OPEN} is {len(first)} tokens of tokenizer {self.tokenizer.name_or_path!r}",
+                             fix="set learn.tool_weight to 1, or use a tokenizer that has tool calls as special tokens")
+        inside, found = False, []
+        for token in ids:
+            inside = inside or token == first[0]
+            found.append(inside)
+            inside = inside and token != last[0]
+        return found
+
 
 def parse_calls(text: str, turn: int) -> tuple[list[ToolCall], dict[str, str]]:
     """Tool calls of one agent turn, in order, and what is wrong with those that cannot be read.

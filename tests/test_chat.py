@@ -143,3 +143,14 @@ def test_tiny_model_answers_every_id_and_repeats(tiny_model: Any, tiny_tokenizer
     assert tiny_model.config.vocab_size > chat.vocab_size, "padding rows must exist"
     assert logits.dtype == torch.float32
     assert logits.isfinite().all()
+
+
+def test_tokens_of_tool_calls_are_told_apart(tiny_tokenizer: Any) -> None:
+    chat = ChatFormat(tiny_tokenizer)
+    call = write_call("f", {"a": 1})
+    ids = chat.encode(f"so {call} and {call}")
+    inside = chat.in_calls(ids)
+    assert chat.decode([token for token, within in zip(ids, inside, strict=True) if within]) == call * 2
+    cut = chat.encode(f"so {call}")[:-3]
+    assert chat.in_calls(cut)[-1], "a call cut off at the token limit is one to its end"
+    assert chat.in_calls([]) == []

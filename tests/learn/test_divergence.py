@@ -1,10 +1,14 @@
 """Divergences against autograd-free closed forms in float64, tails, supports, scales, kept sets."""
 
+from typing import Any
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from agentsdpo.learn.divergence import between, buckets, divergence, support_ids, token_logp
+from agentsdpo.learn.divergence import between, buckets, divergence, log_softmax, support_ids, token_logp
 
 
 def pair(n: int = 5, v: int = 9, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -123,7 +127,6 @@ def test_only_the_teacher_side_of_a_union_may_repeat() -> None:
 
 
 def test_half_precision_logits_are_widened_before_the_softmax() -> None:
-    from agentsdpo.learn.divergence import log_softmax
     assert log_softmax(torch.zeros(1, 4, dtype=torch.bfloat16)).dtype == torch.float32
 
 
@@ -134,3 +137,65 @@ def test_kept_sets_renormalise_where_sampling_was_truncated() -> None:
     torch.testing.assert_close(got.exp().detach(), torch.tensor([0.375, 0.3], dtype=torch.float64))
     (grad,) = torch.autograd.grad(got.sum(), log_p)
     assert torch.isfinite(grad).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 5), v=st.integers(2, 24), k=st.integers(1, 30), beta=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
+       support=st.sampled_from(["full", "student", "teacher", "union"]), seed=st.integers(0, 999),
+       sharp=st.sampled_from([0.1, 1.0, 8.0]), dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float64]))
+def test_every_divergence_is_one_whatever_its_shape_support_and_type(
+        n: int, v: int, k: int, beta: float, support: Any, seed: int, sharp: float, dtype: torch.dtype) -> None:
+    """Finite, not negative, at most the full one, zero tails where everything is inside, and a gradient that sums to 0.
+
+    The last says that adding a constant to all logits of a token changes nothing.
+    """
+    g = torch.Generator().manual_seed(seed)
+    z = (sharp * torch.randn(n, v, generator=g)).to(dtype).requires_grad_(True)
+    log_p, log_q = log_softmax(z), log_softmax((sharp * torch.randn(n, v, generator=g)).to(dtype))
+    d = divergence(log_p, log_q, beta=beta, support=support, top_k=k)
+    full = divergence(log_p.detach(), log_q, beta=beta).value
+    slack = 1e-9 if dtype == torch.float64 else 1e-4
+    assert d.value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.isfinite(d.value).all()
+    assert (d.value.detach() >= -slack).all()
+    assert (d.value.detach() <= full + slack * (1.0 + full)).all()
+    for tail in (d.tail_student, d.tail_teacher):
+        assert ((tail >= 0.0) & (tail <= 1.0 + slack)).all()
+        assert k < v or tail.max() < 1e-30
+    (grad,) = torch.autograd.grad(d.value.sum(), z)
+    assert torch.isfinite(grad).all()
+    torch.testing.assert_close(grad.double().sum(-1), torch.zeros(n).double(), rtol=0.0,
+                               atol=0.2 if dtype == torch.bfloat16 else 1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 6), beta=st.sampled_from([0.0, 0.5, 1.0]), seed=st.integers(0, 999),
+       mask=st.lists(st.booleans(), min_size=6, max_size=6))
+def test_masked_tokens_get_no_gradient_and_do_not_change_that_of_others(
+        rows: int, beta: float, seed: int, mask: list[bool]) -> None:
+    g = torch.Generator().manual_seed(seed)
+    z = torch.randn(rows, 9, generator=g, dtype=torch.float64).requires_grad_(True)
+    log_q = torch.randn(rows, 9, generator=g, dtype=torch.float64).log_softmax(-1)
+    keep = torch.tensor(mask[:rows])
+
+    def gradient(weight: Tensor) -> Tensor:
+        d = divergence(z.log_softmax(-1), log_q, beta=beta, support="union", top_k=3).value
+        return torch.autograd.grad((weight * d).sum(), z)[0]
+
+    whole, masked = gradient(torch.ones(rows).double()), gradient(keep.double())
+    assert torch.equal(masked[~keep], torch.zeros_like(masked[~keep]))
+    assert torch.equal(masked[keep], whole[keep])
+
+
+@pytest.mark.parametrize("support", ["full", "student", "teacher", "union"])
+@pytest.mark.parametrize("beta", [0.0, 0.3, 0.7, 1.0])
+def test_a_real_step_lowers_the_divergence_and_a_flipped_sign_raises_it(beta: float, support: Any) -> None:
+    z, log_q = pair(n=20, v=12, seed=7)
+
+    def value(logits: Tensor) -> Tensor:
+        return divergence(logits.log_softmax(-1), log_q, beta=beta, support=support, top_k=4).value
+
+    before = value(z)
+    (grad,) = torch.autograd.grad(before.sum(), z)
+    assert (value(z.detach() - 0.01 * grad) < before.detach()).all()
+    assert (value(z.detach() + 0.01 * grad) > before.detach()).all()
