@@ -59,6 +59,21 @@ class Row:
     label: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The token columns of one branch, read-only: ids int32[T], kinds uint8[T], behaviour log-probs float32[T].
+
+    ``kept_ids`` and ``kept_counts`` are int32, None where nothing was cut from the distribution.
+    """
+
+    key: Key
+    token_ids: np.ndarray
+    token_kind: np.ndarray
+    logprobs: np.ndarray
+    kept_ids: np.ndarray | None
+    kept_counts: np.ndarray | None
+
+
 # ------------------------------------------------------------------------------------------------------- writing
 
 
@@ -285,6 +300,10 @@ class RowReader:
     def tokens_sha256(self, i: int) -> bytes:
         """Hash of the token arrays of row ``i`` as they were read."""
         return tokens_sha256(*(self._list(n, i) for n in _ARRAYS))  # pyright: ignore[reportArgumentType]
+
+    def tokens(self, i: int) -> Tokens:
+        """Token columns of row ``i``."""
+        return Tokens(self.key(i), *(self._list(n, i) for n in _ARRAYS))  # pyright: ignore[reportArgumentType]
 
     def row(self, i: int) -> Row:
         """Row ``i`` as it was appended, without overlays."""

@@ -74,6 +74,9 @@ SCALARS = [f.name for f in SCHEMA if not pa.types.is_list(f.type) and f.name not
 
 LEARNER_CALL_FIELDS = ["call_id", "start", "end", "prompt_sha256", "finish_reason", "temperature", "top_p", "top_k",
                        "seed", "max_tokens", "logprob_kind", "untrainable_reason", "versions", "turn"]
+TOKEN_COLUMNS = ["episode_id", "branch_id", "attempt", "token_ids", "token_kind", "logprobs", "kept_ids",
+                 "kept_counts"]
+"""Key and token columns of a row: what its token hash covers."""
 LEARNER_COLUMNS = [
     "episode_id", "branch_id", "attempt", "parent_branch_id", "fork_at", "fork_reason", "run_id", "env_id", "task_id",
     "group_id", "stop_reason", "train_allowed", "policy_version_min", "policy_version_max", "reward", "rewards_json",

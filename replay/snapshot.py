@@ -1,9 +1,12 @@
 """An immutable view of the store: the rows that were live when it was taken."""
 
 import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +18,7 @@ from agentsdpo.replay.canonical import canonical_json
 from agentsdpo.replay.ids import Key
 from agentsdpo.replay.log import Located, MissingSegment, Vector
 from agentsdpo.replay.overlay import Overlays
-from agentsdpo.replay.rows import Row, RowReader, to_episode
+from agentsdpo.replay.rows import Row, RowReader, Tokens, to_episode
 from agentsdpo.replay.schema import SCALARS, SCHEMA, conform
 from agentsdpo.replay.segment import GroupCache, open_segment
 from agentsdpo.replay.storage import Storage
@@ -79,21 +82,60 @@ class Snapshot:
             state = "is in conflict" if key in self.conflicts else "is not part of this snapshot"
             raise StoreError(f"branch {key} {state} of {len(self)} branches", fix="refresh, or list keys()") from None
 
+    def tokens(self, keys: Iterable[Key]) -> list[Tokens]:
+        """The token columns of these keys alone, in this order, verified like :meth:`read` and several times as fast.
+
+        Row groups are decoded side by side on up to four threads and not kept.
+
+        >>> from agentsdpo.replay.example import example
+        >>> view = example().snapshot()
+        >>> row = view.tokens(view.keys()[:1])[0]
+        >>> len(row.token_ids) == len(row.token_kind) == len(row.logprobs)
+        True
+
+        Raises:
+            StoreError, RowExpired, CorruptionError: as :meth:`read`.
+        """
+        wanted = [self.located(key) for key in keys]
+        groups: dict[tuple[str, int], list[int]] = defaultdict(list)
+        for place, at in enumerate(wanted):
+            groups[at.path, at.row_group].append(place)
+
+        def decode(places: list[int]) -> list[tuple[int, Tokens]]:
+            held: dict[tuple[str, int], RowReader] = {}
+
+            def fetch(at: Located) -> RowReader:
+                if (at.path, at.row_group) not in held:
+                    held[at.path, at.row_group] = self._cache.tokens(at)
+                return held[at.path, at.row_group]
+
+            return [(place, group.tokens(at.index)) for place in places
+                    for group, at in [self._verified(wanted[place], fetch)]]
+
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            found = dict(chain.from_iterable(pool.map(decode, groups.values())))
+        return [found[place] for place in range(len(wanted))]
+
     def _read(self, at: Located) -> Row:
-        group, at = self._group(at)
+        group, at = self._verified(at, self._cache.get)
+        return self.late.onto_row(group.row(at.index), at)
+
+    def _verified(self, at: Located, fetch: Callable[[Located], RowReader]) -> tuple[RowReader, Located]:
+        """The row group of a row and where it is now, once key and token hash are those that were committed."""
+        group, at = self._group(at, fetch)
         where = f"{self.storage.uri}/{at.path}, row group {at.row_group}, branch {at.key}"
         if at.index >= len(group) or group.key(at.index) != at.key:
             raise CorruptionError(f"{where}: another row stands in its place", fix="restore the file from a backup")
         if group.tokens_sha256(at.index).hex() != at.tokens_sha256:
             raise CorruptionError(f"{where}: tokens and log-probs do not hash to what was committed",
                                   fix="restore the file from a backup")
-        return self.late.onto_row(group.row(at.index), at)
+        return group, at
 
-    def _group(self, at: Located) -> tuple[RowReader, Located]:
+    def _group(self, at: Located, fetch: Callable[[Located], RowReader]) -> tuple[RowReader, Located]:
         """The row group of a row, and where that is by now: compaction may have moved it since."""
         while True:
             try:
-                return self._cache.get(at), at
+                return fetch(at), at
             except MissingSegment:
                 at = self._relocate(at)
 

@@ -77,6 +77,9 @@ def test_page_damage_names_file_row_group_and_branch(filled: ReplayStore, tmp_pa
                   if group.column(i).path_in_schema == "token_ids.list.element")
     flip(path, column.data_page_offset + column.total_compressed_size - 3, 4)
     with pytest.raises(CorruptionError) as caught:
+        view.tokens([key])
+    assert all(word in str(caught.value) for word in (path.name, "row group 0", str(key)))
+    with pytest.raises(CorruptionError) as caught:
         view.read([key])
     assert all(word in str(caught.value) for word in (path.name, "row group 0", str(key)))
 

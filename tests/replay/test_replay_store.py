@@ -19,7 +19,7 @@ from agentsdpo.replay.canonical import canonical_json
 from agentsdpo.replay.log import make_entry
 from agentsdpo.replay.overlay import Slot
 from agentsdpo.replay.rows import to_rows
-from agentsdpo.replay.segment import encode
+from agentsdpo.replay.segment import GROUP_TOKENS, encode
 from agentsdpo.types import Hint
 
 LATE = Hint(text="late", source="user", author="me")
@@ -64,13 +64,31 @@ def test_snapshot_of_a_position_is_the_same_after_appends(store: ReplayStore) ->
 
 def test_many_branches_split_into_row_groups(store: ReplayStore) -> None:
     rng = np.random.default_rng(0)
-    episodes = [make_episode(i, branches=tuple(make_branch(rng, size=30_000, branch_id=b) for b in range(3)))
+    episodes = [make_episode(i, branches=tuple(make_branch(rng, size=GROUP_TOKENS // 2, branch_id=b) for b in range(3)))
                 for i in range(2)]
     store.append(episodes)
-    assert pq.ParquetFile(segments(store)[0]).num_row_groups == 2
+    assert pq.ParquetFile(segments(store)[0]).num_row_groups == 3
     assert [row.key.branch_id for row in store.snapshot().read(store.snapshot().keys())] == [0, 1, 2, 0, 1, 2]
     assert all(same_episode(store.episode(e.episode_id), e) for e in episodes)
     assert store.to_arrow()["episode_id"].to_pylist() == [key.episode_id for key in store.snapshot().keys()]  # noqa: SIM118
+
+
+def test_token_columns_alone_are_those_of_the_rows(store: ReplayStore) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        store.append([make_episode(i, branches=tuple(make_branch(rng, size=GROUP_TOKENS // 2, branch_id=b)
+                                                     for b in range(2)))])
+    view = store.snapshot()
+    keys = view.keys()[::-1] + view.keys()[:1]
+    for row, tokens in zip(view.read(keys), view.tokens(keys), strict=True):
+        assert tokens.key == row.key
+        for name in ("token_ids", "token_kind", "logprobs", "kept_ids", "kept_counts"):
+            mine, theirs = getattr(tokens, name), getattr(row.branch, name)
+            assert (mine is None) == (theirs is None)
+            assert mine is None or mine.tobytes() == theirs.tobytes()
+    assert view.tokens([]) == []
+    with pytest.raises(StoreError, match="not part of this snapshot"):
+        view.tokens([Key("nobody", 0, 0)])
 
 
 def test_scalars_are_in_key_order_without_arrays(store: ReplayStore) -> None:

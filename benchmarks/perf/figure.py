@@ -1,0 +1,74 @@
+"""One measured number, and how all benchmarks print theirs."""
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+
+from agentsdpo.provenance import git_commit
+from agentsdpo.types import Json
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A number with what it was held against.
+
+    Args:
+        name: fixed name of the figure.
+        value: measured; of a ratio, above 1 means that this project is better.
+        unit: ``ms``, ``s``, ``count``, ``bytes/token``, ``ratio``.
+        peer: what ran beside it in the same process or run; None for an absolute number.
+        detail: what went into it: rounds, sizes, the peer's own number.
+    """
+
+    name: str
+    value: float
+    unit: str
+    peer: str | None = None
+    detail: Json = field(default_factory=dict)
+
+    def line(self) -> str:
+        """For people.
+
+        >>> Figure("help_s", 0.0912, "s", "python -c pass", {"runs": 20}).line()
+        'help_s                        0.0912 s             beside python -c pass  runs=20'
+        """
+        beside = f"beside {self.peer}" if self.peer else ""
+        detail = ", ".join(f"{key}={value}" for key, value in self.detail.items())
+        return f"{self.name:<26}{self.value:>10.4g} {self.unit:<12} {beside}  {detail}".rstrip()
+
+
+Measure = Callable[[], Iterable[Figure]]
+
+
+def run_all(doc: str, measures: dict[str, Measure], arguments: list[str] | None = None) -> None:
+    """Command line of a benchmark: run its parts one after the other and print their figures.
+
+    Args:
+        doc: the module's docstring; its first line is the help.
+        measures: parts by name, run in this order.
+        arguments: of the command line; ``sys.argv`` when not given.
+    """
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=list(measures), help="these parts")
+    parser.add_argument("--json", action="store_true", help="one JSON list, after the last part")
+    parser.add_argument("--out", help="also write the JSON list with machine and commit to this file")
+    args = parser.parse_args(arguments)
+    figures: list[Figure] = []
+    for name in args.only or measures:
+        for figure in measures[name]():
+            figures.append(figure)
+            print(figure.line(), file=sys.stderr if args.json else sys.stdout, flush=True)  # noqa: T201
+    rows = [asdict(figure) for figure in figures]
+    if args.json:
+        print(json.dumps(rows))  # noqa: T201
+    if args.out:
+        about = {"commit": git_commit(), "machine": platform.processor() or platform.machine(),
+                 "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+                 "load": os.getloadavg()[0], "figures": rows}
+        with open(args.out, "w", encoding="utf-8") as file:
+            json.dump(about, file, indent=2)
+            file.write("\n")

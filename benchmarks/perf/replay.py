@@ -1,0 +1,157 @@
+"""Speed, size and safety of the replay store, with peers in the same run.
+
+    make bench                                                     # installs the peers, then runs all benchmarks
+    python -m agentsdpo.benchmarks.perf.replay [--only size read ...] [--json]
+
+``kill9_lost`` and ``bitflips_silent`` are counts that must be 0. Sizes count every byte of the store's folder.
+"""
+
+import logging
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from agentsdpo.benchmarks.perf.figure import Figure, run_all
+from agentsdpo.benchmarks.perf.startup import help_seconds
+from agentsdpo.benchmarks.perf.transcripts import LONG, Transcripts, lengths, zipf_episode
+from agentsdpo.replay import ReplayStore
+from agentsdpo.types import Episode
+
+EPISODES, PICKED, ROUNDS = 200, 32, 9
+APPENDED = 8
+"""Episodes per append: what a collector hands over at once."""
+
+
+def size() -> Iterator[Figure]:
+    """Bytes a token, everything counted: segments, log, manifests."""
+    rng, transcripts = np.random.default_rng(0), Transcripts()
+    cases: dict[str, Callable[[], Episode]] = {
+        "zipf": lambda: zipf_episode(rng), "real": lambda: transcripts.episode(rng)}
+    for name, draw in cases.items():
+        episodes = [draw() for _ in range(EPISODES // 2)]
+        with tempfile.TemporaryDirectory() as folder:
+            _fill(folder, episodes)
+            held, tokens = _bytes(folder), sum(_length(episode) for episode in episodes)
+        sampled = sum(int((e.branches[0].token_kind == 1).sum()) for e in episodes) / tokens
+        yield Figure(f"bytes_per_token_{name}", round(held / tokens, 3), "bytes/token", None,
+                     {"tokens": tokens, "sampled": round(sampled, 3), "episodes": len(episodes)})
+
+
+def read() -> Iterator[Figure]:
+    """Random reads of whole episodes' token columns, verified; the file cache is warm, the store's own is off."""
+    rng = np.random.default_rng(1)
+    with tempfile.TemporaryDirectory() as folder:
+        _fill(folder, [zipf_episode(rng) for _ in range(EPISODES)])
+        times = [_timed(_picker(folder, turn)) for turn in range(ROUNDS + 1)][1:]
+    yield Figure("read_32_of_200_ms", _ms(times), "ms", None, {"rounds": ROUNDS, "tokens_each": LONG})
+    yield _against_memmap(lengths(rng, EPISODES), rng)
+
+
+def _against_memmap(sizes: Sequence[int], rng: np.random.Generator) -> Figure:
+    """Ragged episodes: ours, and TorchRL's storage padded to the longest, as it needs one shape for all."""
+    import tensordict
+    import torch
+    import torchrl
+    from torchrl.data import LazyMemmapStorage
+
+    logging.getLogger("torchrl").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    episodes = [zipf_episode(rng, tokens=n, calls=max(1, n // 400)) for n in sizes]
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as mapped:
+        _fill(folder, episodes)
+        storage = LazyMemmapStorage(EPISODES, scratch_dir=mapped)
+        for i, episode in enumerate(episodes):
+            storage.set(i, tensordict.TensorDict(_padded(episode, max(sizes)), []))
+
+        def theirs(turn: int) -> Callable[[], object]:
+            picked = torch.from_numpy(_picked(turn))
+
+            def go() -> object:
+                rows = storage.get(picked)
+                return [[rows[name][i][:n].sum() for name in ("ids", "kinds", "logprobs")]
+                        for i, n in enumerate(rows["n"].tolist())]
+            return go
+
+        pairs = [(_timed(_picker(folder, turn)), _timed(theirs(turn))) for turn in range(ROUNDS + 1)][1:]
+        mine, peer = (statistics.median(times) for times in zip(*pairs, strict=True))
+        disk = {"mib": round(_bytes(folder) / 2**20, 1), "peer_mib": round(_bytes(mapped) / 2**20, 1)}
+    return Figure("read_vs_lazymemmap", round(peer / mine, 2), "ratio", f"torchrl {torchrl.__version__}",
+                  {"ms": _ms([mine]), "peer_ms": _ms([peer]),
+                   "longest_over_mean": round(max(sizes) / float(np.mean(sizes)), 1), **disk})
+
+
+def _padded(episode: Episode, longest: int) -> dict:
+    """One episode as TorchRL needs it."""
+    import torch
+
+    branch = episode.branches[0]
+    arrays = {"ids": branch.token_ids, "kinds": branch.token_kind, "logprobs": np.nan_to_num(branch.logprobs)}
+    padded = {name: torch.nn.functional.pad(torch.from_numpy(np.array(array)), (0, longest - len(array)))
+              for name, array in arrays.items()}
+    return {**padded, "n": torch.tensor(len(branch.token_ids))}
+
+
+def _picked(turn: int) -> np.ndarray:
+    return np.random.default_rng(turn).choice(EPISODES, PICKED, replace=False)
+
+
+def _picker(folder: str, turn: int) -> Callable[[], object]:
+    """Read some episodes of an opened store and look at every value once."""
+    view = ReplayStore.open(folder, create=False, cache_bytes=0).snapshot()
+    keys = view.keys()
+    wanted = [keys[i] for i in _picked(turn)]
+    view.tokens(wanted[:1])
+
+    def go() -> object:
+        return [(row.token_ids.sum(), row.token_kind.sum(), np.nansum(row.logprobs)) for row in view.tokens(wanted)]
+    return go
+
+
+def step() -> Iterator[Figure]:
+    """One durable step of a running episode, beside a bare write and fsync of as many bytes to the same disk."""
+    from agentsdpo.benchmarks.perf.killloop import step_times  # the same step the kill loop acknowledges
+
+    mine, bare = step_times(400)
+    p99 = [float(np.percentile(np.array(times) * 1000, 99)) for times in (mine, bare)]
+    yield Figure("append_p99_over_fsync_ms", round(p99[0] - p99[1], 3), "ms", "write and fdatasync",
+                 {"p99_ms": round(p99[0], 3), "peer_p99_ms": round(p99[1], 3), "steps": len(mine)})
+
+
+def _fill(folder: str | Path, episodes: Sequence[Episode]) -> None:
+    store = ReplayStore.open(folder)
+    for start in range(0, len(episodes), APPENDED):
+        store.append(episodes[start:start + APPENDED])
+    store.close()
+
+
+def _length(episode: Episode) -> int:
+    return sum(len(branch.token_ids) for branch in episode.branches)
+
+
+def _bytes(folder: str | Path) -> int:
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+
+
+def _timed(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _ms(times: Iterable[float]) -> float:
+    return round(1000 * statistics.median(times), 2)
+
+
+def start() -> Iterator[Figure]:
+    """The command's help."""
+    yield help_seconds("replay")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    run_all(__doc__ or "", {"size": size, "read": read, "step": step, "help": start})
