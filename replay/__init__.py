@@ -2,9 +2,17 @@
 
 >>> import tempfile
 >>> from agentsdpo.replay import ReplayStore
+>>> from agentsdpo.replay.example import episode
 >>> store = ReplayStore.open(tempfile.mkdtemp())
->>> len(store.snapshot())
-0
+>>> store.append([episode(0), episode(1), episode(2)])              # durable when it returns
+>>> store.add_rewards({"e-0": 0.75}, author="second grader")        # late; what was sampled is never rewritten
+>>> [(row.key.episode_id, row.reward) for row in store.branches("reward >= 0.5")]
+[('e-0', 0.75), ('e-1', 0.5), ('e-2', 1.0)]
+>>> store.to_arrow("n_tokens > 12").select(["episode_id", "n_tokens"]).to_pylist()
+[{'episode_id': 'e-1', 'n_tokens': 16}, {'episode_id': 'e-2', 'n_tokens': 20}]
+>>> sampler = store.sampler(seed=7)                                 # its position goes into the learner's checkpoint
+>>> len(sampler.sample(2, learner_version=2))
+2
 """
 
 if not __name__.startswith("agentsdpo."):
@@ -19,6 +27,8 @@ from agentsdpo.replay.ids import Key, uuid7
 if TYPE_CHECKING:
     from agentsdpo.replay.compaction import compact
     from agentsdpo.replay.config import ReplayConfig
+    from agentsdpo.replay.index import SideIndex
+    from agentsdpo.replay.limiter import Limit, RateLimiter
     from agentsdpo.replay.maintain import evict, fold, unevict
     from agentsdpo.replay.pinned import pin, pins, unpin
     from agentsdpo.replay.reclaim import gc
@@ -30,11 +40,13 @@ if TYPE_CHECKING:
     from agentsdpo.replay.verification import verify
 
 _HOMES = {"ReplayConfig": "config", "Row": "rows", "to_rows": "rows", "to_episode": "rows", "Sampler": "sampler",
+          "SideIndex": "index", "Limit": "limiter", "RateLimiter": "limiter",
           "SCHEMA": "schema", "Snapshot": "snapshot", "ReplayStore": "store",
           "evict": "maintain", "unevict": "maintain", "fold": "maintain", "compact": "compaction", "gc": "reclaim",
           "verify": "verification", "pin": "pinned", "unpin": "pinned", "pins": "pinned"}
-__all__ = ["SCHEMA", "Key", "ReplayConfig", "ReplayStore", "Row", "Sampler", "Snapshot", "compact", "evict", "fold",
-           "gc", "pin", "pins", "to_episode", "to_rows", "unevict", "unpin", "uuid7", "verify"]
+__all__ = ["SCHEMA", "Key", "Limit", "RateLimiter", "ReplayConfig", "ReplayStore", "Row", "Sampler", "SideIndex",
+           "Snapshot", "compact", "evict", "fold", "gc", "pin", "pins", "to_episode", "to_rows", "unevict", "unpin",
+           "uuid7", "verify"]
 
 
 def __getattr__(name: str) -> Any:

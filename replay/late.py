@@ -1,7 +1,8 @@
-"""What may be said about stored branches later: the checks before an overlay is written."""
+"""What may be said about stored branches later, and the checks before an overlay is written."""
 
 import math
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import numpy as np
@@ -18,19 +19,73 @@ MAX_LABEL = 1_000
 """Characters of a label."""
 
 
-def hints(view: Snapshot, values: Mapping[Key | str, Hint]) -> list[Entry]:
-    """Entries of late hints. Raises as :func:`keys`."""
+class LateValues(ABC):
+    """What can be said about the branches of a store after they were appended."""
+
+    @abstractmethod
+    def _overlay(self, kind: str, make: Callable[[Snapshot], list[Entry]]) -> None:
+        """Write late values, made from the store as it is now, and commit them."""
+
+    def add_hints(self, hints: Mapping[Key | str, Hint]) -> None:
+        """Attach hints that were written after the append; each replaces the hint its branch had.
+
+        Args:
+            hints: by key of a branch, or by episode id: all branches of its latest attempt.
+
+        Raises:
+            StoreError: a key is not in the store, or the overlay cannot be written.
+        """
+        self._overlay("hint", lambda view: _hints(view, hints))
+
+    def add_rewards(self, rewards: Mapping[Key | str, float | Grade], *, author: str = "",
+                    status: RewardStatus = "final") -> None:
+        """Say what branches earned, later or again; every reader sees the latest. Keys as in :meth:`add_hints`.
+
+        A bare number is a grade without criteria. Raises also RowError: a reward is not finite.
+
+        >>> from agentsdpo.replay.example import example
+        >>> store = example()
+        >>> store.add_rewards({"e-0": 0.25}, author="grader-2")
+        >>> [row.reward for row in store.branches("episode_id == 'e-0'")]
+        [0.25]
+        """
+        self._overlay("reward", lambda view: _rewards(view, rewards, author, status))
+
+    def add_labels(self, labels: Mapping[Key | str, str], *, author: str = "") -> None:
+        """Mark branches with a short text to filter by; the latest counts. Keys as in :meth:`add_hints`.
+
+        Raises also RowError: a label is empty or longer than 1,000 characters.
+
+        >>> from agentsdpo.replay.example import example
+        >>> store = example()
+        >>> store.add_labels({"e-1": "reviewed"})
+        >>> [row.key.episode_id for row in store.branches("label == 'reviewed'")]
+        ['e-1']
+        """
+        self._overlay("label", lambda view: _labels(view, labels, author))
+
+    def add_relogprobs(self, logprobs: Mapping[Key, np.ndarray], *, policy_version: int, trainer_id: str) -> None:
+        """Keep what a trainer computed for stored tokens, float32[T] per branch, NaN where nothing was scored.
+
+        One set per policy version and trainer; the behaviour log-probs stay as they are. Read them back with
+        :meth:`Snapshot.relogprobs`. Raises also RowError: a wrong length, or a value outside (-1000, 1e-4].
+        """
+        self._overlay("relogprob", lambda view: _relogprobs(view, logprobs, policy_version, trainer_id))
+
+
+def _hints(view: Snapshot, values: Mapping[Key | str, Hint]) -> list[Entry]:
+    """Entries of late hints. Raises as :func:`_keys`."""
     return [Entry(Slot("hint", key), hint.author, canonical_json(hint.model_dump()).decode())
-            for name, hint in values.items() for key in keys(view, name)]
+            for name, hint in values.items() for key in _keys(view, name)]
 
 
-def rewards(view: Snapshot, values: Mapping[Key | str, float | Grade], author: str,
+def _rewards(view: Snapshot, values: Mapping[Key | str, float | Grade], author: str,
             status: RewardStatus) -> list[Entry]:
     """Entries of late rewards; a bare number is a grade without criteria.
 
     Raises:
         RowError: a reward is not finite.
-        StoreError: as :func:`keys`.
+        StoreError: as :func:`_keys`.
     """
     entries = []
     for name, value in values.items():
@@ -38,25 +93,25 @@ def rewards(view: Snapshot, values: Mapping[Key | str, float | Grade], author: s
         if grade.mean is not None and not math.isfinite(grade.mean):
             raise RowError(f"the reward of {name} is {grade.mean}", fix="give a finite number, or leave it out")
         said = {"reward": grade.mean, "status": "none" if grade.mean is None else status, "grade": grade.model_dump()}
-        entries += [Entry(Slot("reward", key), author, canonical_json(said).decode()) for key in keys(view, name)]
+        entries += [Entry(Slot("reward", key), author, canonical_json(said).decode()) for key in _keys(view, name)]
     return entries
 
 
-def labels(view: Snapshot, values: Mapping[Key | str, str], author: str) -> list[Entry]:
+def _labels(view: Snapshot, values: Mapping[Key | str, str], author: str) -> list[Entry]:
     """Entries of labels.
 
     Raises:
         RowError: a label is empty or longer than 1,000 characters.
-        StoreError: as :func:`keys`.
+        StoreError: as :func:`_keys`.
     """
     bad = next((name for name, label in values.items() if not 0 < len(label) <= MAX_LABEL), None)
     if bad is not None:
         raise RowError(f"the label of {bad} has {len(values[bad])} characters", fix=f"write 1 to {MAX_LABEL}")
     return [Entry(Slot("label", key), author, canonical_json(label).decode())
-            for name, label in values.items() for key in keys(view, name)]
+            for name, label in values.items() for key in _keys(view, name)]
 
 
-def relogprobs(view: Snapshot, values: Mapping[Key, np.ndarray], policy_version: int, trainer_id: str) -> list[Entry]:
+def _relogprobs(view: Snapshot, values: Mapping[Key, np.ndarray], policy_version: int, trainer_id: str) -> list[Entry]:
     """Entries of a trainer's own log-probs, float32[T] per branch.
 
     Raises:
@@ -77,7 +132,7 @@ def relogprobs(view: Snapshot, values: Mapping[Key, np.ndarray], policy_version:
     return entries
 
 
-def keys(view: Snapshot, name: Key | str) -> list[Key]:
+def _keys(view: Snapshot, name: Key | str) -> list[Key]:
     """The branch of a key, or all branches of an episode id's latest attempt.
 
     Raises:

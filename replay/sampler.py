@@ -8,7 +8,7 @@ others are told the keys (:func:`~agentsdpo.replay.placement.placement`). ``elig
 import hashlib
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
@@ -21,11 +21,17 @@ from agentsdpo.replay.index import SideIndex, Use
 from agentsdpo.replay.limiter import RateLimiter
 from agentsdpo.replay.log import Located
 from agentsdpo.replay.rows import Row
+from agentsdpo.replay.snapshot import Snapshot
 from agentsdpo.replay.strategies import strategy_for
 from agentsdpo.types import Json
 
-if TYPE_CHECKING:
-    from agentsdpo.replay.store import ReplayStore
+
+class Source(Protocol):
+    """What a sampler draws from: a store."""
+
+    def snapshot(self, at: Mapping[str, Sequence] | None = None) -> Snapshot:
+        """The rows that are live now, or were at a position in the log."""
+        ...
 
 
 class Sampler:
@@ -54,7 +60,7 @@ class Sampler:
         CorruptionError, StoreError: as :meth:`ReplayStore.snapshot`.
     """
 
-    def __init__(self, store: "ReplayStore", config: ReplayConfig, *, seed: int, tokenizer_sha256: str | None,
+    def __init__(self, store: Source, config: ReplayConfig, *, seed: int, tokenizer_sha256: str | None,
                  max_staleness: int | None, chat_template_sha256: str | None = None, where: str | None = None,
                  limiter: RateLimiter | None = None, index: SideIndex | None = None) -> None:
         if max_staleness is not None and max_staleness < 0:

@@ -10,43 +10,43 @@ An append is one Parquet file and one log entry. A crash between the two leaves 
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING
 
-import numpy as np
 import pyarrow as pa
 
 from agentsdpo.errors import CorruptionError, RowError, StoreError
-from agentsdpo.replay import late, layout, overlay
+from agentsdpo.replay import layout, overlay
+from agentsdpo.replay.asking import Asking
 from agentsdpo.replay.folding import Fold
-from agentsdpo.replay.ids import Key, uuid7
+from agentsdpo.replay.ids import uuid7
+from agentsdpo.replay.late import LateValues
 from agentsdpo.replay.log import Located, LogWriter, RowExpired, Vector, WriterFenced, located
 from agentsdpo.replay.overlay import Entry, Overlays
 from agentsdpo.replay.policies import Policies
-from agentsdpo.replay.rows import Row, to_rows
+from agentsdpo.replay.rows import to_rows
 from agentsdpo.replay.rules import check_episode
 from agentsdpo.replay.segment import GroupCache, encode
-from agentsdpo.replay.snapshot import Condition, Snapshot
+from agentsdpo.replay.snapshot import Snapshot
 from agentsdpo.replay.storage import LocalStorage, Storage, storage_for
-from agentsdpo.types import Episode, Grade, Hint, Json
-
-if TYPE_CHECKING:
-    import polars
-
-    from agentsdpo.replay.config import ReplayConfig
-    from agentsdpo.replay.sampler import Sampler
+from agentsdpo.types import Episode, Json
 
 
-
-class ReplayStore:
+class ReplayStore(Asking, LateValues):
     """Episodes in one folder, or under one prefix of a bucket; open it by :meth:`open`.
 
     Any number of processes may append and read at once. An object may be shared by threads; after a fork the child
     writes a log stream of its own.
+
+    >>> import tempfile
+    >>> from agentsdpo.replay.example import episode
+    >>> store = ReplayStore.open(tempfile.mkdtemp())
+    >>> store.append([episode(0), episode(1)])
+    >>> len(store), store.episode("e-1").reward
+    (2, 0.5)
     """
 
     def __init__(self, storage: Storage, *, cache_bytes: int) -> None:
@@ -187,52 +187,6 @@ class ReplayStore:
                 raise RowError(f"branch {row.key} is already stored with other content",
                                fix="never reuse an episode id; count attempts up for a second try")
 
-    def add_hints(self, hints: Mapping[Key | str, Hint]) -> None:
-        """Attach hints that were written after the append; each replaces the hint its branch had.
-
-        Args:
-            hints: by key of a branch, or by episode id: all branches of its latest attempt.
-
-        Raises:
-            StoreError: a key is not in the store, or the overlay cannot be written.
-        """
-        self._overlay("hint", lambda view: late.hints(view, hints))
-
-    def add_rewards(self, rewards: Mapping[Key | str, float | Grade], *, author: str = "",
-                    status: late.RewardStatus = "final") -> None:
-        """Say what branches earned, later or again; every reader sees the latest. Keys as in :meth:`add_hints`.
-
-        A bare number is a grade without criteria. Raises also RowError: a reward is not finite.
-
-        >>> from agentsdpo.replay.example import example
-        >>> store = example()
-        >>> store.add_rewards({"e-0": 0.25}, author="grader-2")
-        >>> [row.reward for row in store.branches("episode_id == 'e-0'")]
-        [0.25]
-        """
-        self._overlay("reward", lambda view: late.rewards(view, rewards, author, status))
-
-    def add_labels(self, labels: Mapping[Key | str, str], *, author: str = "") -> None:
-        """Mark branches with a short text to filter by; the latest counts. Keys as in :meth:`add_hints`.
-
-        Raises also RowError: a label is empty or longer than 1,000 characters.
-
-        >>> from agentsdpo.replay.example import example
-        >>> store = example()
-        >>> store.add_labels({"e-1": "reviewed"})
-        >>> [row.key.episode_id for row in store.branches("label == 'reviewed'")]
-        ['e-1']
-        """
-        self._overlay("label", lambda view: late.labels(view, labels, author))
-
-    def add_relogprobs(self, logprobs: Mapping[Key, np.ndarray], *, policy_version: int, trainer_id: str) -> None:
-        """Keep what a trainer computed for stored tokens, float32[T] per branch, NaN where nothing was scored.
-
-        One set per policy version and trainer; the behaviour log-probs stay as they are. Read them back with
-        :meth:`Snapshot.relogprobs`. Raises also RowError: a wrong length, or a value outside (-1000, 1e-4].
-        """
-        self._overlay("relogprob", lambda view: late.relogprobs(view, logprobs, policy_version, trainer_id))
-
     def _overlay(self, kind: str, make: Callable[[Snapshot], list[Entry]]) -> None:
         """Write late values, made from the store as it is now, and commit them."""
         with self._lock:
@@ -323,61 +277,6 @@ class ReplayStore:
                              "reclaimed", fix="take a new snapshot; a pin keeps the rows of an old one")
         raise CorruptionError(f"{self.storage.uri}/{row.path} is missing though the log names it",
                               fix="restore it from a backup, or let verify with quarantine give its rows up")
-
-    def __len__(self) -> int:
-        return len(self.snapshot())
-
-    def episode(self, episode_id: str, attempt: int | None = None) -> Episode:
-        """A whole episode as of now; see :meth:`Snapshot.episode`."""
-        return self.snapshot().episode(episode_id, attempt)
-
-    def branches(self, where: Condition | None = None) -> Iterator[Row]:
-        """Rows a condition holds for, as of now; see :meth:`Snapshot.branches`.
-
-        >>> from agentsdpo.replay.example import example
-        >>> store = example()
-        >>> [(row.key.episode_id, row.reward) for row in store.branches("env_id == 'desk' and reward >= 0.5")]
-        [('e-1', 0.5), ('e-2', 1.0)]
-        """
-        return self.snapshot().branches(where)
-
-    def episodes(self, where: Condition | None = None) -> Iterator[Episode]:
-        """Episodes with a branch that a condition holds for, as of now; see :meth:`Snapshot.episodes`.
-
-        >>> from agentsdpo.replay.example import example
-        >>> [episode.task_id for episode in example().episodes("reward == 1")]
-        ['task-2']
-        """
-        return self.snapshot().episodes(where)
-
-    def to_arrow(self, where: Condition | None = None) -> pa.Table:
-        """Everything, or what a condition holds for, as of now; see :meth:`Snapshot.to_arrow`.
-
-        >>> from agentsdpo.replay.example import example
-        >>> example().to_arrow("reward < 1").select(["episode_id", "reward"]).to_pylist()
-        [{'episode_id': 'e-0', 'reward': 0.0}, {'episode_id': 'e-1', 'reward': 0.5}]
-        """
-        return self.snapshot().to_arrow(where)
-
-    def to_polars(self, where: Condition | None = None) -> "polars.DataFrame":
-        """As :meth:`to_arrow`, as a polars frame; see :meth:`Snapshot.to_polars`."""
-        return self.snapshot().to_polars(where)
-
-    def sampler(self, config: "ReplayConfig | None" = None, *, seed: int = 0, tokenizer_sha256: str | None = None,
-                max_staleness: int | None = None, chat_template_sha256: str | None = None,
-                where: str | None = None) -> "Sampler":
-        """A position in the store to draw from; see :class:`agentsdpo.replay.Sampler`.
-
-        >>> from agentsdpo.replay.example import example
-        >>> sampler = example().sampler(seed=1)
-        >>> sorted(row.task_id for row in sampler.sample(2, learner_version=0) + sampler.sample(1, learner_version=0))
-        ['task-0', 'task-1', 'task-2']
-        """
-        from agentsdpo.replay.config import ReplayConfig
-        from agentsdpo.replay.sampler import Sampler
-
-        return Sampler(self, config or ReplayConfig(), seed=seed, tokenizer_sha256=tokenizer_sha256,
-                       max_staleness=max_staleness, chat_template_sha256=chat_template_sha256, where=where)
 
     # ------------------------------------------------------------------------------------------------- policies
 
