@@ -93,5 +93,6 @@ def advantages(kind: Advantage, scores: Mapping[str, tuple[str, float]]) -> dict
 
 
 def _standardised(score: float, group: list[float]) -> float:
-    """One score among those of its group."""
-    return float((score - np.mean(group)) / (np.std(group, ddof=1) + 1e-4)) if len(group) > 1 else 0.0
+    """One score among those of its group; exactly 0 where all are alike, whatever their mean rounds to."""
+    spread = max(group) - min(group)
+    return float((score - np.mean(group)) / (np.std(group, ddof=1) + 1e-4)) if spread > 0.0 else 0.0

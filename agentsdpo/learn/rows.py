@@ -1,6 +1,7 @@
 """Which replay rows may train, and why the others may not. No torch: numpy and the record alone."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -95,7 +96,7 @@ def admit(rows: list[TrainRow], version: int, config: LearnConfig, *, window: in
                                            if row.score is not None}) if graded else {}
     for row in rows:
         loss = loss_mask(row.branch)
-        reason = "unscored" if graded and row.score is None else refusal(row, loss, version, window)
+        reason = refusal(row, loss, version, window) or (_ungraded(row, credit, config) if graded else None)
         if reason:
             found.refused[reason] += 1
             continue
@@ -106,6 +107,13 @@ def admit(rows: list[TrainRow], version: int, config: LearnConfig, *, window: in
         else:
             found.rows.append(_loss_row(row, loss, age, version, credit.get(row.episode_id, 0.0)))
     return found
+
+
+def _ungraded(row: TrainRow, credit: Mapping[str, float], config: LearnConfig) -> str | None:
+    """``unscored``; ``no_contrast``: credit is all there is to learn from and the grade gives none."""
+    if row.score is None:
+        return "unscored"
+    return "no_contrast" if config.mix == "credit" and credit[row.episode_id] == 0.0 else None
 
 
 def _one_tokenizer(rows: list[TrainRow], vocab_size: int) -> None:
