@@ -85,7 +85,16 @@ class S3Storage:
         return self._conditional
 
     def demand_exclusive(self) -> None:
-        """See :meth:`Storage.demand_exclusive`; tries it on an object of its own, which is removed again."""
+        """See :meth:`Storage.demand_exclusive`; tries it on an object of its own, which is removed again.
+
+        A store is made with conditional creates or stays without: one writer that overwrites is enough to break them.
+        """
+        if self.exclusive:
+            return
+        if self.exists("STORE.json"):
+            raise StoreError(f"{self.uri} was made without conditional creates, so that two may take the same slot",
+                             fix="say that nobody else maintains it (--sole-maintainer), or copy it into a new store, "
+                                 "with obstore installed and on a server that knows If-None-Match")
         path = f".tmp-probe-{os.urandom(8).hex()}"
         try:
             if not (self._creator().put(self._name(path), memoryview(b"first"))

@@ -16,7 +16,21 @@ from replay_factories import make_episode, same_episode
 from replay_s3_server import ENVIRONMENT, KEY, SECRET, Moto, Proxy
 
 from agentsdpo.errors import CorruptionError, StoreError
-from agentsdpo.replay import Key, ReplayConfig, ReplayStore, Sampler, s3, uuid7
+from agentsdpo.replay import (
+    Key,
+    ReplayConfig,
+    ReplayStore,
+    Sampler,
+    compact,
+    evict,
+    fold,
+    gc,
+    pin,
+    s3,
+    unpin,
+    uuid7,
+    verify,
+)
 from agentsdpo.replay.s3 import S3Storage
 from agentsdpo.replay.s3_errors import S3Fault
 from agentsdpo.replay.storage import storage_for
@@ -160,6 +174,7 @@ def test_large_files_are_read_in_ranges(address: str, proxy: Proxy) -> None:
         assert file.size() == len(data)
 
 
+@pytest.mark.slow
 def test_writers_in_many_processes(address: str, tmp_path: Path) -> None:
     """Two processes, one of them forked before it ever spoke S3, and three threads here."""
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -365,6 +380,7 @@ def test_a_file_replaced_while_it_is_read_is_read_again(address: str, proxy: Pro
     assert storage.read("pins/a.json") == b"much longer"
 
 
+@pytest.mark.slow
 def test_a_killed_upload_shows_nothing(address: str, proxy: Proxy) -> None:
     code = ("import sys; from agentsdpo.replay.storage import storage_for\n"
             "storage_for(sys.argv[1]).create('data/large', bytes(30 << 20))")
@@ -461,6 +477,33 @@ def test_all_writers_of_a_store_create_the_same_way(address: str, monkeypatch: p
         assert len(everything(store)) == 1
         with pytest.raises(StoreError, match=r"pip install 'agentsdpo\[s3\]'"):
             store.append([make_episode(2, size=40)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("without_obstore", [False, True])
+def test_maintenance_in_a_bucket(address: str, without_obstore: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_both(address, without_obstore, monkeypatch)
+    store.record_policy(0, {"weights_id": "w"})
+    for i in range(4):
+        store.append([make_episode(i, size=40, group_size=1)])
+    store.close()
+    if without_obstore:
+        with pytest.raises(StoreError, match="was made without conditional creates.*--sole-maintainer"):
+            compact(store)
+    gone = store.snapshot().keys()[0]
+    evict(store, [gone], reason="test", sole_maintainer=without_obstore)
+    assert compact(store, sole_maintainer=without_obstore).rows == 3
+    fold(store)
+    pin(store, "learner", store.snapshot(), ttl_s=60)
+    gc(store, grace_s=0, sole_maintainer=without_obstore)
+    unpin(store, "learner")
+    gc(store, grace_s=0, sole_maintainer=without_obstore)
+    gc(store, grace_s=0, sole_maintainer=without_obstore)
+    again = ReplayStore.open(address)
+    assert gone not in everything(again)
+    assert len(everything(again)) == 3
+    assert verify(again, "deep").ok
+    assert len(store.storage.list("data")) == 1
 
 
 @pytest.mark.parametrize(("address", "words"), [
