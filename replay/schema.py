@@ -105,7 +105,7 @@ def _write_options() -> dict[str, Any]:
     leaves = [leaf for field in SCHEMA for leaf in _leaves(field.type, field.name)]
     dictionary = [path for path, kind in leaves if path not in encoding and not pa.types.is_boolean(kind)]
     return dict(compression="zstd", compression_level=1, use_dictionary=dictionary, column_encoding=encoding,
-                write_statistics=SCALARS, write_page_checksum=True, write_page_index=True)
+                write_statistics=SCALARS, write_page_checksum=True)
 
 
 WRITE_OPTIONS = _write_options()

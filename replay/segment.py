@@ -16,9 +16,9 @@ from agentsdpo.replay.schema import LEARNER_COLUMNS, SCHEMA, TOKEN_COLUMNS, WRIT
 from agentsdpo.replay.storage import Storage
 from agentsdpo.types import Json
 
-GROUP_TOKENS, GROUP_ROWS = 32_768, 256
-"""A row group is closed once it holds this many tokens or rows: a random read decodes the whole of it, and its footer
-takes 9 kB, so twice as much saves 0.3 bytes a token and reads a third slower (20,000-token rows)."""
+GROUP_TOKENS, GROUP_ROWS = 49_152, 256
+"""A row group is closed once it holds this many tokens or rows: a random read decodes the whole of it, while its
+columns' headers and footer take 15 kB, however few tokens it holds."""
 _ENTRY_NAMES = ("episode_id", "branch_id", "attempt", "policy_version_min", "policy_version_max", "group_id",
                 "group_size", "tokens_sha256", "content_sha256", "n_tokens", "n_trainable", "status", "trainable",
                 "train_allowed", "tokenizer_sha256", "chat_template_sha256", "logprob_kind", "kept_set")
@@ -54,7 +54,7 @@ def _footer_len(tail: bytes) -> int:
 def group_bounds(n_tokens: Sequence[int]) -> list[tuple[int, int]]:
     """Row ranges of the row groups; a row is never split.
 
-    >>> group_bounds([20_000, 20_000, 10])
+    >>> group_bounds([30_000, 20_000, 10])
     [(0, 2), (2, 3)]
     """
     bounds, start, tokens = [], 0, 0
@@ -66,13 +66,8 @@ def group_bounds(n_tokens: Sequence[int]) -> list[tuple[int, int]]:
     return bounds + [(start, len(n_tokens))] * (start < len(n_tokens))
 
 
-def open_segment(storage: Storage, row: Located, footer: pq.FileMetaData | None = None) -> pq.ParquetFile:
+def open_segment(storage: Storage, row: Located) -> pq.ParquetFile:
     """Open the file of a row; its size and footer are checked now, its pages whenever they are read.
-
-    Args:
-        storage: of the store.
-        row: any row of the file.
-        footer: metadata of the file from an earlier opening, which checked it; it is not read again then.
 
     Raises:
         CorruptionError: the file is missing, has another size, or another footer than was committed.
@@ -83,13 +78,12 @@ def open_segment(storage: Storage, row: Located, footer: pq.FileMetaData | None 
         if source.size() != row.size:
             raise CorruptionError(f"{path} has {source.size()} bytes, {row.size} were written",
                                   fix="restore it from a backup")
-        if footer is None:
-            source.seek(row.size - tail)
-            if hashlib.sha256(source.read(tail)).hexdigest() != row.footer_sha256:
-                raise CorruptionError(f"the footer of {path} is not the one that was written",
-                                      fix="restore it from a backup")
+        source.seek(row.size - tail)
+        if hashlib.sha256(source.read(tail)).hexdigest() != row.footer_sha256:
+            raise CorruptionError(f"the footer of {path} is not the one that was written",
+                                  fix="restore it from a backup")
         remote = isinstance(source, pa.PythonFile)  # a request per column chunk would be slow: fetch them together
-        return pq.ParquetFile(source, metadata=footer, page_checksum_verification=True, pre_buffer=remote)
+        return pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=remote)
     except FileNotFoundError as error:
         raise MissingSegment(f"{path} is missing though the log names it", fix="restore it from a backup") from error
     except StoreError:  # a storage that could not be reached says nothing about the bytes in it
@@ -98,20 +92,21 @@ def open_segment(storage: Storage, row: Located, footer: pq.FileMetaData | None 
         raise _damaged(error, row, path) from error
 
 
-def read_group(storage: Storage, row: Located, columns: Sequence[str], footers: "Footers") -> pa.Table:
+def read_group(readers: "Readers", row: Located, columns: Sequence[str]) -> pa.Table:
     """One row group with verified page checksums; ``columns`` the file does not have are left out.
 
     Raises:
         CorruptionError: damaged pages; names file, row group and key.
     """
-    with open_segment(storage, row, footers.get(row.path)) as file:
-        footers.put(row.path, file.metadata)
-        try:
+    file, lock = readers.get(row)
+    try:
+        with lock:
             return file.read_row_group(row.row_group, columns=list(columns), use_threads=False)
-        except StoreError:
-            raise
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise _damaged(error, row, f"{storage.uri}/{row.path}") from error
+    except StoreError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
+        readers.forget(row)
+        raise _damaged(error, row, f"{readers.uri}/{row.path}") from error
 
 
 def _damaged(error: Exception, row: Located, path: str) -> CorruptionError:
@@ -119,23 +114,35 @@ def _damaged(error: Exception, row: Located, path: str) -> CorruptionError:
                            fix="restore the file from a backup")
 
 
-class Footers:
-    """Checked metadata of files, the first ones opened dropped first; one takes some 10 kB a row group."""
+class Readers:
+    """Open files, the least recently used closed first: parsing a footer costs as much as reading a row group.
 
-    MOST = 1024
+    A file is immutable, so one that is held open stays right when it is moved or deleted.
+    """
 
-    def __init__(self) -> None:
-        self._known: dict[str, pq.FileMetaData] = {}
+    MOST = 64
 
-    def get(self, path: str) -> pq.FileMetaData | None:
-        """Metadata of a file that was opened before."""
-        return self._known.get(path)
+    def __init__(self, storage: Storage) -> None:
+        self.uri, self._storage, self._lock = storage.uri, storage, Lock()
+        self._open: OrderedDict[str, tuple[pq.ParquetFile, Lock]] = OrderedDict()
 
-    def put(self, path: str, footer: pq.FileMetaData) -> None:
-        """Remember the metadata of a file; its hash was checked when it was opened."""
-        if path not in self._known and len(self._known) >= self.MOST:
-            self._known.pop(next(iter(self._known)), None)
-        self._known[path] = footer
+    def get(self, row: Located) -> tuple[pq.ParquetFile, Lock]:
+        """The file of a row, and the lock to hold while reading it. Raises what :func:`open_segment` does."""
+        with self._lock:
+            if row.path in self._open:
+                self._open.move_to_end(row.path)
+                return self._open[row.path]
+        opened = open_segment(self._storage, row), Lock()
+        with self._lock:
+            self._open[row.path] = opened
+            while len(self._open) > self.MOST:
+                self._open.popitem(last=False)
+        return opened
+
+    def forget(self, row: Located) -> None:
+        """Open the file anew next time."""
+        with self._lock:
+            self._open.pop(row.path, None)
 
 
 class GroupCache:
@@ -147,13 +154,13 @@ class GroupCache:
     """
 
     def __init__(self, storage: Storage, max_bytes: int) -> None:
-        self._storage, self._max, self._held, self._lock = storage, max_bytes, 0, Lock()
+        self._max, self._held, self._lock = max_bytes, 0, Lock()
         self._groups: OrderedDict[tuple[str, int], RowReader] = OrderedDict()
-        self._footers = Footers()
+        self._readers = Readers(storage)
 
     def tokens(self, row: Located) -> RowReader:
         """The keys and token columns of a row's row group; nothing is kept, since bulk reads would only evict."""
-        return RowReader(read_group(self._storage, row, TOKEN_COLUMNS, self._footers))
+        return RowReader(read_group(self._readers, row, TOKEN_COLUMNS))
 
     def get(self, row: Located) -> RowReader:
         """The row group of a row. Raises what :func:`read_group` does."""
@@ -162,7 +169,7 @@ class GroupCache:
             if at in self._groups:
                 self._groups.move_to_end(at)
                 return self._groups[at]
-        reader = RowReader(read_group(self._storage, row, LEARNER_COLUMNS, self._footers))
+        reader = RowReader(read_group(self._readers, row, LEARNER_COLUMNS))
         with self._lock:
             if reader.nbytes <= self._max and at not in self._groups:
                 self._groups[at] = reader

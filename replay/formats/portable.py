@@ -26,7 +26,7 @@ _SHA = "agentsdpo.sha256"
 
 
 class Writer:
-    """Writes episodes into one file, row groups of about 32,768 tokens."""
+    """Writes episodes into one file, row groups of about 49,152 tokens."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._writer = pq.ParquetWriter(file, SCHEMA, use_content_defined_chunking=True, **WRITE_OPTIONS)
