@@ -9,7 +9,8 @@ One row is one branch (a token sequence that only ever grew) of one episode; the
 
 | path | what |
 |---|---|
-| `STORE.json` | format, store id, oldest reader and writer that may touch it, features |
+| `STORE.json` | format, store id, oldest reader and writer that may touch it, features (`conditional-create`: in this \
+bucket, files are made with `If-None-Match: *` only) |
 | `data/<yyyymmdd>/<writer>-<uuid7>.parquet`, `data/compact/<uuid7>.parquet` | segments of whole rows, never changed |
 | `log/<writer>/<seq>.json` | commit entries: a row counts once an `add` operation names it |
 | `log/maint/<seq>.json` | the one stream of maintenance: what was moved, hidden, packed, deleted |

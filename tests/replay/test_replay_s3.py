@@ -376,6 +376,7 @@ def test_a_stale_list_hides_nothing_for_good(address: str, proxy: Proxy) -> None
 def test_a_file_replaced_while_it_is_read_is_read_again(address: str, proxy: Proxy) -> None:
     storage, other = storage_for(address), storage_for(address)
     storage.replace("pins/a.json", b"short")
+    assert other.exists("pins/a.json")
     proxy.rule(lambda: other.replace("pins/a.json", b"much longer"), "GET", "/pins/a.json")
     assert storage.read("pins/a.json") == b"much longer"
 
