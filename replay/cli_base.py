@@ -9,6 +9,7 @@ import inspect
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 Store = Annotated[str, typer.Argument(metavar="STORE", help="Folder of the store, or s3://bucket/prefix.")]
 Where = Annotated[str | None, typer.Option(
     metavar="EXPR", help="Rows that count, as in \"env_id == 'desk' and reward >= 0.5\".")]
+Sole = Annotated[bool, typer.Option("--sole-maintainer", help="Where slots cannot be taken exclusively: nobody else "
+                                    "maintains this store.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do it; without this the verb only says what it would do.")]
 
 Verb = Callable[..., None]
@@ -72,6 +75,12 @@ class Out:
                 write(json.dumps(jsonable(row)) + "\n")
         elif (said := text()) is not None:
             self.say(said)
+
+    def finish(self, yes: bool, document: Json, done: str, would: str) -> None:
+        """Say what a destructive verb did, or without ``--yes`` would do."""
+        self.answer({**document, "dry_run": not yes}, lambda: done if yes else would)
+        if not yes:
+            self.note("nothing was changed; do it with --yes")
 
     def line(self, row: Json, text: "str | Text") -> None:
         """Print one item of an answer that has no end: JSON unless people read it."""
@@ -125,17 +134,27 @@ class Out:
             write(printable(f"agentsdpo: {text}") + "\n", sys.stderr)
 
     @contextmanager
-    def progress(self, words: str, total: int) -> Iterator[Callable[[], None]]:
-        """A bar on stderr while the block runs, when that is a terminal; call what is given after each item."""
+    def progress(self, words: str, total: int = 0) -> Iterator[Callable[..., None]]:
+        """A bar on stderr while the block runs, when that is a terminal.
+
+        Call what is given after each item, or with the number done and their total.
+        """
         if self.quiet or not sys.stderr.isatty():
-            yield lambda: None
+            yield lambda done=0, total=0: None
             return
         from rich.console import Console
         from rich.progress import Progress
 
         with Progress(console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(words, total=total)
-            yield lambda: bar.advance(task)
+            task = bar.add_task(words, total=total or None)
+
+            def tick(done: int | None = None, total: int = 0) -> None:
+                if done is None:
+                    bar.advance(task)
+                else:
+                    bar.update(task, completed=done, total=total or None)
+
+            yield tick
 
 
 def verb(app: typer.Typer, name: str = "", *, lists: bool = False) -> Callable[[Verb], Verb]:
@@ -248,6 +267,25 @@ def size(n: float) -> str:
             return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
         n /= 1024
     return f"{n:.1f} TiB"
+
+
+_UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+          "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def amount(text: str, option: str, units: tuple[str, ...]) -> float:
+    """A number with a unit, in seconds or bytes.
+
+    Raises:
+        ConfigError: another form, or a unit that is none of ``units``.
+
+    >>> amount("1.5h", "--ttl", ("s", "min", "h", "d"))
+    5400.0
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", text.strip())
+    if not found or found[2] not in units:
+        raise ConfigError(f"{option} is {text!r}", fix=f"write a number and one of {', '.join(units)}")
+    return float(found[1]) * _UNITS[found[2]]
 
 
 def existing(uri: str) -> "ReplayStore":

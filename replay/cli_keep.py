@@ -1,6 +1,5 @@
 """Verbs that keep a store in order. Those that hide, move or delete say what they would do until they get ``--yes``."""
 
-import re
 import sys
 import time
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from agentsdpo.errors import ConfigError, StoreNotFound
-from agentsdpo.replay.cli_base import Json, Out, Store, Where, Yes, existing, size, verb
+from agentsdpo.replay.cli_base import Out, Sole, Store, Where, Yes, amount, existing, size, verb
 
 if TYPE_CHECKING:
     from agentsdpo.replay.ids import Key
@@ -17,32 +16,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 Reason = Annotated[str, typer.Option(help="Why; kept in the log for people.")]
-Sole = Annotated[bool, typer.Option("--sole-maintainer", help="Where slots cannot be taken exclusively: nobody else "
-                                    "maintains this store.")]
-_UNITS = {"": 1, "s": 1, "min": 60, "h": 3600, "d": 86400, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-          "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-
-
-def amount(text: str, option: str, units: tuple[str, ...]) -> float:
-    """A number with a unit, in seconds or bytes.
-
-    >>> amount("1.5h", "--ttl", ("s", "min", "h", "d"))
-    5400.0
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", text.strip())
-    if not found or found[2] not in units:
-        raise ConfigError(f"{option} is {text!r}", fix=f"write a number and one of {', '.join(filter(None, units))}")
-    return float(found[1]) * _UNITS[found[2]]
-
-
 _TIMES, _SIZES = ("s", "min", "h", "d"), ("B", "KB", "MB", "GB", "TB", "KiB", "MiB", "GiB", "TiB")
-
-
-def _done(out: Out, yes: bool, document: Json, done: str, would: str) -> None:
-    """Say what was done, or would be."""
-    out.answer({**document, "dry_run": not yes}, lambda: done if yes else would)
-    if not yes:
-        out.note("nothing was changed; do it with --yes")
 
 
 # ------------------------------------------------------------------------------------------------- hide and show
@@ -107,8 +81,8 @@ def _evict(out: Out, store: str, opened: "ReplayStore", keys: "list[Key]", reaso
     episodes = {key.episode_id for key in report.keys}
     words = (f"{len(report.keys)} branches of {len(episodes)} episodes, {tokens} tokens; "
              f"{len(rows) - len(report.keys)} branches")
-    _done(out, yes, {"store": store, "reason": reason, "tokens": tokens, **report.as_json()},
-          f"hid {words} are left", f"would hide {words} would be left")
+    out.finish(yes, {"store": store, "reason": reason, "tokens": tokens, **report.as_json()},
+               f"hid {words} are left", f"would hide {words} would be left")
 
 
 @verb(app)
@@ -148,7 +122,7 @@ def unevict(
         keys = [key for key in keys if fold.rows[key].path not in fold.gone]
     report = reveal(opened, keys, dry_run=not yes, sole_maintainer=sole_maintainer)
     words = f"{len(report.keys)} branches of {len({key.episode_id for key in report.keys})} episodes"
-    _done(out, yes, {"store": store, **report.as_json()}, f"show {words} again", f"would show {words} again")
+    out.finish(yes, {"store": store, **report.as_json()}, f"show {words} again", f"would show {words} again")
 
 
 # ------------------------------------------------------------------------------------------------------- files
@@ -167,7 +141,7 @@ def gc(
                      sole_maintainer=sole_maintainer)
     words = (f"name {len(report.named)} files, delete {len(report.deleted)} ({size(report.freed_bytes)}), "
              f"leave {len(report.pinned)} that are pinned")
-    _done(out, yes, {"store": store, **report.as_json()}, f"done: {words}", f"would {words}")
+    out.finish(yes, {"store": store, **report.as_json()}, f"done: {words}", f"would {words}")
 
 
 @verb(app)

@@ -49,6 +49,8 @@ def spoken(episode_id: str, *, version: int = 3, **fields: Any) -> Episode:
 def build(root: Path) -> ReplayStore:
     """Five episodes in three appends: two spoken, one of two branches in an unknown tokenizer, two of one group."""
     store = ReplayStore.open(root)
+    for version in range(1, 5):
+        store.record_policy(version, {"weights_id": f"w{version}"})
     store.append([spoken("aaaa-1", group_id="g-a", group_size=1)])
     parent = make_talk((0, "start"), (1, " one"), (2, " two"), (1, " three"))
     child = make_talk((0, "start one"), (1, " four"), branch_id=1, parent_branch_id=0, fork_at=2,

@@ -84,13 +84,13 @@ def test_a_salvaged_row_gives_way_to_the_whole_one(source: Path, tmp_path: Path)
 
 def test_policies_come_along_and_must_agree(source: Path, tmp_path: Path) -> None:
     a, into = ReplayStore.open(source), ReplayStore.open(tmp_path / "into")
-    a.record_policy(3, POLICY)
-    assert combine.merge(into, a).policies == 1
-    assert ReplayStore.open(tmp_path / "into").policy(3) == POLICY
+    a.record_policy(9, POLICY)
+    assert combine.merge(into, a).policies == 5
+    assert ReplayStore.open(tmp_path / "into").policy(9) == POLICY
     other = ReplayStore.open(tmp_path / "other")
-    other.record_policy(3, POLICY | {"weights_id": "v"})
+    other.record_policy(9, POLICY | {"weights_id": "v"})
     other.append([make_episode(77)])
-    with pytest.raises(StoreError, match="policy version 3 has weights_id 'v'"):
+    with pytest.raises(StoreError, match="policy version 9 has weights_id 'v'"):
         combine.merge(into, other)
     assert len(into) == 6
 
@@ -126,11 +126,11 @@ def test_damage_is_never_copied(source: Path, tmp_path: Path) -> None:
 
 
 def test_fork_shares_bytes_and_then_goes_its_own_way(source: Path, tmp_path: Path) -> None:
-    ReplayStore.open(source).record_policy(3, POLICY)
+    ReplayStore.open(source).record_policy(9, POLICY)
     ReplayStore.open(source).add_labels({"aaaa-1": "x"})
     report = document("fork", source, tmp_path / "fork")
     assert report["branches"] == 6
-    assert report["linked"] == report["files"] == 5
+    assert report["linked"] == report["files"] == 9
     assert hashes(tmp_path / "fork") == hashes(source)
     assert json.loads((tmp_path / "fork/STORE.json").read_text())["store_id"] != json.loads(
         (source / "STORE.json").read_text())["store_id"]

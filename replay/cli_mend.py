@@ -1,0 +1,78 @@
+"""Verbs that check a store and make it whole again: ``verify``, ``recover``, ``compact``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from agentsdpo.replay.cli_base import Out, Sole, Store, Yes, amount, existing, size, verb
+
+app = typer.Typer()
+_SIZES = ("B", "KB", "MB", "GB", "TB", "KiB", "MiB", "GiB", "TiB")
+
+
+@verb(app, lists=True)
+def verify(
+    out: Out, store: Store,
+    level: Annotated[str, typer.Option(help="fast: the log; full: every byte; deep: every token too.")] = "full",
+    quarantine: Annotated[bool, typer.Option("--quarantine", help="Save what is whole in damaged files, and put those "
+                                             "aside.")] = False,
+    yes: Yes = False, sole_maintainer: Sole = False,
+) -> None:
+    """Check that the store holds what was written; exits 3 when it does not."""
+    from agentsdpo.replay import verify as check
+
+    report = check(existing(store), level, quarantine=quarantine and yes,  # pyright: ignore[reportArgumentType]
+                   sole_maintainer=sole_maintainer)
+    found = report.as_json()
+    names = ["level", "path", "key", "what", "fix"]
+    words = (f"{report.entries} log entries, {report.files} files ({size(report.bytes)}), {report.rows} branches: "
+             f"{'no damage' if report.ok else f'{len(report.problems)} problems'} at level {level}")
+    out.answer({"store": store, **found}, lambda: None if report.ok else out.table(
+        names, [[problem[name] for name in names] for problem in found["problems"]]), lines="problems")
+    out.note(words)
+    if report.orphans:
+        out.note(f"{report.orphans} data files that no entry names, harmless: agentsdpo replay recover settles them")
+    for path in report.quarantined:
+        out.note(f"put aside: {path}")
+    if quarantine and not yes and not report.ok:
+        out.note("nothing was put aside; do it with --yes")
+    if not report.ok:
+        raise typer.Exit(3)
+
+
+@verb(app)
+def recover(
+    out: Out, store: Store,
+    adopt: Annotated[bool, typer.Option("--adopt", help="Take data files whose commit was cut off into the store.")
+                     ] = False,
+    close: Annotated[bool, typer.Option("--close", help="Close the streams of all writers, living ones too.")] = False,
+    spool: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the journals are.")] = None,
+    yes: Yes = False,
+) -> None:
+    """Make a store whole after a crash: salvage journals, close dead writers, settle orphans."""
+    from agentsdpo.replay.recover import recover as mend
+
+    report = mend(existing(store), spool=spool, adopt=adopt, close=close, dry_run=not yes)
+    document = {"store": store, **report.as_json()}
+    names = ["what", "path", "writer", "detail"]
+    out.answer(document, lambda: out.table(names, [[each[name] for name in names] for each in document["found"]]))
+    out.note(f"{report.changed} things {'were' if yes else 'would be'} changed{'' if yes else '; do it with --yes'}")
+
+
+@verb(app)
+def compact(
+    out: Out, store: Store,
+    target_size: Annotated[str, typer.Option(metavar="SIZE", help="Of a compacted file, about.")] = "128MiB",
+    max_row_groups: Annotated[int, typer.Option(min=1, help="Of a compacted file.")] = 512,
+    yes: Yes = False, sole_maintainer: Sole = False,
+) -> None:
+    """Write many small files into few large ones, pack closed streams, fold the log."""
+    from agentsdpo.replay import compact as rewrite
+
+    report = rewrite(existing(store), target_bytes=int(amount(target_size, "--target-size", _SIZES)),
+                     max_row_groups=max_row_groups, dry_run=not yes, sole_maintainer=sole_maintainer)
+    words = f"{len(report.inputs)} files ({size(report.bytes_before)}, {report.rows} branches)"
+    packed = f", {report.archived} closed streams packed" if report.archived else ""
+    done = f"rewrote {words} into {len(report.outputs)} ({size(report.bytes_after)}){packed}"
+    out.finish(yes, {"store": store, **report.as_json()}, done, f"would rewrite {words}{packed}")
