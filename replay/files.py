@@ -28,21 +28,23 @@ def create_exclusive(path: Path, data: bytes | memoryview) -> None:
         data: all of its content.
 
     Raises:
-        FileExistsError: the name is taken; the file there is untouched.
+        FileExistsError: the name is taken; the file there is untouched, and durable.
         StoreError: no space, no permission, or a file system without hard links.
     """
-    temporary = path.parent / f"{TEMPORARY}{uuid7()}"
+    temporary, taken = path.parent / f"{TEMPORARY}{uuid7()}", None
     try:
         try:
             _write_durable(temporary, data)
             _link(temporary, path)
+        except FileExistsError as error:
+            taken = error
         finally:
             temporary.unlink(missing_ok=True)
-        sync_folder(path.parent)
-    except FileExistsError:
-        raise
+        sync_folder(path.parent)  # of a taken name too: whoever took it may not have come to that, and is relied on now
     except OSError as error:
         raise explain(error, path, len(data)) from error
+    if taken is not None:
+        raise taken
 
 
 def _link(temporary: Path, path: Path) -> None:
@@ -107,13 +109,13 @@ def _write_durable(path: Path, data: bytes | memoryview) -> None:
 def ensure_folder(folder: Path, within: Path) -> None:
     """Make a folder and its parents, each one durable in its own parent.
 
-    Below ``within`` a folder that is there already is made durable too: the process that made it may not have come to
-    that yet, and what is acknowledged inside must not vanish with it.
+    From ``within`` on, a folder that is there already is made durable too: the process that made it may not have come
+    to that yet, and what is acknowledged inside must not vanish with it.
 
     Raises:
         OSError: a folder cannot be made or synced.
     """
-    if folder.is_dir() and (folder == within or within not in folder.parents):
+    if folder.is_dir() and within not in (folder, *folder.parents):
         return
     ensure_folder(folder.parent, within)
     folder.mkdir(exist_ok=True)

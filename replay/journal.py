@@ -14,6 +14,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -94,21 +95,23 @@ class Journal:
             JournalError: there is a journal of this episode, or the disk is full, read-only or failing.
         """
         path = spool / store_id / writer_id / f"{episode_id}{SUFFIX}"
-        handle = -1
         try:
             _make_folder(path.parent, spool, sync)
-            handle = _create_locked(path)
-            if sync:
-                sync_folder(path.parent)
+            journal = cls(path, _create_locked(path), sync=sync)
         except FileExistsError as error:
             raise JournalError(f"{path} exists: two episodes of one writer share an id", fix="give each an id of its "
                                "own; after a crash run `agentsdpo replay recover`") from error
         except OSError as error:
-            if handle >= 0:
-                os.close(handle)
             raise _failed(error, path) from error
-        journal = cls(path, handle, sync=sync)
-        journal._append([{"episode_json": to_json({"episode_id": episode_id, **(about or {})})}], _SCHEMA_BYTES)
+        try:
+            if sync:
+                sync_folder(path.parent)
+            journal._append([{"episode_json": to_json({"episode_id": episode_id, **(about or {})})}], _SCHEMA_BYTES)
+        except OSError as error:
+            journal.close()
+            with suppress(OSError):  # nothing in it was acknowledged, and its name may be wanted again
+                path.unlink()
+            raise error if isinstance(error, JournalError) else _failed(error, path) from error
         return journal
 
     def step(self, grown: Sequence[Growth] = (), messages: Sequence[Json] | None = None, *,
@@ -137,10 +140,19 @@ class Journal:
         self.steps += 1
 
     def seal(self) -> None:
-        """The episode is committed to the store: delete the journal. After a power cut it may be back."""
-        if self._handle >= 0:
-            self.path.unlink(missing_ok=True)
-        self.close()
+        """The episode is committed to the store: delete the journal. After a power cut it may be back.
+
+        Raises:
+            JournalError: it cannot be deleted; a later recovery will, as the store holds the episode.
+        """
+        try:
+            if self._handle >= 0:
+                self.path.unlink(missing_ok=True)
+        except OSError as error:
+            raise JournalError(f"the journal {self.path} of a committed episode cannot be deleted ({error.strerror})",
+                               fix="check the disk, then run `agentsdpo replay recover`") from error
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Let go of the file as it stands, for a later recovery; harmless when done already."""

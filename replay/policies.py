@@ -21,13 +21,13 @@ class Policies:
 
     def record(self, version: int, manifest: Json) -> None:
         """See :meth:`ReplayStore.record_policy`."""
-        have = self.get(version)
-        if have is None:
+        if self._storage.exclusive or self.get(version) is None:
             try:
                 self._storage.create(_path(version), canonical_json(manifest))
                 return
-            except FileExistsError:
-                have = self.get(version) or {}
+            except FileExistsError:  # it is durable now, though whoever wrote it may not have come to that
+                pass
+        have = self.get(version) or {}
         other = [n for n in _IDENTITY if n in have and n in manifest and have[n] != manifest[n]]
         if other:
             raise StoreError(f"policy version {version} is recorded with {other[0]} {have[other[0]]!r}, "

@@ -169,7 +169,10 @@ class _Recovery:
             except _UNFIT as error:
                 why = str(error)
         if not self.dry_run:
-            self.store.storage.move(path, f"{LOST}/{path.rpartition('/')[2]}")
+            try:
+                self.store.storage.move(path, f"{LOST}/{path.rpartition('/')[2]}")
+            except FileExistsError:  # an earlier recovery was cut off between the two names of one file
+                self.store.storage.remove(path)
         self._note("lost", path, writer, why)
 
     # ------------------------------------------------------------------------------------------------ journals

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agentsdpo.replay.config import Durability
+from agentsdpo.replay.files import ensure_folder
 from agentsdpo.replay.ids import uuid7
 from agentsdpo.replay.journal import Journal
 from agentsdpo.replay.storage import LocalStorage
@@ -53,11 +54,12 @@ class Spool:
 
         Raises:
             JournalError: it cannot be written, or another collector plays the same episode.
-            StoreError: no log stream can be opened.
+            StoreError: no log stream can be opened, or the store's disk was full (:meth:`ReplayStore.admit`).
         """
         if self.durability == "none":
             return None
         name = about["episode_id"]
+        self.store.admit()
         if name in self._held:
             earlier = self._held.pop(name)
             earlier.close()
@@ -77,7 +79,7 @@ class Spool:
 def set_aside(path: Path) -> Path:
     """Move a journal to ``lost+found/`` of its store's spool, under a name that says whose it was; returns that."""
     folder = path.parent.parent / LOST
-    folder.mkdir(exist_ok=True)
+    ensure_folder(folder, within=folder.parent)
     aside = folder / f"{path.parent.name}-{path.stem}-{uuid7()}{path.suffix}"
     path.rename(aside)
     return aside
