@@ -96,7 +96,7 @@ class LearnConfig(Settings):
     grad_clip: float = Field(default=1.0, gt=0.0, le=1e6, description="largest norm of the whole gradient")
     batch: int = Field(default=32, ge=1, le=65_536, description="units of replay.unit, episodes unless told otherwise, "
                                                                 "drawn per optimiser step")
-    forward_tokens: int = Field(default=16_384, ge=1, le=100_000_000, description=(
+    forward_tokens: int = Field(default=8192, ge=1, le=100_000_000, description=(
         "packed tokens per forward, hints included; a longer branch is an error, never cut"))
     control_every: int = Field(default=50, ge=0, le=1_000_000, description=(
         "optimiser steps between two looks at what no hint and a wrong hint would have done; 0 is never"))
