@@ -29,6 +29,17 @@ from agentsdpo.replay.cli import app as replay
 class Verbs(TyperGroup):
     """All verbs. What typer would turn into its own exit codes, without a word, is told here."""
 
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Where a verb comes first, no option before it has a value, and the slow check of values is left out."""
+        if not args or args[0].startswith("-"):
+            return super().parse_args(ctx, args)
+        kept = self.params, self.add_help_option
+        self.params, self.add_help_option = [], False
+        try:
+            return super().parse_args(ctx, args)
+        finally:
+            self.params, self.add_help_option = kept
+
     def invoke(self, ctx: typer.Context) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Run one verb; an interrupt becomes a sentence, a reader that has left is no fault."""
         try:

@@ -1,12 +1,52 @@
 """``agentsdpo replay``: look at, question, repair and share a store. Verbs parse, call and print, nothing else."""
 
-import typer
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from agentsdpo.replay import cli_formats, cli_keep, cli_log, cli_make, cli_mend, cli_read, cli_share
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from typer import Context
+
+_PARTS = {
+    "cli_make": ("init", "doctor", "sql", "view"),
+    "cli_read": ("ls", "show", "stats", "schema"),
+    "cli_log": ("tail", "log", "sample", "browse"),
+    "cli_mend": ("verify", "recover", "compact"),
+    "cli_keep": ("snapshot", "evict", "unevict", "rm", "gc", "pin", "unpin", "label"),
+    "cli_share": ("diff", "merge", "fork", "split"),
+    "cli_formats": ("import", "export", "publish"),
+}
+"""Verbs by the module that has them, in the order of the help."""
+_HOMES = {verb: part for part, verbs in _PARTS.items() for verb in verbs}
+
+
+class Verbs(TyperGroup):
+    """All verbs; the module of one is loaded when it is called, or when all are listed."""
+
+    def list_commands(self, ctx: "Context") -> list[str]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Names of all verbs."""
+        return list(_HOMES)
+
+    def get_command(self, ctx: "Context", cmd_name: str) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One verb, None when there is none of this name."""
+        return _part(_HOMES[cmd_name])[cmd_name] if cmd_name in _HOMES else None
+
+
+@cache
+def _part(name: str) -> dict[str, Any]:
+    """The verbs of one module."""
+    return dict(typer.main.get_group(import_module(f"agentsdpo.replay.{name}").app).commands)
+
 
 app = typer.Typer(
-    name="replay", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    name="replay", cls=Verbs, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Look at, question, repair and share a replay store.")
-for part in (cli_make, cli_read, cli_log, cli_mend, cli_keep, cli_share, cli_formats):
-    app.registered_commands += part.app.registered_commands
+
+
+@app.callback()
+def _replay() -> None:
+    pass

@@ -11,7 +11,7 @@ from agentsdpo.replay.cli_base import Json, Out, Store, Where, existing, size, v
 if TYPE_CHECKING:
     from agentsdpo.replay.redact import Redactor
 
-app = typer.Typer()
+app = typer.Typer(rich_markup_mode=None)
 Format = Annotated[str, typer.Argument(metavar="FORMAT", help="atif, openai, hf, verifiers, parquet; pairs and sts for "
                                        "export alone.")]
 Redact = Annotated[bool, typer.Option("--redact", help="Take secrets out of texts and tokens.")]

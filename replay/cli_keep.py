@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from agentsdpo.replay.ids import Key
     from agentsdpo.replay.store import ReplayStore
 
-app = typer.Typer()
+app = typer.Typer(rich_markup_mode=None)
 Reason = Annotated[str, typer.Option(help="Why; kept in the log for people.")]
 _TIMES, _SIZES = ("s", "min", "h", "d"), ("B", "KB", "MB", "GB", "TB", "KiB", "MiB", "GiB", "TiB")
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from agentsdpo.replay.folding import Fold
     from agentsdpo.replay.store import ReplayStore
 
-app = typer.Typer()
+app = typer.Typer(rich_markup_mode=None)
 _FIELDS = "t_stored,episode_id,task_id,status,reward,n_turns,n_tokens,policy_version_min"
 _UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 

@@ -7,7 +7,7 @@ import typer
 
 from agentsdpo.replay.cli_base import Json, Out, Store, existing, verb
 
-app = typer.Typer()
+app = typer.Typer(rich_markup_mode=None)
 
 
 @verb(app)

@@ -7,7 +7,7 @@ import typer
 
 from agentsdpo.replay.cli_base import Out, Sole, Store, Yes, amount, existing, size, verb
 
-app = typer.Typer()
+app = typer.Typer(rich_markup_mode=None)
 _SIZES = ("B", "KB", "MB", "GB", "TB", "KiB", "MiB", "GiB", "TiB")
 
 

@@ -10,7 +10,7 @@ from agentsdpo.replay.cli_base import Json, Out, Store, Where, existing, size, v
 if TYPE_CHECKING:
     import pyarrow as pa
 
-app = typer.Typer()
+app = typer.Typer(rich_markup_mode=None)
 _COLUMNS = ("episode_id", "attempt", "branch_id", "env_id", "task_id", "status", "reward", "n_turns", "n_tokens",
             "n_trainable", "policy_version_min", "policy_version_max", "t_stored")
 _DULL = {"attempt": 0, "branch_id": 0, "status": "sealed"}

@@ -10,7 +10,7 @@ from agentsdpo.replay.cli_base import Json, Out, Store, Where, existing, verb
 if TYPE_CHECKING:
     from agentsdpo.replay.store import ReplayStore
 
-app = typer.Typer()
+app = typer.Typer(rich_markup_mode=None)
 Target = Annotated[str, typer.Argument(metavar="TO", help="Folder or s3:// prefix; made when nothing is there.")]
 
 
