@@ -13,8 +13,10 @@ equal ones the later uuid7. ``value`` is canonical JSON:
 import hashlib
 import json
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -123,6 +125,15 @@ class Overlays:
     storage: Storage
     latest: Mapping[Slot, Late] = field(default_factory=dict)
     files: Mapping[str, Json] = field(default_factory=dict)
+    _held: dict[str, pa.ChunkedArray] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def _about(self) -> dict[Key, list[Slot]]:
+        """What is said about each key."""
+        found: dict[Key, list[Slot]] = defaultdict(list)
+        for slot in self.latest:
+            found[slot.key].append(slot)
+        return dict(found)
 
     def read(self, ops: Mapping[str, list[Json]]) -> "Overlays":
         """These and what newer ``overlay`` operations (by kind) add. Raises as :func:`read`."""
@@ -176,7 +187,8 @@ class Overlays:
 
     def onto_table(self, table: pa.Table, rows: list[Located]) -> pa.Table:
         """A table of these rows with the late rewards, and the column ``label`` at the end."""
-        late = {i: value for i, row in enumerate(rows) if (value := self._value("reward", row)) is not None}
+        about = [(i, row) for i, row in enumerate(rows) if row.key in self._about] if self.latest else []
+        late = {i: value for i, row in about if (value := self._value("reward", row)) is not None}
         for name, of in _REWARD_COLUMNS.items() if late else ():
             if name in table.schema.names:
                 values = table.column(name).to_pylist()
@@ -184,19 +196,29 @@ class Overlays:
                     values[i] = of(value)
                 at = table.schema.get_field_index(name)
                 table = table.set_column(at, table.schema.field(at), pa.array(values, table.schema.field(at).type))
-        labels = pa.array([self._value("label", row) for row in rows], pa.string())
-        return table.append_column("label", labels)
+        labels: list[str | None] = [None] * len(rows)
+        for i, row in about:
+            labels[i] = self._value("label", row)
+        return table.append_column("label", pa.array(labels, pa.string()))
 
     def relogprobs(self, row: Located) -> dict[tuple[int, str], np.ndarray]:
         """Per (policy version, trainer id) its log-probs float32[T] of a row. Raises as :func:`read`, :meth:`find`."""
         found = {}
-        for slot in [slot for slot in self.latest if slot.kind == "relogprob" and slot.key == row.key]:
-            late = self.find(slot, row)
+        for slot in self._about.get(row.key, ()):
+            late = self.find(slot, row) if slot.kind == "relogprob" else None
             if late is not None:
-                values = read(self.storage, self.files[late.path]).column("logprobs")[late.row].values.to_numpy()
                 version, _, trainer = slot.by.partition("/")
-                found[int(version), trainer] = values
+                found[int(version), trainer] = self._arrays(late.path)[late.row].values.to_numpy()
         return found
+
+    def _arrays(self, path: str) -> pa.ChunkedArray:
+        """Log-probs of one file; those of the last one are kept, as whoever asks goes through it."""
+        held = self._held.get(path)
+        if held is None:
+            held = read(self.storage, self.files[path]).column("logprobs")
+            self._held.clear()
+            self._held[path] = held
+        return held
 
 
 _REWARD_COLUMNS: dict[str, Callable[[Json], Any]] = {
