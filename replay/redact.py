@@ -8,9 +8,11 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import ValidationError
 
 from agentsdpo.errors import ConfigError
 from agentsdpo.replay.canonical import to_json
@@ -68,13 +70,18 @@ class Redactor:
         texts = [] if decoder is None else [_decode(decoder, branch) for branch in episode.branches]
         fields = json.loads(to_json(episode.model_dump(mode="json", exclude={"branches", *UNTOUCHED})))
         called = [call.model_dump(include=_CALL_TEXTS) for branch in episode.branches for call in branch.calls]
-        secrets = self._secrets([*_strings(fields), *_strings(called), *texts])
+        secrets = self._secrets([*_strings(fields), *_strings(called), *chain.from_iterable(texts)])
         fields = self._clean(fields, secrets, hits)
         branches = self._branches(episode.branches, decoder, texts, secrets, hits)
         branches = [branch.model_copy(update={"calls": tuple(self._call(c, secrets, hits) for c in branch.calls)})
                     for branch in branches]
         kept = {name: getattr(episode, name) for name in UNTOUCHED}
-        return Episode(**fields, **kept, branches=tuple(branches)), hits
+        try:
+            return Episode(**fields, **kept, branches=tuple(branches)), +hits
+        except ValidationError as error:
+            name = ".".join(map(str, error.errors()[0]["loc"]))
+            raise ConfigError(f"a rule takes out the {name} of episode {episode.episode_id}, which is no free text",
+                              fix="make the rule's pattern narrower") from None
 
     def _decoder_for(self, tokenizer_sha256: str) -> Decoder | None:
         if tokenizer_sha256 not in self._decoders:
@@ -122,7 +129,7 @@ class Redactor:
 
     # --------------------------------------------------------------------------------------------------- tokens
 
-    def _branches(self, branches: Sequence[Branch], decoder: Decoder | None, texts: Sequence[str],
+    def _branches(self, branches: Sequence[Branch], decoder: Decoder | None, texts: Sequence[Sequence[str]],
                   secrets: dict[str, str], hits: Counter[str]) -> list[Branch]:
         """Branches whose tokens spell no secret; a child is cut off its parent where the two no longer agree."""
         made: dict[int, Branch] = {}
@@ -133,22 +140,23 @@ class Redactor:
             elif not self._leaks(texts[i], secrets):
                 clean = branch
             else:
-                self._count(texts[i], secrets, hits)
+                self._count(texts[i][0], secrets, hits)
                 clean = self._masked(branch, decoder, secrets) if self._tokens == "mask" else None
                 hits["branches dropped" if clean is None else "branches masked"] += 1
                 clean = dropped(branch) if clean is None else clean
             made[branch.branch_id] = _refork(clean, made)
         return list(made.values())
 
-    def _leaks(self, text: str, secrets: dict[str, str]) -> bool:
+    def _leaks(self, texts: Iterable[str], secrets: dict[str, str]) -> bool:
         """Whether a text holds a secret; spaces that a tokenizer puts in or leaves out do not hide it."""
-        squeezed = _squeeze(text)
-        return any(spans(self.rules, text)) or any(_squeeze(secret) in squeezed for secret in secrets)
+        squeezed = [_squeeze(secret) for secret in secrets]
+        return any(any(spans(self.rules, text)) or any(secret in _squeeze(text) for secret in squeezed)
+                   for text in texts)
 
     def _count(self, text: str, secrets: dict[str, str], hits: Counter[str]) -> None:
         before = hits.total()
         self.text(text, secrets, hits)
-        hits["secrets between spaces"] += hits.total() == before
+        hits["secrets torn apart"] += hits.total() == before
 
     def _masked(self, branch: Branch, decoder: Decoder, secrets: dict[str, str]) -> Branch | None:
         """The branch with the tokens of its secrets replaced; None when that does not get rid of them."""
@@ -180,11 +188,11 @@ def _strings(value: Any) -> Iterable[str]:
             yield from _strings(inner)
 
 
-def _decode(decoder: Decoder, branch: Branch) -> str:
-    """Text of a branch, with its special tokens and then without: one may stand in the middle of a secret."""
+def _decode(decoder: Decoder, branch: Branch) -> list[str]:
+    """Text of a branch, with its special tokens and without: one may stand in the middle of a secret."""
     ids = branch.token_ids.tolist()
     whole, plain = (decoder.decode(ids, skip_special_tokens=skip) for skip in (False, True))
-    return whole if whole == plain else f"{whole}\n{plain}"
+    return [whole] if whole == plain else [whole, plain]
 
 
 def _squeeze(text: str) -> str:

@@ -26,27 +26,29 @@ class Rule(NamedTuple):
     pattern: re.Pattern[str]
 
 
+_ALONE = r"(?<![A-Za-z0-9])"
+"""Before prefixes so short that they end common words; the others are looked for inside words as well."""
 _KEYS = {
-    "openai_key": r"\bsk-(?!ant-)[A-Za-z0-9_-]{20,}", "anthropic_key": r"\bsk-ant-[A-Za-z0-9_-]{16,}",
-    "aws_key_id": r"\b(?:AKIA|ASIA|ABIA|ACCA)[0-9A-Z]{16}\b",
+    "openai_key": _ALONE + r"sk-(?!ant-)[A-Za-z0-9_-]{20,}", "anthropic_key": r"sk-ant-[A-Za-z0-9_-]{16,}",
+    "aws_key_id": r"(?:AKIA|ASIA|ABIA|ACCA)[0-9A-Z]{16}",
     "aws_secret": r"(?i)aws_?secret_?(?:access_?)?key\W{1,6}([A-Za-z0-9/+=]{40})",
-    "github_token": r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{22,})",
-    "gitlab_token": r"\bgl(?:pat|dt|rt|cbt|ptt)-[A-Za-z0-9_-]{20,}",
-    "huggingface_token": r"\b(?:hf|api_org)_[A-Za-z0-9]{30,}",
-    "google_key": r"\bAIza[A-Za-z0-9_-]{35}|\bya29\.[A-Za-z0-9_-]{20,}|\bGOCSPX-[A-Za-z0-9_-]{20,}",
-    "slack_token": r"\bxox[abeoprs]-[A-Za-z0-9-]{10,}|\bxapp-[A-Za-z0-9-]{20,}"
+    "github_token": r"gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{22,}",
+    "gitlab_token": r"gl(?:pat|dt|rt|cbt|ptt)-[A-Za-z0-9_-]{20,}",
+    "huggingface_token": _ALONE + r"(?:hf|api_org)_[A-Za-z0-9]{30,}",
+    "google_key": r"AIza[A-Za-z0-9_-]{35}|ya29\.[A-Za-z0-9_-]{20,}|GOCSPX-[A-Za-z0-9_-]{20,}",
+    "slack_token": r"xox[abeoprs]-[A-Za-z0-9-]{10,}|xapp-[A-Za-z0-9-]{20,}"
                    r"|hooks\.slack\.com/services/[A-Za-z0-9_/]{20,}",
-    "stripe_key": r"\b(?:sk|rk|pk)_(?:live|test)_[A-Za-z0-9]{16,}|\bwhsec_[A-Za-z0-9]{24,}",
-    "sendgrid_key": r"\bSG\.[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}", "npm_token": r"\bnpm_[A-Za-z0-9]{36}\b",
-    "pypi_token": r"\bpypi-[A-Za-z0-9_-]{50,}", "twilio_key": r"\bSK[0-9a-f]{32}\b",
-    "databricks_token": r"\bdapi[0-9a-f]{32}", "digitalocean_token": r"\bdo[opr]_v1_[0-9a-f]{64}",
-    "telegram_token": r"\b[0-9]{8,10}:AA[A-Za-z0-9_-]{33}\b",
-    "model_service_key": r"\b(?:gsk_|xai-|nvapi-|r8_|pplx-|tvly-|fw_|csk-|wandb_v1_)[A-Za-z0-9_-]{24,}",
+    "stripe_key": r"[srp]k_(?:live|test)_[A-Za-z0-9]{16,}|whsec_[A-Za-z0-9]{24,}",
+    "sendgrid_key": _ALONE + r"SG\.[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}", "npm_token": r"npm_[A-Za-z0-9]{36}",
+    "pypi_token": r"pypi-[A-Za-z0-9_-]{50,}", "twilio_key": _ALONE + r"SK[0-9a-f]{32}",
+    "databricks_token": r"dapi[0-9a-f]{32}", "digitalocean_token": r"do[opr]_v1_[0-9a-f]{64}",
+    "telegram_token": r"[0-9]{8,10}:AA[A-Za-z0-9_-]{33}",
+    "model_service_key": _ALONE + r"(?:gsk_|xai-|nvapi-|r8_|pplx-|tvly-|fw_|csk-|wandb_v1_)[A-Za-z0-9_-]{24,}",
 }
 _CARRIED = {
     "private_key": r"(?s)-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----.*?"
                    r"(?:-----END (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----|\Z)",
-    "jwt": r"\beyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*",
+    "jwt": r"eyJ[A-Za-z0-9_-]{8,2048}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*",
     "bearer": r"(?i)\bbearer[ \t]+([A-Za-z0-9._~+/=-]{12,})",
     "basic_auth": r"(?i)\bbasic[ \t]+((?=[A-Za-z+/]*[0-9=])[A-Za-z0-9+/]{12,}={0,2})",
     "cookie": r"(?i)\b(?:set-)?cookie\\?[\"']?[ \t]*[:=][ \t]*\\?[\"']?([^\s\"'\\][^\r\n\"'\\]{3,})",

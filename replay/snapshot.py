@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 Condition = str | pc.Expression
 """What rows to keep: text in the language of :mod:`agentsdpo.replay.where`, or an Arrow expression."""
+_GATHERED = (256, 1 << 18)
+"""Branches and tokens of whole episodes that are read at once."""
+_HASHED = [*Key._fields, "token_ids", "token_kind", "logprobs", "kept_ids", "kept_counts"]
 
 
 class Snapshot:
@@ -127,8 +130,7 @@ class Snapshot:
         if at.index >= len(group) or group.key(at.index) != at.key:
             raise CorruptionError(f"{where}: another row stands in its place", fix="restore the file from a backup")
         if group.tokens_sha256(at.index).hex() != at.tokens_sha256:
-            raise CorruptionError(f"{where}: tokens and log-probs do not hash to what was committed",
-                                  fix="restore the file from a backup")
+            raise _changed(where)
         return group, at
 
     def _group(self, at: Located, fetch: Callable[[Located], RowReader]) -> tuple[RowReader, Located]:
@@ -163,8 +165,7 @@ class Snapshot:
         if not keys:
             raise StoreError(f"no attempt {attempt or 0} at episode {episode_id!r} among {len(self)} branches",
                              fix="list keys()")
-        self.read(keys)  # verifies the token hashes, which whole tables do not
-        return self.late.onto_episode(to_episode(self._tables(keys, None)), self.rows[keys[0]])
+        return next(self.gather([(episode_id, keys[0].attempt)]))
 
     # --------------------------------------------------------------------------------------------------- asking
 
@@ -173,9 +174,44 @@ class Snapshot:
         return (self._read(self.rows[key]) for key in self.keys(where))
 
     def episodes(self, where: Condition | None = None) -> Iterator[Episode]:
-        """Episodes with a branch that a condition holds for, read one by one; every attempt is an episode."""
-        found = dict.fromkeys((key.episode_id, key.attempt) for key in self.keys(where))
-        return (self.episode(*one) for one in found)
+        """Episodes with a branch that a condition holds for, as :meth:`gather` reads them; every attempt is one."""
+        return self.gather(dict.fromkeys((key.episode_id, key.attempt) for key in self.keys(where)))
+
+    def gather(self, names: Iterable[tuple[str, int]]) -> Iterator[Episode]:
+        """Whole episodes by id and attempt, in this order, with the newest hint and reward.
+
+        Those that stand together are read together, at most about 262,144 tokens or 256 branches at once.
+
+        Raises:
+            StoreError: there is no such episode.
+            CorruptionError: as :meth:`read`.
+        """
+        batch: list[list[Key]] = []
+        size = np.zeros(2, np.int64)
+        for name in names:
+            keys = self.attempt(*name)
+            if not keys:
+                raise StoreError(f"no attempt {name[1]} at episode {name[0]!r} among {len(self)} branches",
+                                 fix="list keys()")
+            batch.append(keys)
+            size += len(keys), sum(self.rows[key].n_tokens for key in keys)
+            if (size >= _GATHERED).any():
+                yield from self._whole(batch)
+                batch, size = [], np.zeros(2, np.int64)
+        yield from self._whole(batch)
+
+    def _whole(self, batch: list[list[Key]]) -> Iterator[Episode]:
+        """Episodes from the keys of each."""
+        keys = list(chain.from_iterable(batch))
+        table, start = self._tables(keys, None), 0
+        reader = RowReader(table.select(_HASHED))
+        for i, key in enumerate(keys):
+            if reader.tokens_sha256(i).hex() != self.rows[key].tokens_sha256:
+                raise _changed(f"{self.storage.uri}/{self.rows[key].path}, branch {key}")
+        for own in batch:
+            episode = to_episode(table.slice(start, len(own)))
+            start += len(own)
+            yield self.late.onto_episode(episode, self.rows[own[0]])
 
     def relogprobs(self, key: Key) -> dict[tuple[int, str], np.ndarray]:
         """Log-probs that trainers computed later: float32[T] per (policy version, trainer id), NaN where not scored.
@@ -254,6 +290,11 @@ class Snapshot:
                 where = f"{self.storage.uri}/{rows[0].path}, branch {rows[0].key}"
                 raise CorruptionError(f"{where} cannot be read: {error}",
                                       fix="restore the file from a backup") from error
+
+
+def _changed(where: str) -> CorruptionError:
+    return CorruptionError(f"{where}: tokens and log-probs do not hash to what was committed",
+                           fix="restore the file from a backup")
 
 
 def _by_file(rows: Iterable[Located]) -> list[list[Located]]:

@@ -1,6 +1,6 @@
 """The whole of an episode as one JSON object: what ``extra["agentsdpo"]`` holds in formats that have room for it.
 
-    {"v": 1, "sha256": <of the document around it>, "status": "sealed",
+    {"v": 1, "sha256": <of the rest and of the document around it>, "status": "sealed",
      "episode": {... all fields but the branches ...},
      "branches": [{"branch_id": 0, ..., "token_ids": [7, 8], "token_kind": [0, 1], "logprobs": [null, -0.5],
                    "kept_ids": null, "kept_counts": null, "calls": [{...}]}]}
@@ -31,12 +31,12 @@ def pack(episode: Episode, status: str, document: Any) -> Json:
     Args:
         episode: what to keep.
         status: of its rows in the store.
-        document: what stands around the object, in a form that the reader can take apart again. Its hash tells
-            whether somebody edited the one without the other.
+        document: what people may want to edit of what stands around the object. A hash over both tells whether
+            somebody changed the one without the other.
     """
-    bag = {"v": 1, "sha256": _hash(document), "status": status,
-           "episode": episode.model_dump(mode="json", exclude={"branches"}),
-           "branches": [_branch(branch) for branch in episode.branches]}
+    bag: Json = {"v": 1, "status": status, "episode": episode.model_dump(mode="json", exclude={"branches"}),
+                 "branches": [_branch(branch) for branch in episode.branches]}
+    bag["sha256"] = _hash(bag, document)
     return bag if valid_text(bag) == bag else {"v": 1, "json": to_json(bag)}
 
 
@@ -53,15 +53,16 @@ def unpack(bag: Any, document: Any, where: str) -> tuple[Episode, str]:
             raise FormatError(f"{where}: {NAME} data has version {bag['v']!r}, this release reads 1",
                               fix="install a newer agentsdpo")
         branches = tuple(_read_branch(branch) for branch in bag["branches"])
-        episode, status, sha = Episode(**bag["episode"], branches=branches), bag["status"], bag["sha256"]
+        episode, status = Episode(**bag["episode"], branches=branches), bag["status"]
+        whole = bag["sha256"] == _hash({name: value for name, value in bag.items() if name != "sha256"}, document)
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         if isinstance(error, FormatError):
             raise
         raise FormatError(f"{where}: {NAME} data cannot be read: {describe(error)}",
                           fix=f"export again, or remove {NAME} to import what the format itself says") from error
-    if sha != _hash(document):
-        raise FormatError(f"{where} was edited after the export: what it says and what its {NAME} data says differ",
-                          fix=f"undo the edit, or remove {NAME} to import the edited part without its tokens")
+    if not whole:
+        raise FormatError(f"{where} was changed after the export: it does not hash to what its {NAME} data says",
+                          fix=f"undo the change, or remove {NAME} to import the rest without its tokens")
     if status not in ("sealed", "truncated", "aborted", "salvaged"):
         raise FormatError(f"{where}: {NAME} data has status {status!r}", fix="export again")
     return episode, status
@@ -89,8 +90,8 @@ def path_of(location: tuple[int | str, ...]) -> str:
     return text.removeprefix(".")
 
 
-def _hash(document: Any) -> str:
-    return hashlib.sha256(canonical_json(valid_text(document))).hexdigest()
+def _hash(bag: Json, document: Any) -> str:
+    return hashlib.sha256(canonical_json([bag, valid_text(document)])).hexdigest()
 
 
 def _branch(branch: Branch) -> Json:

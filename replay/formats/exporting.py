@@ -92,17 +92,16 @@ class _Work:
 
     def stored(self, names: Iterable[tuple[str, int]], total: int) -> Iterator[Stored]:
         """The episodes, redacted, one by one."""
-        for done, (episode_id, attempt) in enumerate(names, 1):
-            yield self.read(episode_id, attempt)
+        for done, episode in enumerate(self.view.gather(names), 1):
+            yield self.ready(episode)
             self.progress(done, total)
 
-    def read(self, episode_id: str, attempt: int) -> Stored:
-        """One episode, redacted."""
-        episode = self.view.episode(episode_id, attempt)
+    def ready(self, episode: Episode) -> Stored:
+        """An episode as it may leave: allowed, and redacted."""
         if not episode.train_allowed:
-            raise TrainForbidden(f"episode {episode_id} of task {episode.task_id} has train_allowed=False",
+            raise TrainForbidden(f"episode {episode.episode_id} of task {episode.task_id} has train_allowed=False",
                                  fix="keep evaluation-only episodes out of training data")
-        status = self.view.rows[self.view.attempt(episode_id, attempt)[0]].status
+        status = self.view.rows[self.view.attempt(episode.episode_id, episode.attempt)[0]].status
         if self.redact is not None:
             episode, hits = self.redact.episode(episode)
             self.tally.redacted.update(hits)
@@ -137,7 +136,8 @@ def _pairs(work: _Work, where: Condition | None, file: BinaryIO) -> None:
     found = pairs.plan(work.view.scalars(where), work.tally.skipped)
     found = found[:None if work.limit is None else work.limit // 2]
     for done, (better, worse) in enumerate(found, 1):
-        line = pairs.line(work.read(*better).episode, work.read(*worse).episode)
+        chosen, rejected = (work.ready(episode).episode for episode in work.view.gather([better, worse]))
+        line = pairs.line(chosen, rejected)
         if line is None:
             work.tally.skipped["pairs without a shared prompt"] += 1
         else:
