@@ -7,24 +7,18 @@ is read before the others, so that everything it speaks of is there when they ar
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import NamedTuple
 
 from agentsdpo.errors import CorruptionError, StoreError
 from agentsdpo.replay import archive, snapfile
 from agentsdpo.replay.ids import Key
-from agentsdpo.replay.log import MAINT, Located, Vector, check_entry, check_gaps, entry_path, located
+from agentsdpo.replay.log import MAINT, Evicted, Located, Vector, check_entry, check_gaps, entry_path, located
 from agentsdpo.replay.storage import Storage
 from agentsdpo.types import Json
 
 _EVERYWHERE = ("open", "add", "overlay", "group_close", "close")
 _MAINTENANCE = ("takeover", "replace", "evict", "unevict", "gc", "archive")
-
-
-class Evicted(NamedTuple):
-    """Why a key is hidden, and by which entry of the maintenance stream."""
-
-    seq: int
-    reason: str
 
 
 class Segment(NamedTuple):
@@ -73,7 +67,8 @@ class Fold:
 
     def live(self) -> dict[Key, Located]:
         """The rows a reader sees."""
-        return {key: row for key, row in self.rows.items() if key not in self.evicted and key not in self.conflicts}
+        hidden = self.evicted.keys() | self.conflicts
+        return {key: row for key, row in self.rows.items() if key not in hidden} if hidden else dict(self.rows)
 
     # ------------------------------------------------------------------------------------------------- reading
 
@@ -231,19 +226,14 @@ class Fold:
 
     # --------------------------------------------------------------------- what a folded snapshot is read into
 
-    def put_back(self, row: Located, conflict: bool, moved: bool) -> None:
-        """A row of a folded snapshot: one of several of its key if ``conflict``, in a compacted file if ``moved``."""
-        if moved:
-            self.moved[row.key] = row
-        if conflict:
+    def put_back(self, rows: list[Located], states: list[str], moved: list[bool]) -> None:
+        """Rows of a folded snapshot: several of a key in state ``conflict``; in compacted files if ``moved``."""
+        self.rows = {row.key: row for row in rows}
+        self.moved = {row.key: row for row, is_moved in zip(rows, moved, strict=True) if is_moved}
+        for row in (row for row, state in zip(rows, states, strict=True) if state == "conflict"):
             self.conflicts.setdefault(row.key, []).append(row)
-        best = self._added.get(row.key)
-        if best is None or row.rank > best.rank:
-            self._added[row.key] = self.rows[row.key] = row
-
-    def hide(self, key: Key, seq: int, reason: str) -> None:
-        """Evict a key, by an entry of the maintenance stream."""
-        self.evicted[key] = Evicted(seq, reason)
+        self.rows |= {key: max(several, key=attrgetter("rank")) for key, several in self.conflicts.items()}
+        self._added = dict(self.rows)
 
     def note_files(self, files: Iterable[tuple[str, int, str | None]]) -> None:
         """Data files by path, size and hash; those without a hash, or handed to gc, are no more."""

@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from agentsdpo.errors import CorruptionError, StoreError
 from agentsdpo.replay.canonical import canonical_json
@@ -40,6 +40,13 @@ class RowExpired(StoreError):
 
 class MissingSegment(CorruptionError):
     """A data file is not there: it was reclaimed after its rows were moved or evicted, or it is lost."""
+
+
+class Evicted(NamedTuple):
+    """Why a key is hidden, and by which entry of the maintenance stream."""
+
+    seq: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)

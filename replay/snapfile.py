@@ -22,7 +22,7 @@ from agentsdpo.errors import CorruptionError
 from agentsdpo.replay import archive
 from agentsdpo.replay.canonical import canonical_json
 from agentsdpo.replay.ids import Key, uuid7
-from agentsdpo.replay.log import Located, Vector, entry_path
+from agentsdpo.replay.log import Evicted, Located, Vector, entry_path
 from agentsdpo.replay.storage import Storage
 from agentsdpo.types import Json
 
@@ -167,10 +167,10 @@ def _fill(fold: "Fold", table: pa.Table, rest: Json, vector: Vector) -> None:
     columns = {name: table.column(name).to_pylist() for name in table.schema.names}
     keys = list(map(Key, *(columns[name] for name in Key._fields)))
     rows = list(map(Located, keys, *(columns[name] for name in _PLACE)))
-    for i, row in enumerate(rows):
-        fold.put_back(row, columns["state"][i] == "conflict", columns["moved"][i])
-        if columns["evicted_by"][i] is not None:
-            fold.hide(row.key, columns["evicted_by"][i], columns["reason"][i])
+    fold.put_back(rows, columns["state"], columns["moved"])
+    for row, seq, reason in zip(rows, columns["evicted_by"], columns["reason"], strict=True):
+        if seq is not None:
+            fold.evicted[row.key] = Evicted(seq, reason)
     fold.note_files(zip(columns["path"], columns["size"], columns["file_sha256"], strict=True))
     fold.note_files((path, *segment) for path, segment in rest["files"].items())
     fold.vector, fold.epoch, fold.busy, fold.closed = vector, rest["epoch"], rest["busy"], set(rest["closed"])

@@ -22,8 +22,8 @@ from agentsdpo.replay import ReplayStore, compact, evict, fold, verify
 FLIPS = 2_000
 HEADER = 16
 """Bytes at the start of a page that are taken for its header, which is longer."""
-CLASSES = ("data page", "page header", "page index", "footer", "log entry", "maintenance entry", "archive",
-           "folded snapshot", "latest", "overlay")
+CLASSES = ("data page", "page header", "footer", "log entry", "maintenance entry", "archive", "folded snapshot",
+           "latest", "overlay")
 
 
 @dataclass
@@ -134,9 +134,7 @@ def _parquet(path: Path) -> dict[str, list[range]]:
         headers += [range(start, start + HEADER) for start in starts]
         bodies = [range(start + HEADER, stop) for start, stop in zip(starts, stops, strict=True)]
         pages += [body for body in bodies if body]
-    footer = size - 8 - int.from_bytes(path.read_bytes()[-8:-4], "little")
-    return {"page header": headers, "data page": pages, "page index": [range(end, footer)],
-            "footer": [range(footer, size)]}
+    return {"page header": headers, "data page": pages, "footer": [range(end, size)]}
 
 
 def figure(counts: dict[str, Count]) -> Figure:
