@@ -19,7 +19,7 @@ from agentsdpo.replay.example import TEMPLATE, TOKENIZER, VOCAB, branch, episode
 from agentsdpo.types import Branch, Episode, Hint, Sampling, StopReason
 
 GOLDEN = Path(__file__).with_name("golden")
-POLICY = {"weights_id": "w0", "tokenizer_sha256": TOKENIZER, "chat_template_sha256": TEMPLATE, "vocab_size": VOCAB}
+POLICY = {"tokenizer_sha256": TOKENIZER, "chat_template_sha256": TEMPLATE, "vocab_size": VOCAB}
 
 
 def alone(number: int, **fields: Any) -> Episode:
@@ -52,7 +52,8 @@ def forked(number: int) -> tuple[Branch, Branch]:
 def make(root: Path) -> ReplayStore:
     """Write a store with something of everything."""
     store = ReplayStore.open(root)
-    store.record_policy(0, POLICY)
+    for version in range(7):
+        store.record_policy(version, POLICY | {"weights_id": f"w{version}"})
     store.append([alone(0), alone(1, branches=(truncated(1),)), alone(2, branches=forked(2))])
     store.append([alone(3, stop_reason=StopReason.MAX_TURNS, grade=None), alone(4, hint=None, messages=())])
     store.close()

@@ -10,7 +10,8 @@ from golden_store import GOLDEN, describe, make
 from independent_reader import read
 
 from agentsdpo import __version__
-from agentsdpo.replay import ReplayStore
+from agentsdpo.replay import ReplayStore, verify
+from agentsdpo.replay.verification import Level
 
 RELEASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
 
@@ -22,6 +23,12 @@ def test_a_golden_store_reads_as_it_was_written(release: str) -> None:
     got = json.loads(json.dumps(describe(store)))
     assert {key: {name: row[name] for name in want["rows"][key]} for key, row in got["rows"].items()} == want["rows"]
     assert {name: got[name] for name in want if name != "rows"} == {n: v for n, v in want.items() if n != "rows"}
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("level", ["fast", "full", "deep"])
+def test_a_golden_store_is_sound(release: str, level: Level) -> None:
+    assert verify(ReplayStore.open(GOLDEN / release / "STORE", create=False), level).problems == ()
 
 
 @pytest.mark.parametrize("release", RELEASES)
