@@ -144,7 +144,8 @@ class Collector:
                                     episode_id=place["episode_id"], budget=self.config.budget(task.budget))
             episode = self._episode(run, *await self._judge(task, run), place)
             if journal is not None:
-                journal.step(about=episode.model_dump(mode="json", include={"stop_reason", "grade", "metadata"}))
+                ended = {"stop_reason", "grade", "metadata", "tools"}
+                journal.step(about=episode.model_dump(mode="json", include=ended))
         except BaseException:
             if journal is not None:
                 journal.close()
@@ -173,7 +174,8 @@ class Collector:
         metadata |= {**({"error": fault} if fault else {}), **({} if run.answer is None else {"answer": run.answer})}
         stop = run.stop_reason if grade is not None else StopReason.ENGINE_ERROR
         return Episode(**{**place, "metadata": metadata}, branches=run.branches, stop_reason=stop,
-                       grade=without_feedback(grade) if self.evaluate else grade, messages=run.messages)
+                       grade=without_feedback(grade) if self.evaluate else grade, messages=run.messages,
+                       tools=tuple(tool.openai() for tool in run.tools))
 
 
 def without_feedback(grade: Grade | None) -> Grade | None:

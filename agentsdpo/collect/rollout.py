@@ -57,6 +57,7 @@ class Rollout:
         counts: totals for the metrics: turns, calls, valid_calls, mutating_calls, mutating_ok, repeats, truncated,
             completion_tokens, prompt_tokens.
         wall_s: seconds from reset to the end.
+        tools: what the agent could call; () when the environment never began.
     """
 
     stop_reason: StopReason
@@ -67,6 +68,7 @@ class Rollout:
     counts: dict[str, int]
     wall_s: float
     error: str = ""
+    tools: tuple[ToolSpec, ...] = ()
 
     @classmethod
     def never_began(cls, error: str) -> "Rollout":
@@ -152,7 +154,8 @@ async def run_episode(env: Env, policy: Policy, task: Task, *, seed: int, episod
     except RowError as fault:  # the engine answered with what no store takes
         stop, error, outcome = StopReason.ENGINE_ERROR, error or describe(fault), None
     return Rollout(stop_reason=stop, branches=branches, messages=tuple(ctx.messages), outcome=outcome,
-                   answer=run.answer, counts=run.counts, wall_s=time.monotonic() - began, error=error)
+                   answer=run.answer, counts=run.counts, wall_s=time.monotonic() - began, error=error,
+                   tools=tuple(run.tools.values()))
 
 
 def describe(fault: Exception) -> str:

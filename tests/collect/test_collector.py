@@ -34,6 +34,7 @@ def test_scripted_agents_are_graded_and_stamped(world: Any) -> None:
     assert bad.train_allowed
     assert bad.branches == ()
     assert (bad.env_id, bad.task_id) == ("counter", "train-4")
+    assert good.tools == tuple(tool.openai() for tool in world.suite().env().tools)
     metrics = collect_metrics([good, bad])
     assert metrics["collect/pass"] == metrics["collect/score/mean"] == 0.5
     assert metrics["collect/act/valid_frac"] == 1.0
