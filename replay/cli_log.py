@@ -15,10 +15,12 @@ from agentsdpo.replay.cli_base import Json, Out, Store, Where, cell, existing, v
 
 if TYPE_CHECKING:
     from agentsdpo.replay.folding import Fold
+    from agentsdpo.replay.ids import Key
     from agentsdpo.replay.store import ReplayStore
 
 app = typer.Typer(rich_markup_mode=None)
 _FIELDS = "t_stored,episode_id,task_id,status,reward,n_turns,n_tokens,policy_version_min"
+_ORDER = [("t_stored", "ascending"), ("episode_id", "ascending"), ("branch_id", "ascending")]
 _UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 
 
@@ -80,11 +82,12 @@ def tail(
 
     start = _moment(since) if since else None
     opened = existing(store)
-    table = summary.rows(opened.snapshot(), where).sort_by([("t_stored", "ascending"), ("episode_id", "ascending")])
+    view = opened.snapshot()
+    table = summary.rows(view, where).sort_by(_ORDER)
     names = [summary.column(name.strip(), table) for name in fields.split(",")]
     rows = table.to_pylist()
     first = [row for row in rows if row["t_stored"] >= start] if start else rows[-10:]
-    seen = {(row["episode_id"], row["branch_id"], row["attempt"]) for row in rows}
+    seen = set(view.rows)
     if out.form == "json" and not follow:
         out.answer({"store": store, "branches": [_some(row, names) for row in first]}, lambda: None)
         return
@@ -103,17 +106,14 @@ def _some(row: Json, names: list[str]) -> Json:
     return {name: row[name] for name in names}
 
 
-def _fresh(opened: "ReplayStore", where: str | None, seen: set[tuple]) -> list[Json]:
+def _fresh(opened: "ReplayStore", where: str | None, seen: "set[Key]") -> list[Json]:
     """Rows that were not there at the last look; they count as seen from now on."""
     from agentsdpo.replay import summary
 
     view = opened.snapshot()
-    if all(tuple(key) in seen for key in view.rows):
-        return []
-    rows = summary.rows(view, where).sort_by([("t_stored", "ascending"), ("episode_id", "ascending")]).to_pylist()
-    new = [row for row in rows if (row["episode_id"], row["branch_id"], row["attempt"]) not in seen]
-    seen |= {tuple(key) for key in view.rows}
-    return new
+    new = view.rows.keys() - seen
+    seen |= new
+    return summary.rows(view, where, new).sort_by(_ORDER).to_pylist() if new else []
 
 
 def _moment(text: str) -> datetime:

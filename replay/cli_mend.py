@@ -22,8 +22,10 @@ def verify(
     """Check that the store holds what was written; exits 3 when it does not."""
     from agentsdpo.replay import verify as check
 
-    report = check(existing(store), level, quarantine=quarantine and yes,  # pyright: ignore[reportArgumentType]
-                   sole_maintainer=sole_maintainer)
+    opened = existing(store)
+    with out.progress(f"checking at level {level}"):
+        report = check(opened, level, quarantine=quarantine and yes,  # pyright: ignore[reportArgumentType]
+                       sole_maintainer=sole_maintainer)
     found = report.as_json()
     names = ["level", "path", "key", "what", "fix"]
     words = (f"{report.entries} log entries, {report.files} files ({size(report.bytes)}), {report.rows} branches: "
@@ -53,7 +55,9 @@ def recover(
     """Make a store whole after a crash: salvage journals, close dead writers, settle orphans."""
     from agentsdpo.replay.recover import recover as mend
 
-    report = mend(existing(store), spool=spool, adopt=adopt, close=close, dry_run=not yes)
+    opened = existing(store)
+    with out.progress("recovering"):
+        report = mend(opened, spool=spool, adopt=adopt, close=close, dry_run=not yes)
     document = {"store": store, **report.as_json()}
     names = ["what", "path", "writer", "detail"]
     out.answer(document, lambda: out.table(names, [[each[name] for name in names] for each in document["found"]]))
@@ -70,8 +74,10 @@ def compact(
     """Write many small files into few large ones, pack closed streams, fold the log."""
     from agentsdpo.replay import compact as rewrite
 
-    report = rewrite(existing(store), target_bytes=int(amount(target_size, "--target-size", _SIZES)),
-                     max_row_groups=max_row_groups, dry_run=not yes, sole_maintainer=sole_maintainer)
+    opened, target = existing(store), int(amount(target_size, "--target-size", _SIZES))
+    with out.progress("compacting"):
+        report = rewrite(opened, target_bytes=target, max_row_groups=max_row_groups, dry_run=not yes,
+                         sole_maintainer=sole_maintainer)
     words = f"{len(report.inputs)} files ({size(report.bytes_before)}, {report.rows} branches)"
     packed = f", {report.archived} closed streams packed" if report.archived else ""
     done = f"rewrote {words} into {len(report.outputs)} ({size(report.bytes_after)}){packed}"

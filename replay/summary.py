@@ -1,7 +1,7 @@
 """What a store holds, in numbers: rows to list, counts by any column, bytes by column."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 from agentsdpo.errors import ConfigError, StoreNotFound
 from agentsdpo.replay.ids import Key
 from agentsdpo.replay.log import Located
-from agentsdpo.replay.schema import SCHEMA
+from agentsdpo.replay.schema import SCALARS, SCHEMA
 from agentsdpo.replay.segment import open_segment
 from agentsdpo.replay.snapshot import Snapshot
 from agentsdpo.replay.where import select
@@ -21,16 +21,22 @@ _SHORT = {"policy_version": "policy_version_min", "env": "env_id", "task": "task
           "group": "group_id", "episode": "episode_id", "branch": "branch_id", "stop": "stop_reason"}
 
 
-def rows(view: Snapshot, where: str | None = None) -> pa.Table:
+def rows(view: Snapshot, where: str | None = None, among: Collection[Key] | None = None) -> pa.Table:
     """Scalar columns of the rows that a filter keeps, keys ascending, and ``t_stored``, when each was committed.
+
+    Args:
+        view: whose rows.
+        where: the filter.
+        among: look at these rows alone, and read no others.
 
     Raises:
         ConfigError: the filter cannot be read.
         CorruptionError: as :meth:`Snapshot.read`.
     """
-    table = view.scalars()
-    stored = [view.rows[key].ts_us for key in sorted(view.rows)]
-    table = table.append_column("t_stored", pa.array(stored, pa.timestamp("us", tz="UTC")))
+    keys = sorted(view.rows if among is None else among)
+    found = [view.rows[key] for key in keys]
+    table = view.scalars() if among is None else view.late.onto_table(view.stored(keys).select(SCALARS), found)
+    table = table.append_column("t_stored", pa.array([row.ts_us for row in found], pa.timestamp("us", tz="UTC")))
     return select(table, where)
 
 
