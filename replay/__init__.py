@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from agentsdpo.replay.compaction import compact
     from agentsdpo.replay.config import ReplayConfig
     from agentsdpo.replay.index import SideIndex
+    from agentsdpo.replay.journal import Journal
     from agentsdpo.replay.limiter import Limit, RateLimiter
     from agentsdpo.replay.maintain import evict, fold, unevict
     from agentsdpo.replay.pinned import pin, pins, unpin
@@ -36,17 +37,18 @@ if TYPE_CHECKING:
     from agentsdpo.replay.sampler import Sampler
     from agentsdpo.replay.schema import SCHEMA
     from agentsdpo.replay.snapshot import Snapshot
+    from agentsdpo.replay.spool import Spool
     from agentsdpo.replay.store import ReplayStore
     from agentsdpo.replay.verification import verify
 
 _HOMES = {"ReplayConfig": "config", "Row": "rows", "to_rows": "rows", "to_episode": "rows", "Sampler": "sampler",
-          "SideIndex": "index", "Limit": "limiter", "RateLimiter": "limiter",
+          "Journal": "journal", "Spool": "spool", "SideIndex": "index", "Limit": "limiter", "RateLimiter": "limiter",
           "SCHEMA": "schema", "Snapshot": "snapshot", "ReplayStore": "store",
           "evict": "maintain", "unevict": "maintain", "fold": "maintain", "compact": "compaction", "gc": "reclaim",
           "verify": "verification", "pin": "pinned", "unpin": "pinned", "pins": "pinned"}
-__all__ = ["SCHEMA", "Key", "Limit", "RateLimiter", "ReplayConfig", "ReplayStore", "Row", "Sampler", "SideIndex",
-           "Snapshot", "compact", "evict", "fold", "gc", "pin", "pins", "to_episode", "to_rows", "unevict", "unpin",
-           "uuid7", "verify"]
+__all__ = ["SCHEMA", "Journal", "Key", "Limit", "RateLimiter", "ReplayConfig", "ReplayStore", "Row", "Sampler",
+           "SideIndex", "Snapshot", "Spool", "compact", "evict", "fold", "gc", "pin", "pins", "to_episode", "to_rows",
+           "unevict", "unpin", "uuid7", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -98,11 +98,11 @@ class Journal:
         try:
             _make_folder(path.parent, spool, sync)
             journal = cls(path, _create_locked(path), sync=sync)
-        except FileExistsError as error:
+        except OSError as error:
+            if not (isinstance(error, FileExistsError) and path.exists()):
+                raise _failed(error, path) from error
             raise JournalError(f"{path} exists: two episodes of one writer share an id", fix="give each an id of its "
                                "own; after a crash run `agentsdpo replay recover`") from error
-        except OSError as error:
-            raise _failed(error, path) from error
         try:
             if sync:
                 sync_folder(path.parent)
