@@ -31,12 +31,12 @@ def inspect(data: pa.Buffer | bytes, rows: Iterable[Located], sha256: str) -> li
         sha256: the hash of the whole file in the log.
     """
     expected = list(rows)
-    found = _file_damage(data, expected, sha256)
-    try:
-        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
-        return [*found, *(Damage(row.key, f"the file cannot be opened: {error}") for row in expected)]
-    with file:
+    broken = _footer_damage(data, expected)
+    if broken:  # a damaged footer is not parsed: it may claim anything
+        return [Damage(None, broken), *(Damage(row.key, f"it is out of reach: {broken}") for row in expected)]
+    whole = hashlib.sha256(data).hexdigest() == sha256
+    found = [] if whole else [Damage(None, "its bytes do not hash to what was committed")]
+    with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
         groups: dict[int, list[Located]] = defaultdict(list)
         for row in expected:
             groups[row.row_group].append(row)
@@ -45,17 +45,14 @@ def inspect(data: pa.Buffer | bytes, rows: Iterable[Located], sha256: str) -> li
     return found
 
 
-def _file_damage(data: pa.Buffer | bytes, rows: list[Located], sha256: str) -> list[Damage]:
-    """Size, footer and hash of the whole."""
+def _footer_damage(data: pa.Buffer | bytes, rows: list[Located]) -> str:
+    """What is wrong with the size or the footer, "" when nothing is."""
     size = len(memoryview(data))
-    for row in rows[:1]:
-        if size != row.size:
-            return [Damage(None, f"it has {size} bytes, {row.size} were written")]
-        if hashlib.sha256(memoryview(data)[-row.footer_len - 8:]).hexdigest() != row.footer_sha256:
-            return [Damage(None, "its footer is not the one that was written")]
-    if hashlib.sha256(data).hexdigest() != sha256:
-        return [Damage(None, "its bytes do not hash to what was committed")]
-    return []
+    if any(row.size != size for row in rows):
+        return f"the file has {size} bytes, {rows[0].size} were written"
+    tails = {(row.footer_len + 8, row.footer_sha256) for row in rows}
+    same = all(hashlib.sha256(memoryview(data)[-length:]).hexdigest() == sha for length, sha in tails)
+    return "" if same else "the footer of the file is not the one that was written"
 
 
 def _group_damage(file: pq.ParquetFile, i: int, rows: list[Located]) -> list[Damage]:

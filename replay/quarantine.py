@@ -8,7 +8,6 @@ restored, put it back under its old path and ``unevict``. Late values of a damag
 from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from agentsdpo.errors import CorruptionError, StoreError
 from agentsdpo.replay.folding import Fold
@@ -19,7 +18,7 @@ from agentsdpo.replay.logwalk import Problem, Walk
 from agentsdpo.replay.maintain import commit, whole_groups
 from agentsdpo.replay.reclaim import COMPACTED
 from agentsdpo.replay.schema import conform
-from agentsdpo.replay.segment import encode_groups
+from agentsdpo.replay.segment import encode_groups, open_segment
 from agentsdpo.replay.storage import Storage
 from agentsdpo.replay.store import ReplayStore
 from agentsdpo.replay.verification import REASON
@@ -74,7 +73,7 @@ def _live(state: Fold, path: str) -> list[Located]:
 
 def _save(storage: Storage, path: str, rows: list[Located]) -> Json | None:
     """Write the rows that are whole to a file of their own; None when there are none."""
-    tables = list(_whole(storage, path, rows))
+    tables = list(_whole(storage, rows))
     if not tables:
         return None
     data, op = encode_groups(tables)
@@ -83,12 +82,14 @@ def _save(storage: Storage, path: str, rows: list[Located]) -> Json | None:
     return {name: value for name, value in op.items() if name != "op"} | {"path": saved}
 
 
-def _whole(storage: Storage, path: str, rows: list[Located]) -> Iterator[pa.Table]:
+def _whole(storage: Storage, rows: list[Located]) -> Iterator[pa.Table]:
     """Per row group the rows that are what was committed, in the order they stand in."""
-    try:
-        file = pq.ParquetFile(pa.BufferReader(storage.read(path)), page_checksum_verification=True)
-    except (FileNotFoundError, pa.ArrowException, OSError):
+    if not rows:
         return
+    try:
+        file = open_segment(storage, rows[0])
+    except CorruptionError:
+        return  # missing, or its footer is damaged: nothing in it can be found
     for group in sorted({row.row_group for row in rows}):
         try:
             table = conform(file.read_row_group(group, use_threads=False))

@@ -173,6 +173,18 @@ def test_late_values_for_other_content_are_found(damaged: ReplayStore) -> None:
     assert any("a late value is for a branch that has content" in p.what for p in verify(damaged, "deep").problems)
 
 
+def test_a_damaged_footer_is_not_parsed(damaged: ReplayStore) -> None:
+    """It may hold text that is none, or lengths that fill the memory."""
+    path = file_of(damaged, "e7")
+    data = path.read_bytes()
+    footer = int.from_bytes(data[-8:-4], "little") + 8
+    for at in range(len(data) - footer, len(data), footer // 20):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 0x81]) + data[at + 1:])
+        assert {problem.key for problem in verify(damaged).problems} == {None, "e7/0/0"}
+    verify(damaged, quarantine=True)
+    assert len(ReplayStore.open(damaged.root).snapshot()) == 4
+
+
 # -------------------------------------------------------------------------------------------------- quarantine
 
 
