@@ -25,6 +25,7 @@ from agentsdpo.learn.load import load_chat, load_model
 from agentsdpo.learn.rows import TrainRow
 from agentsdpo.publish.registry import PolicyRegistry
 from agentsdpo.replay.index import SideIndex
+from agentsdpo.replay.recover import recover
 from agentsdpo.replay.rows import Row
 from agentsdpo.replay.sampler import Sampler
 from agentsdpo.replay.spool import Spool
@@ -201,6 +202,8 @@ def assemble(config: RunConfig, out: Path | str, *, resume: bool = False) -> Run
     folder = open_run(out, config, resume=resume)
     store = ReplayStore.open(folder.replay)
     collector.spool = Spool(store, config.replay.durability, config.replay.spool)
+    if resume:
+        recover(store, spool=collector.spool.folder)
     registry = PolicyRegistry(folder.policies, base_model=config.model, tokenizer_sha256=chat.tokenizer_sha256,
                               chat_template_sha256=chat.template_sha256)
     sampler = Sampler(store, config.replay, seed=config.seed, tokenizer_sha256=chat.tokenizer_sha256,
