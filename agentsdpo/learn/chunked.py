@@ -11,7 +11,9 @@ gradient are scaled afterwards) and a trainable one a look ahead at the logits. 
 exp, logsumexp, divergence and gradient of the logits in float32 (float64 in, float64 throughout).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +54,7 @@ def chunked_loss(student: Head, teacher: Head, tokens: LossTokens, terms: LossTe
     with torch.no_grad():
         loss, seen, grad, head_grad = run.go(weigh, needs_hidden, needs_head)
     if needs_hidden:
-        loss = _Attach.apply(student.hidden, student.weight, loss, grad, head_grad)  # type: ignore[no-untyped-call]
+        loss = _Attach.apply(student.hidden, student.weight, loss, grad, head_grad)
     return loss, seen
 
 
@@ -60,13 +62,16 @@ class _Attach(torch.autograd.Function):
     """Gives a loss whose gradients are known already its place in the graph."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, loss, grad, head_grad):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN205
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, loss: Tensor, grad: Tensor,
+                head_grad: Tensor | None) -> Tensor:
+        """The loss as it is; the gradients wait for the backward."""
         ctx.save_for_backward(grad, head_grad)
         return loss.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, incoming):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN205
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients times the incoming scalar."""
         grads = [None if grad is None else (grad if incoming == 1 else grad * incoming.to(grad.dtype))
                  for grad in ctx.saved_tensors]
         return *grads, None, None, None
@@ -93,13 +98,14 @@ class _Run:
     def go(self, weigh: Weigh, needs_hidden: bool, needs_head: bool,
            ) -> tuple[Tensor, TokenScores, Tensor | None, Tensor | None]:
         """Loss, scores, gradient of the hidden states and of the head (None where not asked for)."""
-        both = self.terms.divergence and self.terms.token
-        later = weigh.turns and not (needs_head or both)  # rows of the gradient are scaled when all is known
+        mixed = self.terms.divergence and self.terms.token
+        # rows of the gradient can be scaled when all is known, but neither the sum of two kinds of them nor the head's
+        later = weigh.turns and not (needs_hidden and (needs_head or mixed))
         ahead = weigh(*self._look_ahead(weigh), slice(None)) if weigh.turns and not later else None
         hidden = torch.empty_like(self.student.hidden) if needs_hidden else None
         head = torch.zeros_like(self.student.weight, dtype=self.wide) if needs_head else None
         seen = TokenScores.empty(len(self.tokens.tok), self.wide, self.student.hidden.device)
-        for rows, z_s, z_t in self._logits():
+        for rows, (z_s, z_t) in self._logits():
             for own in self._blocks(rows):
                 local = slice(own.start - rows.start, own.stop - rows.start)
                 seen.put(own, self._block(own, z_s[local], z_t[local], weigh, ahead, later, needs_hidden))
@@ -108,19 +114,19 @@ class _Run:
         a, b = ahead or weigh(seen.student_logp, seen.teacher_logp, slice(None))
         scale = a if self.terms.divergence else b
         if later and hidden is not None and scale is not None:
-            hidden.mul_(scale[:, None].to(hidden.dtype))
+            hidden.mul_(scale[:, None])
         loss = seen.student_logp.new_zeros(())
         for weight, value in ((a, seen.divergence), (b, -seen.student_logp)):
             loss = loss if weight is None else loss + (weight * value).sum()
         return loss, seen, hidden, head
 
-    def _logits(self, teacher: bool = True):  # type: ignore[no-untyped-def] # noqa: ANN202
+    def _logits(self, teacher: bool = True) -> Iterator[tuple[slice, list[Tensor]]]:
         """Chunk after chunk: its rows, and the logits of both sides in buffers that are used again and written over."""
         n, side = len(self.tokens.tok), (self.student, self.teacher) if teacher else (self.student,)
         buffers = [_buffer(head, min(self.chunk or n, n)) for head in side]
         for start in range(0, n, self.chunk or n):
             rows = slice(start, min(start + (self.chunk or n), n))
-            yield rows, *(_multiply(head, rows, buffer) for head, buffer in zip(side, buffers, strict=True))
+            yield rows, [_multiply(head, rows, buffer) for head, buffer in zip(side, buffers, strict=True)]
 
     def _blocks(self, rows: slice) -> list[slice]:
         return [slice(at, min(at + self.block, rows.stop)) for at in range(rows.start, rows.stop, self.block)]
@@ -182,7 +188,7 @@ class _Run:
     def _look_ahead(self, weigh: Weigh) -> tuple[Tensor, Tensor]:
         """Log-probs of all tokens before any gradient: the teacher's only if weights depend on them, else zeros."""
         mine, theirs = torch.zeros(2, len(self.tokens.tok), dtype=self.wide, device=self.student.hidden.device)
-        for rows, *sides in self._logits(teacher=weigh.teacher):
+        for rows, sides in self._logits(teacher=weigh.teacher):
             for own in self._blocks(rows):
                 tok, kept = self.tokens.tok[own], _rows(self.tokens.kept, own)
                 local = slice(own.start - rows.start, own.stop - rows.start)
