@@ -5,10 +5,10 @@ gradient of the logits and gradient of the hidden states at once, and its logits
 
     loss = sum_i a_i D_i - b_i log p_i(y_i)        a, b detached, from ``weigh``
 
-Vocabulary products per loss token: student logits, teacher logits, gradient of the hidden states, and, for a trainable
-head only, gradient of the head. Weights that need log-probs of whole turns cost a frozen head nothing (rows of the
-gradient are scaled afterwards) and a trainable one a look ahead at the logits. Products run in the model's dtype;
-exp, logsumexp, divergence and gradient of the logits in float32 (float64 in, float64 throughout).
+Vocabulary products per loss token (``learn/products.py``): student logits, teacher logits, gradient of the hidden
+states and, for a trainable head only, gradient of the head. Weights that need log-probs of whole turns cost a frozen
+head nothing (rows of the gradient are scaled afterwards) and a trainable one a look ahead at the logits. Products run
+in the model's dtype; exp, logsumexp, divergence and gradient of the logits in float32 (float64 in, float64 throughout).
 """
 
 from collections.abc import Iterator
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from agentsdpo.learn.divergence import entropy, log_softmax, token_logp, top1_agree
+from agentsdpo.learn.products import add_head_gradient, hidden_gradient_into, logits_buffer, logits_into
 from agentsdpo.learn.records import Head, LossTerms, LossTokens, TokenScores, Weigh
 from agentsdpo.learn.slope import divergence_slope, token_slope
 
@@ -110,7 +111,9 @@ class _Run:
                 local = slice(own.start - rows.start, own.stop - rows.start)
                 seen.put(own, self._block(own, z_s[local], z_t[local], weigh, ahead, later, needs_hidden))
             if hidden is not None:
-                self._products(rows, z_s, hidden, head)
+                hidden_gradient_into(hidden[rows], z_s, self.student.weight)
+            if head is not None:
+                add_head_gradient(head, z_s, self.student.hidden[rows])
         a, b = ahead or weigh(seen.student_logp, seen.teacher_logp, slice(None))
         scale = a if self.terms.divergence else b
         if later and hidden is not None and scale is not None:
@@ -123,10 +126,11 @@ class _Run:
     def _logits(self, teacher: bool = True) -> Iterator[tuple[slice, list[Tensor]]]:
         """Chunk after chunk: its rows, and the logits of both sides in buffers that are used again and written over."""
         n, side = len(self.tokens.tok), (self.student, self.teacher) if teacher else (self.student,)
-        buffers = [_buffer(head, min(self.chunk or n, n)) for head in side]
+        buffers = [logits_buffer(min(self.chunk or n, n), head.hidden, head.weight) for head in side]
         for start in range(0, n, self.chunk or n):
             rows = slice(start, min(start + (self.chunk or n), n))
-            yield rows, [_multiply(head, rows, buffer) for head, buffer in zip(side, buffers, strict=True)]
+            yield rows, [logits_into(buffer[:rows.stop - start], head.hidden[rows], head.weight)
+                         for head, buffer in zip(side, buffers, strict=True)]
 
     def _blocks(self, rows: slice) -> list[slice]:
         return [slice(at, min(at + self.block, rows.stop)) for at in range(rows.start, rows.stop, self.block)]
@@ -172,19 +176,6 @@ class _Run:
             tail_student=tail_s, tail_teacher=tail_t, entropy_student=entropy(log_p), entropy_teacher=entropy(log_q),
             top1_agree=top1_agree(log_p, log_q)), dz
 
-    def _products(self, rows: slice, dz: Tensor, hidden: Tensor, head: Tensor | None) -> None:
-        """Gradient of the hidden states of a chunk, and its share of that of the head."""
-        dz = dz.to(self.student.weight.dtype)
-        torch.mm(dz, self.student.weight, out=hidden[rows])
-        if head is None:
-            return
-        states = self.student.hidden[rows]
-        if head.dtype == dz.dtype:
-            head.addmm_(dz.t(), states)
-            return
-        for at in range(0, len(head), 1 << 14):  # a product in the model's dtype must not be as large as the head
-            head[at:at + (1 << 14)] += dz[:, at:at + (1 << 14)].t() @ states
-
     def _look_ahead(self, weigh: Weigh) -> tuple[Tensor, Tensor]:
         """Log-probs of all tokens before any gradient: the teacher's only if weights depend on them, else zeros."""
         mine, theirs = torch.zeros(2, len(self.tokens.tok), dtype=self.wide, device=self.student.hidden.device)
@@ -200,18 +191,3 @@ class _Run:
 
 def _rows(tensor: Tensor | None, rows: slice) -> Tensor | None:
     return None if tensor is None else tensor[rows]
-
-
-def _buffer(head: Head, rows: int) -> Tensor:
-    """Room for the logits of a chunk. A CPU's products come out in the dtype they went in, a GPU's in float32."""
-    dtype = head.hidden.dtype if head.hidden.device.type == "cpu" else torch.promote_types(head.hidden.dtype,
-                                                                                            torch.float32)
-    return torch.empty(rows, head.weight.shape[0], dtype=dtype, device=head.hidden.device)
-
-
-def _multiply(head: Head, rows: slice, buffer: Tensor) -> Tensor:
-    """Logits of a chunk, written into its buffer."""
-    out, states = buffer[:rows.stop - rows.start], head.hidden[rows]
-    if out.dtype == states.dtype:
-        return torch.mm(states, head.weight.t(), out=out)
-    return torch.mm(states, head.weight.t(), out_dtype=out.dtype, out=out)
