@@ -9,7 +9,8 @@ from agentsdpo.replay.rules import check_vocabulary
 from agentsdpo.replay.storage import Storage
 from agentsdpo.types import Episode, Json
 
-_IDENTITY = ("weights_id", "tokenizer_sha256", "chat_template_sha256", "vocab_size")
+IDENTITY = ("weights_id", "tokenizer_sha256", "chat_template_sha256", "vocab_size")
+"""Fields of a manifest that say which policy it is."""
 
 
 class Policies:
@@ -27,8 +28,16 @@ class Policies:
                 return
             except FileExistsError:  # it is durable now, though whoever wrote it may not have come to that
                 pass
+        self.agree(version, manifest)
+
+    def agree(self, version: int, manifest: Json) -> None:
+        """Refuse a manifest of other weights, tokenizer, template or vocabulary than were recorded for a version.
+
+        Raises:
+            StoreError: it is of others; a version that was never recorded is nobody's.
+        """
         have = self.get(version) or {}
-        other = [n for n in _IDENTITY if n in have and n in manifest and have[n] != manifest[n]]
+        other = [n for n in IDENTITY if n in have and n in manifest and have[n] != manifest[n]]
         if other:
             raise StoreError(f"policy version {version} is recorded with {other[0]} {have[other[0]]!r}, "
                              f"not {manifest[other[0]]!r}", fix="publish under the next version number")

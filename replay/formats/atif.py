@@ -31,15 +31,16 @@ from agentsdpo.replay.formats.atif_models import (
     references,
 )
 from agentsdpo.replay.formats.files import read_lines, valid_text
-from agentsdpo.replay.formats.reading import Foreign, Found, Notes, checked, foreign
+from agentsdpo.replay.formats.reading import Foreign, Found, Notes, checked, foreign, ours
 from agentsdpo.replay.formats.shapes import arguments_of, text_of
 from agentsdpo.types import Branch, Call, Episode, Json
 
 # ------------------------------------------------------------------------------------------------------- writing
 
 
-def document(episode: Episode, status: str) -> Json:
+def document(stored: bag.Stored) -> Json:
     """An episode as an ATIF 1.8 trajectory."""
+    episode = stored.episode
     subagents = [branch for branch in episode.branches if branch.fork_reason == "subagent"]
     said: Json = {"schema_version": VERSION, "session_id": episode.run_id or episode.episode_id,
                   "trajectory_id": episode.episode_id, "agent": _agent(episode), "steps": steps(episode)}
@@ -47,7 +48,7 @@ def document(episode: Episode, status: str) -> Json:
         said["subagent_trajectories"] = [_subagent(episode, branch) for branch in subagents]
     said["final_metrics"] = _totals(episode)
     said = valid_text(said)
-    return said | {"extra": {bag.NAME: bag.pack(episode, status, _seen(said))}}
+    return said | {"extra": {bag.NAME: bag.pack(stored, _seen(said))}}
 
 
 def _seen(said: Json) -> Json:
@@ -164,8 +165,7 @@ def read(path: Path, notes: Notes, siblings: frozenset[Path]) -> Iterator[Found]
         trajectory = checked(Trajectory, value, where)
         kept = (trajectory.extra or {}).get(bag.NAME)
         if kept is not None:
-            episode, status = bag.unpack(kept, _seen(value), where)
-            yield Found(episode, episode.train_allowed, episode.episode_id, where, status == "salvaged")
+            yield ours(bag.unpack(kept, _seen(value), where), where)
         else:
             yield _Reader(path, notes, siblings).found(trajectory, where)
 

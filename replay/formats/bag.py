@@ -1,6 +1,7 @@
 """The whole of an episode as one JSON object: what ``extra["agentsdpo"]`` holds in formats that have room for it.
 
     {"v": 1, "sha256": <of the rest and of the document around it>, "status": "sealed",
+     "policies": {"3": {"weights_id": ..., ...}},      # what the versions in it were, as far as the store knew
      "episode": {... all fields but the branches ...},
      "branches": [{"branch_id": 0, ..., "token_ids": [7, 8], "token_kind": [0, 1], "logprobs": [null, -0.5],
                    "kept_ids": null, "kept_counts": null, "calls": [{...}]}]}
@@ -11,7 +12,7 @@ surrogates make the object unreadable for strict readers of JSON; it is then ``{
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import ValidationError
@@ -25,23 +26,32 @@ NAME = "agentsdpo"
 _ARRAYS = {"token_ids": np.int32, "token_kind": np.uint8, "kept_ids": np.int32, "kept_counts": np.int32}
 
 
-def pack(episode: Episode, status: str, document: Any) -> Json:
+class Stored(NamedTuple):
+    """An episode of a store: the status of its rows, and what the policy versions are that sampled it."""
+
+    episode: Episode
+    status: str
+    policies: dict[int, Json]
+
+
+def pack(stored: Stored, document: Any) -> Json:
     """An episode as a JSON object that goes into ``document``.
 
     Args:
-        episode: what to keep.
-        status: of its rows in the store.
+        stored: what to keep.
         document: what people may want to edit of what stands around the object. A hash over both tells whether
             somebody changed the one without the other.
     """
-    bag: Json = {"v": 1, "status": status, "episode": episode.model_dump(mode="json", exclude={"branches"}),
+    episode, status, policies = stored
+    bag: Json = {"v": 1, "status": status, "policies": {str(version): policies[version] for version in policies},
+                 "episode": episode.model_dump(mode="json", exclude={"branches"}),
                  "branches": [_branch(branch) for branch in episode.branches]}
     bag["sha256"] = _hash(bag, document)
     return bag if valid_text(bag) == bag else {"v": 1, "json": to_json(bag)}
 
 
-def unpack(bag: Any, document: Any, where: str) -> tuple[Episode, str]:
-    """The episode and its status from :func:`pack`; the arrays are bit for bit those that were packed.
+def unpack(bag: Any, document: Any, where: str) -> Stored:
+    """What :func:`pack` packed; the arrays are bit for bit the same.
 
     Raises:
         FormatError: not such an object, one of a newer release, or the document around it was changed since.
@@ -54,8 +64,9 @@ def unpack(bag: Any, document: Any, where: str) -> tuple[Episode, str]:
                               fix="install a newer agentsdpo")
         branches = tuple(_read_branch(branch) for branch in bag["branches"])
         episode, status = Episode(**bag["episode"], branches=branches), bag["status"]
+        policies = {int(version): dict(manifest) for version, manifest in bag["policies"].items()}
         whole = bag["sha256"] == _hash({name: value for name, value in bag.items() if name != "sha256"}, document)
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         if isinstance(error, FormatError):
             raise
         raise FormatError(f"{where}: {NAME} data cannot be read: {describe(error)}",
@@ -65,7 +76,7 @@ def unpack(bag: Any, document: Any, where: str) -> tuple[Episode, str]:
                           fix=f"undo the change, or remove {NAME} to import the rest without its tokens")
     if status not in ("sealed", "truncated", "aborted", "salvaged"):
         raise FormatError(f"{where}: {NAME} data has status {status!r}", fix="export again")
-    return episode, status
+    return Stored(episode, status, policies)
 
 
 def describe(error: Exception) -> str:

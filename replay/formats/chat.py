@@ -5,7 +5,6 @@ hold where the conversation comes from and its reward; ``tools`` is one JSON tex
 has one type. Neither has room for tokens: what is imported can be read and exported, not trained on off-policy.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
-from agentsdpo.errors import FormatError
+from agentsdpo.errors import FormatError, RowError
 from agentsdpo.replay.canonical import to_json
 from agentsdpo.replay.formats.bag import describe
 from agentsdpo.replay.formats.files import parse, read_lines, valid_text
@@ -87,18 +86,31 @@ def _tools(tools: list[Json] | str | None, where: str) -> list[Json]:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Rows of a data set's file; fields that are null only because others have them are left out of messages."""
+    """Rows of a data set's file.
+
+    Fields that are null only because others have them are left out of messages. Messages may also be JSON texts, as
+    ``datasets`` writes them where not all have the same fields.
+    """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             number = 0
             for batch in file.iter_batches(batch_size=64):
                 for row in batch.to_pylist():
                     number += 1
-                    row["messages"] = [_present(message) for message in row.get("messages") or ()]
-                    yield f"{path}:{number}", json.loads(to_json(row))
-    except (pa.ArrowException, OSError, TypeError) as error:
+                    where = f"{path}:{number}"
+                    row = {name: value if name in _Line.model_fields else None if value is None else True
+                           for name, value in row.items()}  # other columns only count as lost, whatever they hold
+                    messages = _parsed(row.get("messages"), where)
+                    if isinstance(messages, list):
+                        row["messages"] = [_present(_parsed(message, where)) for message in messages]
+                    yield where, parse(to_json(row).encode(), where)
+    except (pa.ArrowException, OSError, RowError) as error:
         raise FormatError(f"{path} cannot be read: {describe(error)}", fix="name a Parquet file with a column "
                           "messages") from error
+
+
+def _parsed(value: Any, where: str) -> Any:
+    return parse(value.encode(), f"{where}: messages") if isinstance(value, str) else value
 
 
 def _present(value: Any) -> Any:

@@ -5,24 +5,19 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 from agentsdpo.errors import ConfigError, TrainForbidden
 from agentsdpo.replay.canonical import to_json
 from agentsdpo.replay.formats import atif, chat, pairs, portable, sts, verifiers
+from agentsdpo.replay.formats.bag import Stored
 from agentsdpo.replay.formats.files import whole_file
 from agentsdpo.replay.formats.report import ExportReport, Progress, counted
+from agentsdpo.replay.policies import IDENTITY
 from agentsdpo.replay.redact import Redactor, demand_redaction
 from agentsdpo.replay.snapshot import Condition, Snapshot
 from agentsdpo.replay.store import ReplayStore
 from agentsdpo.types import Episode, Json
-
-
-class Stored(NamedTuple):
-    """An episode on its way out, and the status of its rows."""
-
-    episode: Episode
-    status: str
 
 
 @dataclass
@@ -67,7 +62,7 @@ def export(store: ReplayStore, fmt: str, out: str | Path, *, where: Condition | 
     if fmt == "sts":
         demand_redaction("sts", redact, checked)
     view, tally, path = store.snapshot(), Tally(), Path(out)
-    work = _Work(view, redact, tally, limit, progress or (lambda done, total: None))
+    work = _Work(store, view, redact, tally, limit, progress or (lambda done, total: None))
     with whole_file(path) as file:
         EXPORTS[fmt](work, where, file)
         size = file.tell()
@@ -75,10 +70,15 @@ def export(store: ReplayStore, fmt: str, out: str | Path, *, where: Condition | 
                         None if redact is None else counted(tally.redacted))
 
 
+LATE = {"label": "labels", "relogprob": "log-probs of trainers"}
+"""Late values that no other format has room for; ``merge`` copies them from store to store."""
+
+
 @dataclass
 class _Work:
     """One export under way."""
 
+    store: ReplayStore
     view: Snapshot
     redact: Redactor | None
     tally: Tally
@@ -88,7 +88,11 @@ class _Work:
     def names(self, where: Condition | None) -> list[tuple[str, int]]:
         """Episodes to write, as (id, attempt)."""
         found = dict.fromkeys((key.episode_id, key.attempt) for key in self.view.keys(where))
-        return list(islice(found, self.limit))
+        names = dict.fromkeys(islice(found, self.limit))
+        for slot in self.view.late.latest:
+            if slot.kind in LATE and (slot.key.episode_id, slot.key.attempt) in names:
+                self.tally.skipped[LATE[slot.kind]] += 1
+        return list(names)
 
     def stored(self, names: Iterable[tuple[str, int]], total: int) -> Iterator[Stored]:
         """The episodes, redacted, one by one."""
@@ -105,7 +109,14 @@ class _Work:
         if self.redact is not None:
             episode, hits = self.redact.episode(episode)
             self.tally.redacted.update(hits)
-        return Stored(episode, status)
+        return Stored(episode, status, self._policies(episode))
+
+    def _policies(self, episode: Episode) -> dict[int, Json]:
+        """What the policy versions of an episode are: which weights, tokenizer, template and vocabulary."""
+        versions = {span.version for branch in episode.branches for call in branch.calls for span in call.versions}
+        known = {version: self.store.policy(version) for version in sorted(versions)}
+        return {version: {name: manifest[name] for name in IDENTITY if name in manifest}
+                for version, manifest in known.items() if manifest}
 
 
 Write = Callable[[_Work, Condition | None, BinaryIO], None]
@@ -154,16 +165,16 @@ def _portable(work: _Work, where: Condition | None, file: BinaryIO) -> None:
         for stored in work.stored(names, len(names)):
             work.tally.episodes += 1
             work.tally.records += len(stored.episode.branches)
-            writer.write(stored.episode, salvaged=stored.status == "salvaged")
+            writer.write(stored)
 
 
 EXPORTS: dict[str, Write] = {
-    "atif": _by_line(lambda stored: [atif.document(stored.episode, stored.status)]),
+    "atif": _by_line(lambda stored: [atif.document(stored)]),
     "openai": _by_line(lambda stored: [chat.openai_line(stored.episode)], messages=True),
     "hf": _by_line(lambda stored: [chat.hf_line(stored.episode)], messages=True),
     "pairs": _pairs,
     "sts": _by_line(lambda stored: sts.lines(stored.episode), messages=True),
-    "verifiers": _by_line(lambda stored: [verifiers.document(stored.episode, stored.status)]),
+    "verifiers": _by_line(lambda stored: [verifiers.document(stored)]),
     "parquet": _portable,
 }
 """How each format is written."""

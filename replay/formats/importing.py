@@ -14,6 +14,7 @@ from agentsdpo.replay.formats import atif, chat, portable, traces
 from agentsdpo.replay.formats.reading import Found, Notes, digest
 from agentsdpo.replay.formats.report import ImportReport, Progress, counted
 from agentsdpo.replay.ids import uuid7
+from agentsdpo.replay.policies import Policies
 from agentsdpo.replay.rows import to_rows
 from agentsdpo.replay.rules import check_episode
 from agentsdpo.replay.snapshot import Snapshot
@@ -48,9 +49,10 @@ def import_(store: ReplayStore, fmt: str, paths: str | Path | Sequence[str | Pat
     Raises:
         ConfigError: an unknown format, or no files.
         FormatError: a file is not in the format; with ``strict`` also what would be lost.
+        TokenizerMismatch: a policy version that sampled an episode is recorded with another tokenizer.
         TrainForbidden: an episode is stamped ``train_allowed=False``, or not stamped and nobody vouches for it.
         RowError: an episode breaks a row rule.
-        StoreError: a file cannot be read, or the store not written.
+        StoreError: a file cannot be read, the store not written, or a policy version is other weights there.
 
     >>> import tempfile
     >>> from agentsdpo.replay import ReplayStore
@@ -67,7 +69,7 @@ def import_(store: ReplayStore, fmt: str, paths: str | Path | Sequence[str | Pat
     if not files:
         raise ConfigError("there is nothing to import", fix="name a file")
     work = _Import(fmt, files, train_allowed)
-    notes, total = work.check()
+    notes, total = work.check(store)
     if strict and (lost := counted(notes.lost)):
         named = ", ".join(f"{path} ({count})" for path, count in lost.items())
         raise FormatError(f"the import would lose {named}", fix="leave strict out to import the rest")
@@ -102,14 +104,17 @@ class _Import:
                                  "(--train-allowed) if its licence allows training; nothing was imported")
         return True
 
-    def check(self) -> tuple[Notes, int]:
+    def check(self, store: ReplayStore) -> tuple[Notes, int]:
         """Read everything once; what would be lost, and how many episodes there are."""
-        notes, total = Notes(), 0
+        notes, total, policies = Notes(), 0, Policies(store.storage)
         for found in self.found(notes):
             total += 1
             try:
                 check_episode(found.episode)
                 to_rows([found.episode])
+                policies.check([found.episode])
+                for version, manifest in found.policies.items():
+                    policies.agree(version, manifest)
             except RowError as error:
                 raise RowError(f"{found.where}: {error.what}", fix=error.fix) from error
         return notes, total
@@ -124,6 +129,8 @@ class _Import:
                 self.counts["duplicates"] += 1
             else:
                 known.add(identity)
+                for version, manifest in found.policies.items():
+                    store.record_policy(version, manifest)
                 batch = batches[found.salvaged]
                 batch.append(self._named(found))
                 if len(batch) >= BATCH_EPISODES or _tokens(batch) >= BATCH_TOKENS:

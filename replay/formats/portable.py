@@ -1,10 +1,12 @@
 """The store's own rows in one Parquet file: everything an episode holds, as of the export, late values merged in.
 
 Any Parquet reader can open it. When it is read back, each row's ``content_sha256`` and ``tokens_sha256`` are checked,
-and the hash of everything else, which stands in the file's metadata under ``agentsdpo.sha256``.
+and the hash of everything else, which stands in the file's metadata under ``agentsdpo.sha256``; beside it,
+``agentsdpo.policies`` says what the policy versions in the file are.
 """
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -15,14 +17,15 @@ import pyarrow.parquet as pq
 
 from agentsdpo.errors import AgentSdpoError, FormatError
 from agentsdpo.replay.canonical import canonical_json
+from agentsdpo.replay.formats.bag import Stored
 from agentsdpo.replay.formats.reading import Found, Notes
 from agentsdpo.replay.rows import to_episode, to_rows
 from agentsdpo.replay.schema import SCHEMA, WRITE_OPTIONS, conform
 from agentsdpo.replay.segment import GROUP_ROWS, GROUP_TOKENS
-from agentsdpo.types import Episode
+from agentsdpo.types import Episode, Json
 
 _HASHES = ["tokens_sha256", "content_sha256"]
-_SHA = "agentsdpo.sha256"
+_SHA, _POLICIES = "agentsdpo.sha256", "agentsdpo.policies"
 
 
 class Writer:
@@ -32,7 +35,7 @@ class Writer:
         self._writer = pq.ParquetWriter(file, SCHEMA, use_content_defined_chunking=True, **WRITE_OPTIONS)
         self._held: list[pa.Table] = []
         self._rows, self._tokens = 0, 0
-        self._digest = hashlib.sha256()
+        self._digest, self._policies = hashlib.sha256(), dict[int, Json]()
 
     def __enter__(self) -> "Writer":
         return self
@@ -41,11 +44,15 @@ class Writer:
                  trace: TracebackType | None) -> None:
         if kind is None:
             self._flush()
-            self._writer.add_key_value_metadata({_SHA: self._digest.hexdigest()})
+            policies = canonical_json({str(version): manifest for version, manifest in self._policies.items()})
+            self._digest.update(policies)
+            self._writer.add_key_value_metadata({_SHA: self._digest.hexdigest(), _POLICIES: policies.decode()})
         self._writer.close()
 
-    def write(self, episode: Episode, *, salvaged: bool) -> None:
+    def write(self, stored: Stored) -> None:
         """Add all branches of an episode."""
+        episode, salvaged = stored.episode, stored.status == "salvaged"
+        self._policies |= stored.policies
         table = to_rows([episode], salvaged=salvaged)
         self._digest.update(_said(episode, salvaged))
         self._held.append(table)
@@ -67,7 +74,7 @@ def read(path: Path, notes: Notes, siblings: frozenset[Path]) -> Iterator[Found]
         FormatError: no such file, damaged pages, rows that do not hash to what they say, or an episode torn apart.
     """
     seen: set[tuple[str, int]] = set()
-    digest = hashlib.sha256()
+    digest, (stated, policies, raw) = hashlib.sha256(), _stated(path)
     for table in _runs(path, notes):
         name = (table["episode_id"][0].as_py(), table["attempt"][0].as_py())
         where = f"{path}: episode {name[0]}"
@@ -84,8 +91,11 @@ def read(path: Path, notes: Notes, siblings: frozenset[Path]) -> Iterator[Found]
         if not same:
             raise FormatError(f"{where} does not hash to what its rows say", fix="export it again: it is damaged")
         digest.update(_said(episode, salvaged))
-        yield Found(episode, episode.train_allowed, episode.episode_id, where, salvaged)
-    if (stated := _stated(path)) is not None and stated != digest.hexdigest():
+        versions = {span.version for branch in episode.branches for call in branch.calls for span in call.versions}
+        yield Found(episode, episode.train_allowed, episode.episode_id, where, salvaged,
+                    {version: policies[version] for version in versions & policies.keys()})
+    digest.update(raw)
+    if stated is not None and stated != digest.hexdigest():
         raise FormatError(f"{path} does not hash to what it says", fix="export it again: it is damaged")
 
 
@@ -96,10 +106,20 @@ def _said(episode: Episode, salvaged: bool) -> bytes:
     return canonical_json([episode.model_dump(mode="json", exclude={"branches"}), forks, salvaged])
 
 
-def _stated(path: Path) -> str | None:
-    """The hash in the file's metadata; files that others wrote have none."""
-    found = (pq.read_metadata(path).metadata or {}).get(_SHA.encode())
-    return found.decode() if found else None
+def _stated(path: Path) -> tuple[str | None, dict[int, Json], bytes]:
+    """Hash and policies in the file's metadata, and the latter as they stand there; files of others have neither."""
+    try:
+        found = pq.read_metadata(path).metadata or {}
+        raw = found.get(_POLICIES.encode(), b"")
+        policies = {int(version): dict(manifest) for version, manifest in json.loads(raw or "{}").items()}
+        return found[_SHA.encode()].decode() if _SHA.encode() in found else None, policies, raw
+    except (pa.ArrowException, OSError, ValueError, AttributeError, TypeError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> FormatError:
+    return FormatError(f"{path} cannot be read as a Parquet file of this format: {error}",
+                       fix="name a file that `export parquet` wrote, or a data file of a store")
 
 
 def _runs(path: Path, notes: Notes) -> Iterator[pa.Table]:
@@ -118,8 +138,7 @@ def _runs(path: Path, notes: Notes) -> Iterator[pa.Table]:
                     yield table.slice(start, stop - start)
                 rest = table.slice(cuts[-1])
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"{path} cannot be read as a Parquet file of this format: {error}",
-                          fix="name a file that `export parquet` wrote, or a data file of a store") from error
+        raise _unreadable(path, error) from error
     if len(rest):
         yield rest
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from agentsdpo.errors import FormatError
 from agentsdpo.replay.canonical import canonical_json
 from agentsdpo.replay.formats.assembly import Recorded, assemble
-from agentsdpo.replay.formats.bag import describe
+from agentsdpo.replay.formats.bag import Stored, describe
 from agentsdpo.replay.ids import derived_uuid
 from agentsdpo.types import Episode, Grade, Json, StopReason
 
@@ -29,6 +29,7 @@ class Found:
         source_id: its id in the file.
         where: file and line.
         salvaged: whether its rows had the status ``salvaged``.
+        policies: what the policy versions in it are, as far as the file says.
     """
 
     episode: Episode
@@ -36,6 +37,14 @@ class Found:
     source_id: str
     where: str
     salvaged: bool = False
+    policies: dict[int, Json] = field(default_factory=dict)
+
+
+def ours(stored: Stored, where: str) -> Found:
+    """An episode that this package exported."""
+    episode = stored.episode
+    return Found(episode, episode.train_allowed, episode.episode_id, where, stored.status == "salvaged",
+                 stored.policies)
 
 
 @dataclass

@@ -20,7 +20,7 @@ class ExportReport:
         episodes: that are in it.
         records: lines (rows, for Parquet) of the file.
         bytes: its size.
-        skipped: episodes, or pairs of them, that are not in it, by reason.
+        skipped: what is not in it: episodes, pairs of them, late values, by reason or kind.
         redacted: what the redactor found, by rule, and what it did to tokens; None without one.
     """
 

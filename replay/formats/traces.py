@@ -12,7 +12,7 @@ from agentsdpo.errors import FormatError
 from agentsdpo.replay.formats import bag
 from agentsdpo.replay.formats.assembly import Recorded, check_ids, why
 from agentsdpo.replay.formats.files import read_lines
-from agentsdpo.replay.formats.reading import ENV_ID, Found, Notes, checked, digest, task_of
+from agentsdpo.replay.formats.reading import ENV_ID, Found, Notes, checked, digest, ours, task_of
 from agentsdpo.replay.formats.shapes import Message
 from agentsdpo.replay.formats.verifiers import STOPS, openai
 from agentsdpo.replay.ids import derived_uuid
@@ -117,8 +117,7 @@ def read(path: Path, notes: Notes, siblings: frozenset[Path]) -> Iterator[Found]
             kept, place = trace.info.get(bag.NAME), f"{where}: traces[{i}]"
             if kept is not None:
                 nodes = (value if bare else value["traces"][i])["nodes"]
-                episode, status = bag.unpack(kept, nodes, place)
-                yield Found(episode, episode.train_allowed, episode.episode_id, place, status == "salvaged")
+                yield ours(bag.unpack(kept, nodes, place), place)
             else:
                 yield _found(record, trace, place, notes)
         for name in record.model_extra or ():
@@ -132,10 +131,10 @@ def _found(record: Record, trace: Trace, where: str, notes: Notes) -> Found:
     talks = [[_said(trace.nodes[i], f"{where}.nodes[{i}]") for i in path] for path in paths]
     messages = talks[-1] if talks else []
     about: Json = {"id": trace.id, "episode": record.id, "info": trace.info, "metrics": trace.metrics,
-                   "stop_condition": trace.stop_condition, "agent": trace.agent.get("name")}
+                   "stop_condition": trace.stop_condition, "agent": trace.agent.get("name"), "run": record.run}
     metadata: Json = {"verifiers": about} | ({"branches": talks[:-1]} if len(talks) > 1 else {})
     _count_lost(trace, notes)
-    branches = _Branches(record, trace, where, digest(messages, metadata)).build(paths)
+    branches = _Branches(trace, where, digest(messages, metadata)).build(paths)
     names = {"task_id": record.task.get("key") or trace.task.get("key"), "env_id": record.env.get("id"),
              "group_id": (record.group or {}).get("id"), "run_id": (record.run or {}).get("id"),
              "model_id": next((call.model for call in trace.calls if call.model), None)}
@@ -196,11 +195,13 @@ def _path(nodes: Sequence[Node], leaf: int) -> list[int]:
 
 
 class _Branches:
-    """Builds the branches of one trace; a node's tokens are sampled in the first branch that holds it alone."""
+    """Builds the branches of one trace; a node's tokens are sampled in the first branch that holds it alone.
 
-    def __init__(self, record: Record, trace: Trace, where: str, identity: str) -> None:
+    Versions are unknown (-1): the numbers of another run's policies mean nothing here.
+    """
+
+    def __init__(self, trace: Trace, where: str, identity: str) -> None:
         self._trace, self._where, self._identity = trace, where, identity
-        self._version = _version(record)
         self._reason = None if trace.agent.get("trainable", True) is not False else "masked_by_policy"
         self._made = {call.node: call for call in trace.calls if call.node is not None}
         self._turn = {i: turn for turn, i in enumerate(i for i, node in enumerate(trace.nodes) if node.sampled)}
@@ -239,7 +240,7 @@ class _Branches:
             call_id=derived_uuid(self._identity, at, i), turn=self._turn.get(at, 0), start=first, end=last,
             prompt_sha256=hashlib.sha256(np.array(ids[:first], "<i4").tobytes()).hexdigest(),
             finish_reason=(made.finish_reason if made else None) or "unknown", sampling=_sampling(made, self._where),
-            versions=(VersionSpan(version=self._version, start=0, end=last - first),) if last > first else (),
+            versions=(VersionSpan(version=-1, start=0, end=last - first),) if last > first else (),
             logprob_kind="unknown" if node.logprobs else "none", untrainable_reason=reason)
             for i, (first, last) in enumerate(spans)]
 
@@ -254,14 +255,6 @@ def _spread(node: Node, call: Recorded) -> list[float]:
     """Log-probs at the places of the sampled tokens."""
     values = iter(node.logprobs)
     return [next(values) if masked and call.scored else np.nan for masked in node.mask]
-
-
-def _version(record: Record) -> int:
-    """The one policy version of an episode, -1 when it is unknown or there were several."""
-    work = (record.run or {}).get("work")
-    span = work.get("policy") if isinstance(work, dict) else None
-    first, last = (span.get("start"), span.get("end")) if isinstance(span, dict) else (None, None)
-    return first if isinstance(first, int) and first == last and 0 <= first < 2**63 else -1
 
 
 def _sampling(made: Request | None, where: str) -> Sampling:

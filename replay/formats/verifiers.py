@@ -24,8 +24,9 @@ STOPS = {
 """Stop conditions there and stop reasons here; others keep their name."""
 
 
-def document(episode: Episode, status: str) -> Json:
+def document(stored: bag.Stored) -> Json:
     """An episode with its one trace."""
+    episode = stored.episode
     task = {"type": "Task", "data": {"id": episode.task_id}, "key": episode.task_id}
     failed = episode.stop_reason is StopReason.ENGINE_ERROR
     nodes = valid_text(Graph(episode).nodes)
@@ -37,7 +38,7 @@ def document(episode: Episode, status: str) -> Json:
         "rewards": {"reward": None if episode.reward is None else {"score": episode.reward, "weight": 1.0}},
         "metrics": valid_text({r.id: r.score for r in episode.grade.results}) if episode.grade else {},
         "is_completed": not failed, "ok": not failed, "stop_condition": _stop(episode.stop_reason),
-        "info": {bag.NAME: bag.pack(episode, status, nodes)}}
+        "info": {bag.NAME: bag.pack(stored, nodes)}}
     return {"id": episode.episode_id, "env": {"id": episode.env_id}, "task": task, "ok": not failed,
             **({"group": {"id": episode.group_id}} if episode.group_id else {}), "traces": [trace]}
 

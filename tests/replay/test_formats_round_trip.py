@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from replay_factories import make_branch, make_episode, same_branch, same_episode
 
-from agentsdpo.errors import ConfigError, FormatError, StoreError
+from agentsdpo.errors import ConfigError, FormatError, StoreError, TokenizerMismatch
 from agentsdpo.replay import ReplayStore
 from agentsdpo.replay.formats import atif, export, import_, portable, traces, verifiers
+from agentsdpo.replay.formats.bag import Stored
 from agentsdpo.replay.formats.reading import Notes
 from agentsdpo.types import Branch, Call, Episode, Grade, Hint, Sampling, StopReason, VersionSpan
 
@@ -128,10 +129,10 @@ def write(path: Path, fmt: str, episode: Episode) -> None:
     """One episode in a file, without a store."""
     if fmt == "parquet":
         with open(path, "wb") as file, portable.Writer(file) as writer:
-            writer.write(episode, salvaged=False)
+            writer.write(Stored(episode, "sealed", {}))
     else:
         document = {"atif": atif.document, "verifiers": verifiers.document}[fmt]
-        path.write_text(json.dumps(document(episode, "sealed")))
+        path.write_text(json.dumps(document(Stored(episode, "sealed", {}))))
 
 
 @pytest.mark.parametrize("fmt", WHOLE)
@@ -165,6 +166,9 @@ def test_late_values_and_statuses_travel(fmt: str, tmp_path: Path, store: Replay
     store.append([make_episode(2, episode_id="cut")], salvaged=True)
     store.add_rewards({"whole": 0.125})
     store.add_hints({"whole": Hint(text="later", source="user", author="me")})
+    store.add_labels({"whole": "seen", "cut": "seen"})
+    assert export(store, fmt, tmp_path / "out").skipped == {"labels": 2}
+    assert export(store, fmt, tmp_path / "out", where="reward == 0.125").skipped == {"labels": 1}
     export(store, fmt, tmp_path / "out")
     other = ReplayStore.open(tmp_path / "other")
     import_(other, fmt, tmp_path / "out")
@@ -172,6 +176,25 @@ def test_late_values_and_statuses_travel(fmt: str, tmp_path: Path, store: Replay
     assert late.hint is not None
     assert late.hint.text == "later"
     assert other.snapshot().scalars("status == 'salvaged'").num_rows == 1
+
+
+@pytest.mark.parametrize("fmt", WHOLE)
+def test_a_policy_version_is_the_same_weights_everywhere(fmt: str, tmp_path: Path, store: ReplayStore) -> None:
+    manifest = {"weights_id": "w", "tokenizer_sha256": "a" * 64, "vocab_size": 1000, "note": "private"}
+    store.record_policy(3, manifest)
+    store.append([rich()])
+    export(store, fmt, tmp_path / "out")
+    other, third = ReplayStore.open(tmp_path / "other"), ReplayStore.open(tmp_path / "third")
+    import_(other, fmt, tmp_path / "out")
+    assert other.policy(3) == {name: value for name, value in manifest.items() if name != "note"}
+    third.record_policy(3, {**manifest, "weights_id": "else"})
+    with pytest.raises(StoreError, match="policy version 3 is recorded with weights_id 'else', not 'w'"):
+        import_(third, fmt, tmp_path / "out")
+    fourth = ReplayStore.open(tmp_path / "fourth")
+    fourth.record_policy(4, {"tokenizer_sha256": "c" * 64})
+    with pytest.raises(TokenizerMismatch):
+        import_(fourth, fmt, tmp_path / "out")
+    assert len(third) == len(fourth) == 0
 
 
 @pytest.mark.parametrize("fmt", ["openai", "hf"])
