@@ -137,12 +137,17 @@ def _checked(config: RunConfig) -> RunConfig:
     """Refuse what no single room can see.
 
     Raises:
-        ConfigError: every row would be evicted, because collection is held further behind than the learner accepts.
+        ConfigError: every row would be evicted, because collection is held further behind than the learner accepts;
+            a forward cannot take the longest episode; episodes would be greedy.
     """
     bound = config.learn.max_staleness
     if bound is not None and config.staleness > bound:
         raise ConfigError(f"staleness is {config.staleness} but learn.max_staleness is {bound}: every row would be "
                           "evicted", fix=f"set learn.max_staleness to {config.staleness} or more, or lower staleness")
+    if config.collect.window > config.learn.forward_tokens:
+        raise ConfigError(f"collect.window is {config.collect.window} but learn.forward_tokens is "
+                          f"{config.learn.forward_tokens}: an episode that fills the window could not be learnt from",
+                          fix=f"set learn.forward_tokens to {config.collect.window} plus the longest hint, or more")
     if config.collect.temperature == 0:
         raise ConfigError("collect.temperature is 0: greedy episodes have no behaviour log-probs to learn from",
                           fix="set it above 0; evaluations are played greedily as well in any case")

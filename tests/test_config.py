@@ -76,6 +76,7 @@ def test_preset_lies_under_the_learn_table(preset: str) -> None:
     (["preset=[1]"], r"preset is \[1\]; it must be one of"),
     (["learn.ratio=tis"], r"learn.ratio is 'tis' with learn.form 'divergence'; set ratio to 'none'"),
     (["staleness=9"], r"staleness is 9 but learn.max_staleness is 8: every row would be evicted; set"),
+    (["learn.forward_tokens=900"], r"collect.window is 1536 but learn.forward_tokens is 900: an episode that fills"),
     (["steps"], r"--set 'steps' is not of the form key=value"),
     (["=3"], r"--set '=3' is not of the form"),
     (["seed.x=3", "seed.y=4"], r"seed is \{.*\}; it must be an integer"),

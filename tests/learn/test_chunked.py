@@ -269,9 +269,9 @@ def test_the_dense_form_stands_for_few_tokens_under_a_trainable_head(monkeypatch
             return torch.zeros(()), None
         monkeypatch.setattr(f"agentsdpo.learn.loss.{name}", spy)
     for n, frozen in ((3, False), (4, False), (3, True)):
-        token_loss(*heads(n, 11, 16, frozen=frozen), FULL, Given(FULL, torch.ones(n)))
+        token_loss(*heads(n, 11, 64, frozen=frozen), FULL, Given(FULL, torch.ones(n)))
     with torch.no_grad():
-        token_loss(*heads(3, 11, 16), FULL, Given(FULL, torch.ones(3)))
+        token_loss(*heads(3, 11, 64), FULL, Given(FULL, torch.ones(3)))
     assert taken == ["dense_loss", "chunked_loss", "chunked_loss", "chunked_loss"]
 
 
