@@ -87,7 +87,7 @@ class Run:
 
     def publish(self) -> None:
         """Make the learner's weights the next policy version, known to registry and store."""
-        self.version = self.registry.publish(self.learner.model.state_dict(), learner_step=self.step)
+        self.version = self.registry.publish(self.learner.policy(), learner_step=self.step)
         self._record(self.version)
 
     def _record(self, version: int) -> None:

@@ -148,8 +148,8 @@ def _swap(work: Path, final: Path) -> None:
 
 
 def _weights(learner: Learner) -> dict[str, Tensor]:
-    """Parameters by name, tied ones once."""
-    return {name: p.detach() for name, p in learner.model.named_parameters()}
+    """Trained parameters by name, tied ones once; what lies below an adapter is in the model's own folder."""
+    return {name: p.detach() for name, p in learner.model.named_parameters() if p.requires_grad}
 
 
 def _load_weights(learner: Learner, saved: dict[str, Tensor]) -> None:

@@ -9,6 +9,19 @@ from agentsdpo.learn.conflicts import conflicts
 from agentsdpo.settings import Settings
 
 
+class AdapterConfig(Settings):
+    """A low-rank adapter instead of full weights: ``learn/adapters.py``.
+
+    >>> AdapterConfig().rank
+    0
+    """
+
+    rank: int = Field(default=0, ge=0, le=1024, description="rank of the adapter; 0 trains the full weights")
+    alpha: int = Field(default=32, ge=1, le=4096, description="scale: the product is multiplied by alpha / rank")
+    targets: tuple[str, ...] = Field(default=("all-linear",), min_length=1, description=(
+        "ends of the names of the layers adapted, as in 'q_proj'; 'all-linear' is every linear layer of the body"))
+
+
 class LearnConfig(Settings):
     """One objective, one teacher, one optimiser. Presets are in ``learn/presets.py``.
 
@@ -88,6 +101,9 @@ class LearnConfig(Settings):
     trust: float = Field(default=0.05, ge=0.0, le=1.0, description=(
         "trust region: share of the student's logits in the teacher's"))
     allow_live_lr: bool = Field(default=False, description="accept a live teacher above a learning rate of 1e-6")
+
+    # ---- what is trained: learn/adapters.py
+    adapter: AdapterConfig = AdapterConfig()
 
     # ---- the optimiser
     lr: float = Field(default=1e-6, gt=0.0, le=1.0, description="AdamW learning rate")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from agentsdpo.errors import LearnError
+from agentsdpo.learn.adapters import add_adapter, merged_weights
 from agentsdpo.learn.batch import MicroBatch, microbatches
 from agentsdpo.learn.clipper import AdvantageClip
 from agentsdpo.learn.config import LearnConfig
@@ -59,6 +60,8 @@ class Learner:
         self.model = model.to(device=device, dtype=torch.float32).eval()  # eval: dropout off on both sides
         prepare_model(self.model)
         self.cost = row_cost(self.model)
+        if config.adapter.rank:
+            add_adapter(self.model, config.adapter)
         shape = model.config.get_text_config()
         self.window: int = getattr(shape, "max_position_embeddings", None) or 2**31
         self.vocab_size: int = shape.vocab_size
@@ -109,6 +112,10 @@ class Learner:
     def admit(self, rows: list[TrainRow], version: int) -> Admission:
         """Rows this learner may train on at this version, and why not the others."""
         return admit(rows, version, self.config, window=self.window, vocab_size=self.vocab_size)
+
+    def policy(self) -> dict[str, Tensor]:
+        """Weights to publish, by the names of a model without adapter: an adapter's product is added in."""
+        return merged_weights(self.model)
 
     def objective(self, batch: MicroBatch, bounds: Bounds) -> tuple[Tensor, TokenStats]:
         """Loss and statistics of one micro-batch; the teacher first, so that its activations are gone in time."""

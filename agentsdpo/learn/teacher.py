@@ -6,15 +6,16 @@ only after the policy has proved itself, and a trust region leans a frozen teach
 Dropout is off in all of them.
 """
 
-import copy
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from agentsdpo.errors import LearnError
+from agentsdpo.learn.adapters import MEAN_RANKS, AdapterCopy, AdapterOff, has_adapter
 from agentsdpo.learn.batch import MicroBatch
 from agentsdpo.learn.config import LearnConfig
+from agentsdpo.learn.held import FullCopy, Held
 from agentsdpo.learn.model import scores
 from agentsdpo.learn.pack import PackedRow
 from agentsdpo.learn.records import Head
@@ -57,13 +58,21 @@ class Teacher(Protocol):
 
 
 def make_teacher(model: Any, config: LearnConfig) -> Teacher:
-    """The teacher the configuration names, starting from the model's present weights."""
-    made = {"live": lambda: LiveTeacher(model), "frozen": lambda: FrozenTeacher(model),
-            "ema": lambda: EmaTeacher(model, config.ema_rate),
-            "snapshot": lambda: SnapshotTeacher(model, config.refresh_every),
-            "gated": lambda: GatedTeacher(model, config.refresh_every),
-            "trust_region": lambda: TrustRegionTeacher(model, config.trust)}
-    return made[config.teacher]()
+    """The teacher the configuration names, starting from the model's present weights.
+
+    Beside an adapter it holds no second model.
+    """
+    name = config.teacher
+    held: Held | None = None
+    if has_adapter(model):
+        held = AdapterOff(model) if name in ("frozen", "trust_region") else AdapterCopy(
+            model, MEAN_RANKS if name == "ema" else 1)
+    made = {"live": lambda: LiveTeacher(model), "frozen": lambda: FrozenTeacher(model, held),
+            "ema": lambda: EmaTeacher(model, config.ema_rate, held),
+            "snapshot": lambda: SnapshotTeacher(model, config.refresh_every, held),
+            "gated": lambda: GatedTeacher(model, config.refresh_every, held),
+            "trust_region": lambda: TrustRegionTeacher(model, config.trust, held)}
+    return made[name]()
 
 
 class LiveTeacher:
@@ -100,18 +109,25 @@ class LiveTeacher:
 
 
 class FrozenTeacher(LiveTeacher):
-    """A copy of the initial weights, for ever."""
+    """The initial weights, for ever: a copy of them, or what ``held`` holds."""
 
-    def __init__(self, model: Any) -> None:
-        super().__init__(copy.deepcopy(model).eval().requires_grad_(False))
+    def __init__(self, model: Any, held: Held | None = None) -> None:
+        self.held = held or FullCopy(model)
+        super().__init__(self.held.model)
+
+    def scores(self, batch: MicroBatch) -> Head:
+        """See :class:`Teacher`."""
+        with self.held.reading():
+            return _head(self.model, batch.teacher, batch.teacher_pos)
 
     def reference(self, batch: MicroBatch) -> Head:
         """See :class:`Teacher`."""
-        return _head(self.model, batch.student, batch.student_pos)
+        with self.held.reading():
+            return _head(self.model, batch.student, batch.student_pos)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Its weights by parameter name."""
-        return {name: p.detach() for name, p in self.model.named_parameters()}
+        """Its weights by name."""
+        return self.held.tensors()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copy the weights in; every tensor must be there."""
@@ -133,8 +149,8 @@ class _Copied(FrozenTeacher):
 
     reference = LiveTeacher.reference
 
-    def __init__(self, model: Any, every: int) -> None:
-        super().__init__(model)
+    def __init__(self, model: Any, every: int, held: Held | None = None) -> None:
+        super().__init__(model, held)
         self.every = every
         self._count = torch.zeros(2, dtype=torch.int64)
 
@@ -157,9 +173,7 @@ class _Copied(FrozenTeacher):
         return {**super().state_dict(), "steps_and_copies": self._count}
 
     def _copy(self, student: Any) -> None:
-        with torch.no_grad():
-            for mine, theirs in zip(self.model.parameters(), student.parameters(), strict=True):
-                mine.copy_(theirs)
+        self.held.take(student)
         self._count[0], self._count[1] = 0, self._count[1] + 1
 
 
@@ -180,8 +194,8 @@ class GatedTeacher(_Copied):
     those of before. What matters is the time apart, not the age of the weights (CGTR, 2606.03532).
     """
 
-    def __init__(self, model: Any, every: int) -> None:
-        super().__init__(model, every)
+    def __init__(self, model: Any, every: int, held: Held | None = None) -> None:
+        super().__init__(model, every, held)
         self._score = torch.full((1,), float("nan"), dtype=torch.float64)
 
     def probed(self, student: Any, score: float, *, length_safe: bool) -> Refresh:
@@ -215,8 +229,8 @@ class TrustRegionTeacher(FrozenTeacher):
         trust: share of the student's logits, in [0, 1].
     """
 
-    def __init__(self, model: Any, trust: float) -> None:
-        super().__init__(model)
+    def __init__(self, model: Any, trust: float, held: Held | None = None) -> None:
+        super().__init__(model, held)
         self.trust, self.student = trust, model
 
     def scores(self, batch: MicroBatch) -> Head:
@@ -237,15 +251,13 @@ class EmaTeacher(FrozenTeacher):
 
     reference = LiveTeacher.reference
 
-    def __init__(self, model: Any, rate: float) -> None:
-        super().__init__(model)
+    def __init__(self, model: Any, rate: float, held: Held | None = None) -> None:
+        super().__init__(model, held)
         self.rate = rate
 
     def after_step(self, student: Any) -> None:
         """Move towards the student."""
-        with torch.no_grad():
-            for mine, theirs in zip(self.model.parameters(), student.parameters(), strict=True):
-                mine.lerp_(theirs, self.rate)
+        self.held.lean(student, self.rate)
 
 
 def _head(model: Any, row: PackedRow, positions: Tensor) -> Head:
