@@ -122,12 +122,12 @@ class Run:
 
     def rows(self, drawn: list[Row]) -> list[TrainRow]:
         """Store rows as the learner takes them."""
+        told = self.chat.marks_calls or self.config.learn.tool_weight != 1.0  # the latter asks for what it cannot have
         return [TrainRow(branch=row.branch, hint_ids=hint_ids(self.chat, row.hint) if row.hint else None,
                          episode_id=row.key.episode_id, train_allowed=row.train_allowed,
                          tokenizer_sha256=row.tokenizer_sha256, chat_template_sha256=row.chat_template_sha256,
-                         score=row.reward, group=row.group_id,
-                         tool=tool_tokens(self.chat, row.branch) if self.config.learn.tool_weight != 1.0 else None)
-                for row in drawn]
+                         score=row.reward, group=row.group_id, source=row.hint.source if row.hint else "",
+                         tool=tool_tokens(self.chat, row.branch) if told else None) for row in drawn]
 
 
 def tool_tokens(chat: ChatFormat, branch: Branch) -> np.ndarray:

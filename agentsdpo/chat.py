@@ -49,6 +49,7 @@ class ChatFormat:
         self.tokenizer_sha256 = sha256(tokenizer.backend_tokenizer.to_str())
         added = (str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
         self._control = sorted({t for t in (*tokenizer.all_special_tokens, *added) if t}, key=lambda t: (-len(t), t))
+        self._marks = [self.encode(mark) for mark in (_OPEN, _CLOSE)]
         self._probe()
 
     def _probe(self) -> None:
@@ -130,14 +131,19 @@ class ChatFormat:
         closed = bool(ids) and ids[-1] == self.eos_id
         return self.decode(ids[:-1] if closed else ids)
 
+    @property
+    def marks_calls(self) -> bool:
+        """Whether :meth:`in_calls` can tell: the delimiters are single tokens."""
+        return all(len(ids) == 1 for ids in self._marks)
+
     def in_calls(self, ids: Sequence[int]) -> list[bool]:
         """Which tokens of one completion belong to a tool call, its delimiters included; an open call runs to the end.
 
         Raises:
             ModelError: the delimiters are not single tokens.
         """
-        first, last = (self.encode(mark) for mark in (_OPEN, _CLOSE))
-        if len(first) != 1 or len(last) != 1:
+        first, last = self._marks
+        if not self.marks_calls:
             raise ModelError(f"{_OPEN} is {len(first)} tokens of tokenizer {self.tokenizer.name_or_path!r}",
                              fix="set learn.tool_weight to 1, or use a tokenizer that has tool calls as special tokens")
         inside, found = False, []

@@ -57,6 +57,13 @@ TABLE = (
     Metric("learn/top1_agree", "share", "tokens on which student and teacher agree about the likeliest one"),
     Metric("learn/tail_mass/{student,teacher}", "share", "probability off the top-k support", "above 0.1: raise top_k"),
     Metric("learn/grad_norm", "norm", "of the whole gradient before clipping", "above 4x its running median"),
+    Metric("learn/grad_norm/*", "norm", "of attention, mlp, norm, embedding alone, before clipping"),
+    Metric("learn/{share,push}/*", "share", "of all loss tokens, of all |push|, by group: staleness S0, S1, S2-3, "
+           "S4-7, S8+ of the token; tool calls or text; source of the hint", "push far above share"),
+    Metric("learn/{gap/mean,gap/abs,gap/negative_share,divergence/mean,entropy/student,entropy/teacher}/*",
+           "nats; share", "as for the whole step, by the same groups"),
+    Metric("learn/{ratio/mean,ratio/max,ess_frac,kl_k3,top1_agree,gated_frac,masked_frac}/*", "ratio; share; nats",
+           "as for the whole step, by the same groups", "ratio/mean/S0 off 1 by 0.05"),
     Metric("learn/{rows,tokens,microbatches}", "count", "trained on in this step"),
     Metric("learn/step_s", "seconds", "from drawing rows to the new policy version"),
     Metric("replay/staleness/{mean,p95,max}", "policy versions", "of the rows as they were consumed"),

@@ -9,7 +9,7 @@ from agentsdpo import metrics
 
 ROOT = Path(metrics.__file__).resolve().parent
 WRITERS = sorted([*(ROOT / "collect").glob("*.py"), *(ROOT / "hint").glob("*.py"), *(ROOT / "learn").glob("*.py"),
-                  *(ROOT / "replay").glob("*.py"), ROOT / "loop.py"])
+                  *(ROOT / "replay").rglob("*.py"), ROOT / "loop.py"])
 
 
 def written() -> tuple[set[str], set[str]]:
@@ -32,7 +32,8 @@ def test_every_key_of_the_table_is_written_by_some_code(key: str) -> None:
 
 def test_every_key_that_is_written_stands_in_the_table() -> None:
     rooms = tuple(f"{room}/" for room in ("learn", "replay", "hint", "collect", "eval", "teacher", "publish"))
-    whole, _ = written()
+    whole, open_ended = written()
     keys = [text for text in whole if text.startswith(rooms) and " " not in text and text[-1] not in "/.y"]
     assert len(keys) > 40
     metrics.check_keys(keys, "step")
+    metrics.check_keys([f"{stem}x" for stem in open_ended if stem.startswith(rooms) and stem[-1] == "/"], "step")

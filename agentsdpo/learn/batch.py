@@ -25,7 +25,7 @@ class MicroBatch:
 
     ``student`` and ``teacher`` hold the branches in the same order; ``student_pos``, ``teacher_pos`` int64[N] index
     them at the position that predicts each loss token; ``seg`` int64[N] is its branch in the micro-batch, ``staleness``
-    int64[N] that of its branch.
+    int64[N] that of its branch; ``rows`` are the branches themselves.
     """
 
     student: PackedRow
@@ -35,6 +35,7 @@ class MicroBatch:
     tokens: LossTokens
     seg: Tensor
     staleness: Tensor
+    rows: list[LossRow]
 
 
 def loss_weights(rows: list[LossRow], config: LearnConfig) -> list[np.ndarray]:
@@ -119,7 +120,7 @@ def collate(rows: list[LossRow], weights: list[np.ndarray], device: torch.device
         temperature=put(temperature) if (temperature != 1.0).any() else None, kept=_kept(rows, device))
     return MicroBatch(student=packed_row([row.ids for row in rows], device), teacher=packed_row(hinted, device),
                       student_pos=put(student_pos), teacher_pos=put(teacher_pos), tokens=tokens, seg=put(seg),
-                      staleness=put(np.repeat(np.array([row.staleness for row in rows]), counts)))
+                      staleness=put(np.repeat(np.array([row.staleness for row in rows]), counts)), rows=rows)
 
 
 def teacher_ids(row: LossRow) -> np.ndarray:

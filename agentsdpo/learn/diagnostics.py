@@ -1,8 +1,11 @@
 """Numbers of one optimiser step from its per-token statistics, keyed ``learn/<quantity>[/<stat>]``. No training."""
 
+from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from agentsdpo.learn.config import LearnConfig
@@ -109,6 +112,29 @@ def staleness_metrics(ages: Iterable[int], evicted: int) -> Metrics:
     seen = np.array(list(ages))
     return {"replay/staleness/mean": float(seen.mean()), "replay/staleness/p95": float(np.quantile(seen, 0.95)),
             "replay/staleness/max": float(seen.max()), "replay/evicted_frac": evicted / len(seen)}
+
+
+_COMPONENTS = (("attention", ("attn", "attention")), ("mlp", ("mlp", "expert", "feed_forward")), ("norm", ("norm",)),
+               ("embedding", ("embed", "lm_head")))
+"""Components of a model by what a parameter's name holds; the first that fits."""
+
+
+def component(name: str) -> str:
+    """Which part of a model a parameter belongs to, ``rest`` for none that is known.
+
+    >>> [component(n) for n in ("model.layers.0.self_attn.q_norm.weight", "model.norm.weight", "model.x")]
+    ['attention', 'norm', 'rest']
+    """
+    return next((part for part, words in _COMPONENTS if any(word in name for word in words)), "rest")
+
+
+def component_norms(model: Any) -> Metrics:
+    """Norm of the gradient of each component, as it stands now."""
+    grads: dict[str, list[Tensor]] = defaultdict(list)
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            grads[component(name)].append(p.grad)
+    return {f"learn/grad_norm/{part}": float(torch.nn.utils.get_total_norm(own)) for part, own in grads.items()}
 
 
 def quantile(values: Tensor, q: float) -> float:

@@ -13,13 +13,14 @@ from agentsdpo.learn.batch import MicroBatch, microbatches
 from agentsdpo.learn.clipper import AdvantageClip
 from agentsdpo.learn.config import LearnConfig
 from agentsdpo.learn.control import control_metrics
-from agentsdpo.learn.diagnostics import staleness_metrics, step_metrics
+from agentsdpo.learn.diagnostics import component_norms, staleness_metrics, step_metrics
 from agentsdpo.learn.model import prepare_model, scores
 from agentsdpo.learn.pack import row_cost
 from agentsdpo.learn.ratio import m2po_bound
 from agentsdpo.learn.records import TokenStats, sampled_logp
 from agentsdpo.learn.rows import Admission, LossRow, TrainRow, admit
 from agentsdpo.learn.sdpo import objective
+from agentsdpo.learn.splits import split_metrics
 from agentsdpo.learn.teacher import Teacher, make_teacher
 from agentsdpo.learn.weights import Bounds
 
@@ -97,14 +98,15 @@ class Learner:
         bounds = self._bounds(batches)
         try:
             loss, stats = self._backward(batches, bounds)
-            norm = self._update(stats)
+            norms = self._update(stats)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
         self._after(stats)
         metrics = step_metrics(stats, torch.cat([b.staleness for b in batches]), self.config,
                                bounds.gap if self.clipper else None)
-        metrics |= control | staleness_metrics(found.staleness, found.evicted)
-        metrics |= {"learn/loss": loss, "learn/grad_norm": norm, "learn/microbatches": float(len(batches))}
+        metrics |= split_metrics(stats, [row for batch in batches for row in batch.rows], self.config)
+        metrics |= norms | control | staleness_metrics(found.staleness, found.evicted)
+        metrics |= {"learn/loss": loss, "learn/microbatches": float(len(batches))}
         metrics |= {f"replay/refused/{reason}": float(count) for reason, count in found.refused.items()}
         return StepReport(step=self.step_count, version=version, metrics=metrics, n_trained=len(found.rows),
                           n_tokens=len(stats.gap), refused=dict(found.refused), evicted=found.evicted)
@@ -161,18 +163,19 @@ class Learner:
             parts.append(stats)
         return total, TokenStats.cat(parts)
 
-    def _update(self, stats: TokenStats) -> float:
-        """Clip and step; the gradient norm before clipping."""
+    def _update(self, stats: TokenStats) -> dict[str, float]:
+        """Clip and step; the gradient norms before clipping."""
         if not (stats.gate & stats.mask).any():
             raise LearnError(f"all {len(stats.gap)} loss tokens of step {self.step_count + 1} are masked "
                              f"({int((~stats.mask).sum())}) or gated ({int((~stats.gate).sum())}), nothing was updated",
                              fix="the rows are too far from the student: lower learn.max_staleness or learn.lr")
+        norms = component_norms(self.model)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip))
         if norm != norm or norm == float("inf"):
             raise LearnError(f"the gradient norm of step {self.step_count + 1} is {norm}, nothing was updated",
                              fix="lower learn.lr, or look for broken log-probs in the rows of this step")
         self.optimizer.step()
-        return norm
+        return {"learn/grad_norm": norm, **norms}
 
     def _after(self, stats: TokenStats) -> None:
         """Bookkeeping of a step that went through."""

@@ -26,7 +26,8 @@ class TrainRow:
         tokenizer_sha256, chat_template_sha256: of the collecting engine; one value per step.
         score: grade of the episode, None when unscored; read by a mix with a policy gradient alone.
         group: attempts at one task share it (advantage ``grpo``).
-        tool: bool[T], tokens of the agent's tool calls, None where nothing asks for them.
+        tool: bool[T], tokens of the agent's tool calls, None where they cannot be told.
+        source: of the hint, for the numbers of a step.
     """
 
     branch: Branch
@@ -39,6 +40,7 @@ class TrainRow:
     score: float | None = None
     group: str = ""
     tool: np.ndarray | None = None
+    source: str = ""
 
 
 @dataclass(frozen=True)

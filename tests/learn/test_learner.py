@@ -309,7 +309,7 @@ def test_preset_metrics_are_those_that_apply(tiny_model: Any, make_row: Callable
             for preset in ("robust", "sdpopp", "naive")}
     check_keys(set().union(*keys.values()), "step")
     clip = {f"learn/adv_clip/{stat}" for stat in ("frac", "bound", "mass")}
-    mask = {"learn/masked_frac/pos", "learn/masked_frac/neg"}
+    mask = {f"learn/masked_frac/{stat}" for stat in ("pos", "neg", "S0", "unnamed")}
     assert keys["sdpopp"] - keys["naive"] == clip | mask
-    spread = {f"learn/divergence/{stat}" for stat in ("mean", "p95", "max")}
+    spread = {f"learn/divergence/{stat}" for stat in ("mean", "p95", "max", "mean/S0", "mean/unnamed")}
     assert keys["robust"] - keys["naive"] == {"learn/tail_mass/student", "learn/tail_mass/teacher"} | spread
