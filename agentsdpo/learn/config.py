@@ -114,6 +114,11 @@ class LearnConfig(Settings):
                                                                 "drawn per optimiser step")
     forward_tokens: int = Field(default=8192, ge=1, le=100_000_000, description=(
         "packed tokens per forward, hints included; a longer branch is an error, never cut"))
+    recompute: Literal["off", "layers", "offload"] = Field(default="off", description=(
+        "layers: a layer's inside is computed again in the backward, about 25 % more time; offload: what is kept of it "
+        "waits in the host's memory"))
+    mlp_tokens: int | None = Field(default=None, ge=16, le=100_000_000, description=(
+        "tokens whose MLP insides exist at a time; none: all of a forward"))
     control_every: int = Field(default=50, ge=0, le=1_000_000, description=(
         "optimiser steps between two looks at what no hint and a wrong hint would have done; 0 is never"))
     parity: bool = Field(default=False, description=(

@@ -14,6 +14,7 @@ from agentsdpo.learn.clipper import AdvantageClip
 from agentsdpo.learn.config import LearnConfig
 from agentsdpo.learn.control import control_metrics
 from agentsdpo.learn.diagnostics import component_norms, staleness_metrics, step_metrics
+from agentsdpo.learn.longcontext import save_memory
 from agentsdpo.learn.model import prepare_model, scores
 from agentsdpo.learn.pack import row_cost
 from agentsdpo.learn.ratio import m2po_bound
@@ -63,6 +64,7 @@ class Learner:
         self.cost = row_cost(self.model)
         if config.adapter.rank:
             add_adapter(self.model, config.adapter)
+        save_memory(self.model, config)
         shape = model.config.get_text_config()
         self.window: int = getattr(shape, "max_position_embeddings", None) or 2**31
         self.vocab_size: int = shape.vocab_size
