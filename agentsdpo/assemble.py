@@ -24,12 +24,12 @@ from agentsdpo.learn.learner import Learner
 from agentsdpo.learn.load import load_chat, load_model
 from agentsdpo.learn.rows import TrainRow
 from agentsdpo.publish.registry import PolicyRegistry
-from agentsdpo.replay.index import SideIndex
-from agentsdpo.replay.recover import recover
 from agentsdpo.replay.rows import Row
-from agentsdpo.replay.sampler import Sampler
+from agentsdpo.replay.sampling.index import SideIndex
+from agentsdpo.replay.sampling.sampler import Sampler
 from agentsdpo.replay.spool import Spool
 from agentsdpo.replay.store import ReplayStore
+from agentsdpo.replay.upkeep.recover import recover
 from agentsdpo.runfolder import RunFolder, open_run
 from agentsdpo.types import Branch, Episode, Suite
 

@@ -25,30 +25,34 @@ from typing import TYPE_CHECKING, Any
 from agentsdpo.replay.ids import Key, uuid7
 
 if TYPE_CHECKING:
-    from agentsdpo.replay.compaction import compact
     from agentsdpo.replay.config import ReplayConfig
-    from agentsdpo.replay.index import SideIndex
     from agentsdpo.replay.journal import Journal
-    from agentsdpo.replay.limiter import Limit, RateLimiter
-    from agentsdpo.replay.maintain import evict, fold, unevict
-    from agentsdpo.replay.pinned import pin, pins, unpin
-    from agentsdpo.replay.reclaim import gc
     from agentsdpo.replay.rows import Row, to_episode, to_rows
-    from agentsdpo.replay.sampler import Sampler
+    from agentsdpo.replay.sampling.index import SideIndex
+    from agentsdpo.replay.sampling.limiter import Limit, RateLimiter
+    from agentsdpo.replay.sampling.sampler import Sampler
     from agentsdpo.replay.schema import SCHEMA
     from agentsdpo.replay.snapshot import Snapshot
     from agentsdpo.replay.spool import Spool
     from agentsdpo.replay.store import ReplayStore
-    from agentsdpo.replay.verification import verify
+    from agentsdpo.replay.upkeep.compaction import compact
+    from agentsdpo.replay.upkeep.maintain import evict, fold, unevict
+    from agentsdpo.replay.upkeep.pinned import pin, pins, unpin
+    from agentsdpo.replay.upkeep.reclaim import gc
+    from agentsdpo.replay.upkeep.recover import recover
+    from agentsdpo.replay.upkeep.verification import verify
 
-_HOMES = {"ReplayConfig": "config", "Row": "rows", "to_rows": "rows", "to_episode": "rows", "Sampler": "sampler",
-          "Journal": "journal", "Spool": "spool", "SideIndex": "index", "Limit": "limiter", "RateLimiter": "limiter",
-          "SCHEMA": "schema", "Snapshot": "snapshot", "ReplayStore": "store",
-          "evict": "maintain", "unevict": "maintain", "fold": "maintain", "compact": "compaction", "gc": "reclaim",
-          "verify": "verification", "pin": "pinned", "unpin": "pinned", "pins": "pinned"}
+_HOMES = {
+    "ReplayConfig": "config", "Row": "rows", "to_rows": "rows", "to_episode": "rows", "SCHEMA": "schema",
+    "Snapshot": "snapshot", "ReplayStore": "store", "Journal": "journal", "Spool": "spool",
+    "Sampler": "sampling.sampler", "SideIndex": "sampling.index", "Limit": "sampling.limiter",
+    "RateLimiter": "sampling.limiter", "evict": "upkeep.maintain", "unevict": "upkeep.maintain",
+    "fold": "upkeep.maintain", "compact": "upkeep.compaction", "gc": "upkeep.reclaim",
+    "verify": "upkeep.verification", "recover": "upkeep.recover", "pin": "upkeep.pinned", "unpin": "upkeep.pinned",
+    "pins": "upkeep.pinned"}
 __all__ = ["SCHEMA", "Journal", "Key", "Limit", "RateLimiter", "ReplayConfig", "ReplayStore", "Row", "Sampler",
-           "SideIndex", "Snapshot", "Spool", "compact", "evict", "fold", "gc", "pin", "pins", "to_episode", "to_rows",
-           "unevict", "unpin", "uuid7", "verify"]
+           "SideIndex", "Snapshot", "Spool", "compact", "evict", "fold", "gc", "pin", "pins", "recover", "to_episode",
+           "to_rows", "unevict", "unpin", "uuid7", "verify"]
 
 
 def __getattr__(name: str) -> Any:

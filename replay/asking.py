@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import polars
 
     from agentsdpo.replay.config import ReplayConfig
-    from agentsdpo.replay.sampler import Sampler
+    from agentsdpo.replay.sampling.sampler import Sampler
 
 
 class Asking(ABC):
@@ -84,7 +84,7 @@ class Asking(ABC):
         ['task-0', 'task-1', 'task-2']
         """
         from agentsdpo.replay.config import ReplayConfig
-        from agentsdpo.replay.sampler import Sampler
+        from agentsdpo.replay.sampling.sampler import Sampler
 
         return Sampler(self, config or ReplayConfig(), seed=seed, tokenizer_sha256=tokenizer_sha256,
                        max_staleness=max_staleness, chat_template_sha256=chat_template_sha256, where=where)

@@ -141,8 +141,8 @@ class Fold:
                 self._note_archive(op)
         for writer in sorted(upto):
             self._read(writer, packs, upto[writer][0])
-            have, want = self.vector.get(writer, (-1, "")), tuple(upto[writer])
-            if have != want:
+            have, want = self.vector.get(writer, (-1, "")), upto[writer]
+            if have != tuple(want):
                 raise StoreError(f"stream {writer} holds {have[1][:12]} at {have[0]}, the snapshot was taken at "
                                  f"{want[1][:12]} of {want[0]}", fix="the log was changed since; take a new snapshot")
 

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from agentsdpo.errors import ConfigError
 from agentsdpo.replay.canonical import to_json
-from agentsdpo.replay.decode import Decoder, pieces
+from agentsdpo.replay.cli.decode import Decoder, pieces
 from agentsdpo.replay.secret_rules import EMAIL, RULES, Rule, parts, spans
 from agentsdpo.types import Branch, Call, Episode, TokenKind, VersionSpan
 

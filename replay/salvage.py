@@ -120,7 +120,8 @@ class _Grown:
     def branch(self, branch_id: int) -> Branch:
         """The branch. Raises RowError where it breaks a row rule."""
         kept = any(len(ids) for ids in self.kept_ids)
-        return Branch(branch_id=branch_id, **self.fork, calls=tuple(self.calls), token_ids=_joined(self.ids, np.int32),
+        calls: Any = tuple(self.calls)  # as JSON: the model makes them calls
+        return Branch(branch_id=branch_id, **self.fork, calls=calls, token_ids=_joined(self.ids, np.int32),
                       token_kind=_joined(self.kinds, np.uint8), logprobs=_joined(self.logps, np.float32),
                       kept_ids=_joined(self.kept_ids, np.int32) if kept else None,
                       kept_counts=_joined(self.kept_counts, np.int32) if kept else None)

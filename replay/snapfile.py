@@ -79,7 +79,7 @@ def _encode(fold: "Fold") -> pa.Buffer:
     table = pa.Table.from_pydict(columns, SCHEMA.with_metadata({_META: canonical_json(_rest(fold, columns["path"]))}))
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True,
-                   use_dictionary=[name for name in SCHEMA.names if name not in _PLAIN])
+                   use_dictionary=[name for name in SCHEMA.names if name not in _PLAIN])  # pyright: ignore[reportArgumentType]
     return sink.getvalue()
 
 
@@ -145,7 +145,7 @@ def latest(storage: Storage) -> str | None:
         about = _about(storage)
     except CorruptionError:
         return None
-    return about and about["file"]
+    return about["file"] if about else None
 
 
 def _about(storage: Storage) -> Json | None:

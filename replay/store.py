@@ -100,8 +100,8 @@ class ReplayStore(Asking, LateValues):
 
         Args:
             episodes: what to write.
-            salvaged: they are what a crash left of them (:mod:`agentsdpo.replay.recover`); a whole episode that is
-                appended under the same id replaces them.
+            salvaged: they are what a crash left of them (:mod:`agentsdpo.replay.upkeep.recover`); a whole episode that
+                is appended under the same id replaces them.
 
         Raises:
             TrainForbidden: an episode is not stamped ``train_allowed``.

@@ -13,7 +13,7 @@ import operator
 from collections.abc import Callable
 from datetime import UTC, datetime
 from difflib import get_close_matches
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import pyarrow as pa
@@ -28,11 +28,18 @@ COLUMNS = pa.schema([*(SCHEMA.field(name) for name in SCALARS), pa.field("label"
 MAX_LENGTH = 4_096
 """Characters of an expression."""
 
+
+def _call(name: str, *arguments: Any) -> pc.Expression:
+    """A function of Arrow by name: pyarrow makes them when it is imported, where no type checker sees them."""
+    return getattr(pc, name)(*arguments)
+
+
 _COMPARE: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
     ast.GtE: operator.ge}
 _ARITHMETIC: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
-    ast.Add: pc.add, ast.Sub: pc.subtract, ast.Mult: pc.multiply, ast.Div: pc.divide}
+    node: partial(_call, name) for node, name in
+    ((ast.Add, "add"), (ast.Sub, "subtract"), (ast.Mult, "multiply"), (ast.Div, "divide"))}
 """Unchecked, on float64: a division by zero is an infinity or NaN, not the end of the query."""
 _GRAMMAR = ("write comparisons (== != < <= > >= in, is None) of columns, numbers and 'text', joined by and, or, not; "
             "arithmetic + - * /; like(column, 'pattern%'), length(column)")
@@ -88,7 +95,7 @@ def _expression(node: ast.AST) -> pc.Expression:
         case ast.UnaryOp(op=ast.Not(), operand=operand):
             return ~_expression(operand)
         case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return pc.negate(_number(operand))
+            return _call("negate", _number(operand))
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
             return _ARITHMETIC[type(op)](_number(left), _number(right))
         case ast.Compare(left=left, ops=ops, comparators=rights):
@@ -165,8 +172,8 @@ def _membership(left: pc.Expression, right: ast.AST, wanted: bool) -> pc.Express
 
 
 def _is_time(node: ast.AST) -> bool:
-    known = isinstance(node, ast.Name) and node.id in COLUMNS.names
-    return known and pa.types.is_timestamp(COLUMNS.field(node.id).type)
+    return (isinstance(node, ast.Name) and node.id in COLUMNS.names
+            and pa.types.is_timestamp(COLUMNS.field(node.id).type))
 
 
 def _moment(node: ast.AST) -> pc.Expression:
@@ -180,8 +187,8 @@ def _moment(node: ast.AST) -> pc.Expression:
 def _function(name: str, args: list[ast.expr]) -> pc.Expression:
     match name, args:
         case "like", [column, ast.Constant(value=str() as pattern)]:
-            return pc.match_like(_expression(column), pattern)
+            return _call("match_like", _expression(column), pattern)
         case "length", [column]:
-            return pc.utf8_length(_expression(column))
+            return _call("utf8_length", _expression(column))
     raise ConfigError(f"the filter calls {name} with {len(args)} arguments",
                       fix="like(column, 'pattern%') and length(column) are the functions there are")

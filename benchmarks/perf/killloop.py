@@ -28,9 +28,9 @@ import numpy as np
 from agentsdpo.replay import ReplayStore
 from agentsdpo.replay.ids import Key, derived_uuid
 from agentsdpo.replay.journal import Growth, Journal
-from agentsdpo.replay.recover import recover
 from agentsdpo.replay.rows import Row
 from agentsdpo.replay.spool import Spool
+from agentsdpo.replay.upkeep.recover import recover
 from agentsdpo.types import Branch, Call, Episode, Json, Sampling, StopReason, TokenKind, VersionSpan
 
 TURNS, PIECE = 3, 12

@@ -9,20 +9,26 @@
 import logging
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from agentsdpo.benchmarks.perf import bitflips
 from agentsdpo.benchmarks.perf.figure import Figure, run_all
+from agentsdpo.benchmarks.perf.killloop import kill_loop, step_times
 from agentsdpo.benchmarks.perf.startup import help_seconds
 from agentsdpo.benchmarks.perf.transcripts import LONG, Transcripts, lengths, zipf_episode
-from agentsdpo.replay import ReplayStore
+from agentsdpo.replay import ReplayStore, fold, uuid7
 from agentsdpo.types import Episode
 
 EPISODES, PICKED, ROUNDS = 200, 32, 9
+KILLS, SEGMENTS, STREAMS, STEPS = 1000, 10_000, 4, 2000
 APPENDED = 8
 """Episodes per append: what a collector hands over at once."""
 
@@ -73,7 +79,7 @@ def _against_memmap(sizes: Sequence[int], rng: np.random.Generator) -> Figure:
             picked = torch.from_numpy(_picked(turn))
 
             def go() -> object:
-                rows = storage.get(picked)
+                rows: Any = storage.get(picked)  # pyright: ignore[reportArgumentType]
                 return [[rows[name][i][:n].sum() for name in ("ids", "kinds", "logprobs")]
                         for i, n in enumerate(rows["n"].tolist())]
             return go
@@ -120,11 +126,44 @@ class _Picker:
         return go
 
 
-def step() -> Iterator[Figure]:
-    """One durable step of a running episode, beside a bare write and fsync of as many bytes to the same disk."""
-    from agentsdpo.benchmarks.perf.killloop import step_times  # the same step the kill loop acknowledges
+def kill() -> Iterator[Figure]:
+    """Acknowledged episodes and steps that were lost, and rows that are not what was written, after SIGKILLs."""
+    report = kill_loop(KILLS)
+    yield Figure("kill9_lost", len(report.lost) + len(report.wrong), "count", None,
+                 {"rounds": report.rounds, "lost": len(report.lost), "wrong": len(report.wrong),
+                  "episodes": report.episodes, "steps": report.steps, "salvaged": report.salvaged})
 
-    mine, bare = step_times(400)
+
+def open_many() -> Iterator[Figure]:
+    """Opening a store of 10,000 segments by its folded snapshot, in a process that had not seen it."""
+    rng = np.random.default_rng(0)
+    tiny = zipf_episode(rng, tokens=40, calls=1)
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(STREAMS):
+            with_stream = ReplayStore.open(folder)
+            for _ in range(SEGMENTS // STREAMS):
+                with_stream.append([tiny.model_copy(update={"episode_id": uuid7()})])
+        fold(ReplayStore.open(folder))
+        command = [sys.executable, "-c", _OPEN, folder, str(SEGMENTS)]
+        times = [float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+                 for _ in range(ROUNDS + 1)][1:]
+    yield Figure("open_10k_segments_ms", _ms(times), "ms", None,
+                 {"segments": SEGMENTS, "streams": STREAMS, "rounds": ROUNDS, "fastest_ms": _ms([min(times)])})
+
+
+_OPEN = """
+import sys, time
+from agentsdpo.replay.store import ReplayStore
+import agentsdpo.replay.snapfile
+began = time.perf_counter()
+assert len(ReplayStore.open(sys.argv[1], create=False).snapshot()) == int(sys.argv[2])
+print(time.perf_counter() - began)
+"""
+
+
+def step() -> Iterator[Figure]:
+    """One durable step of a running episode, beside a bare write and fdatasync of as many bytes to the same disk."""
+    mine, bare = step_times(STEPS)
     p99 = [float(np.percentile(np.array(times) * 1000, 99)) for times in (mine, bare)]
     yield Figure("append_p99_over_fsync_ms", round(p99[0] - p99[1], 3), "ms", "write and fdatasync",
                  {"p99_ms": round(p99[0], 3), "peer_p99_ms": round(p99[1], 3), "steps": len(mine)})
@@ -162,4 +201,5 @@ def start() -> Iterator[Figure]:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    run_all(__doc__ or "", {"size": size, "read": read, "step": step, "help": start})
+    run_all(__doc__ or "", {"kill": kill, "bitflips": bitflips.measure, "size": size, "read": read, "open": open_many,
+                            "step": step, "help": start})

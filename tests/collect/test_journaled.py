@@ -11,8 +11,8 @@ from agentsdpo.collect.collector import Collector
 from agentsdpo.collect.config import CollectConfig
 from agentsdpo.replay import ReplayStore, Spool
 from agentsdpo.replay.journal import JournalError
-from agentsdpo.replay.recover import recover
 from agentsdpo.replay.salvage import Salvage, salvage
+from agentsdpo.replay.upkeep.recover import recover
 from agentsdpo.types import Completion, Episode
 
 

@@ -10,7 +10,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from replay_factories import make_episode  # noqa: E402
 
 from agentsdpo.errors import StoreError  # noqa: E402
-from agentsdpo.replay import ReplayStore, compact, compaction, fold, gc  # noqa: E402
+from agentsdpo.replay import ReplayStore, compact, fold, gc  # noqa: E402
+from agentsdpo.replay.upkeep import compaction  # noqa: E402
 
 
 def hear() -> str:

@@ -9,7 +9,7 @@ from replay_factories import make_episode
 from tokenizers import Tokenizer
 
 from agentsdpo.replay import ReplayStore
-from agentsdpo.replay.decode import SEED
+from agentsdpo.replay.cli.decode import SEED
 from agentsdpo.types import Branch, Call, Episode, Sampling, StopReason, VersionSpan
 
 TOKENIZER = Tokenizer.from_file(str(SEED / "tokenizer.json"))

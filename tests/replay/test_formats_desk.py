@@ -16,7 +16,7 @@ from agentsdpo.collect.inprocess import InProcessEngine
 from agentsdpo.envs.desk import DeskSuite
 from agentsdpo.envs.desk.seed import seed_path
 from agentsdpo.replay import ReplayStore
-from agentsdpo.replay.decode import decoder_for
+from agentsdpo.replay.cli.decode import decoder_for
 from agentsdpo.replay.formats import export, import_
 from agentsdpo.replay.redact import Redactor
 from agentsdpo.types import Episode

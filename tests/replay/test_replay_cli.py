@@ -293,7 +293,7 @@ def test_show_refuses_what_is_not_clear(shared: Path, tmp_path: Path) -> None:
 
 
 def test_show_takes_the_tokenizer_of_the_run(tmp_path: Path, shared: Path) -> None:
-    from agentsdpo.replay import decode
+    from agentsdpo.replay.cli import decode
 
     folder = decode.model_folders(str(tmp_path / "replay"), "seed")
     assert folder == [decode.SEED]
@@ -357,8 +357,8 @@ def test_sample_draws_as_a_learner_and_explains(shared: Path) -> None:
 
 
 def test_browse_leafs_filters_and_shows(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from agentsdpo.replay.browse import Browser
-    from agentsdpo.replay.cli_base import Out
+    from agentsdpo.replay.cli.base import Out
+    from agentsdpo.replay.cli.browse import Browser
 
     answers, pages = iter(["n", "p", "/ reward >", "/env_id == 'desk'", "1", "99", "/", "3", "q"]), list[str]()
     Browser(ReplayStore.open(shared), Out("browse"), ask=lambda prompt: next(answers), page=pages.append).run()
@@ -441,7 +441,7 @@ def test_sql_on_a_damaged_page_is_an_error_that_names_the_store(own: Path) -> No
 
 
 def test_sql_without_duckdb_says_how_to_get_it(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from agentsdpo.replay import query
+    from agentsdpo.replay.cli import query
 
     monkeypatch.setattr(query, "find_spec", lambda name: None)
     assert "pip install 'agentsdpo[sql]'" in refused(2, "sql", shared, "SELECT 1")

@@ -10,8 +10,9 @@ from replay_factories import make_episode
 from replay_shown import build
 from test_replay_cli import call, content, document, good, lines, refused
 
-from agentsdpo.replay import Key, ReplayStore, choose
-from agentsdpo.replay.index import SideIndex, Use
+from agentsdpo.replay import Key, ReplayStore
+from agentsdpo.replay.cli import choose
+from agentsdpo.replay.sampling.index import SideIndex, Use
 
 
 @pytest.fixture
@@ -179,7 +180,7 @@ def test_a_slot_that_is_taken_exits_5(own: Path, monkeypatch: pytest.MonkeyPatch
     def taken(*args: object, **more: object) -> None:
         raise WriterFenced("maintenance was taken over", fix="run it again")
 
-    monkeypatch.setattr("agentsdpo.replay.maintain.commit", taken)
+    monkeypatch.setattr("agentsdpo.replay.upkeep.maintain.commit", taken)
     result = call("rm", own, "aaaa", "--yes")
     assert (result.exit_code, result.stderr) == (5, "agentsdpo: maintenance was taken over; run it again\n")
 

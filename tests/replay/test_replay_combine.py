@@ -11,7 +11,8 @@ from replay_shown import build
 from test_replay_cli import content, document, good, lines, refused
 
 from agentsdpo.errors import CorruptionError, StoreError
-from agentsdpo.replay import Key, ReplayStore, combine
+from agentsdpo.replay import Key, ReplayStore
+from agentsdpo.replay.upkeep import combine
 from agentsdpo.types import Hint, StopReason
 
 POLICY = {"weights_id": "w", "tokenizer_sha256": "t" * 64, "chat_template_sha256": "c", "vocab_size": 10}
@@ -144,8 +145,8 @@ def test_fork_shares_bytes_and_then_goes_its_own_way(source: Path, tmp_path: Pat
 
 
 def test_a_fork_that_was_cut_off_is_finished(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from agentsdpo.replay import fork
     from agentsdpo.replay.storage import storage_for
+    from agentsdpo.replay.upkeep import fork
 
     made = fork._copy_stream
     monkeypatch.setattr(fork, "_copy_stream", lambda *a: (_ for _ in ()).throw(OSError("cut off")))

@@ -16,12 +16,12 @@ from test_replay_maintain import age, filled, live, same
 
 from agentsdpo.errors import CorruptionError, StoreError
 from agentsdpo.replay import Key, ReplayStore, compact, evict, fold, gc, unevict
-from agentsdpo.replay.compaction import StoreLocked
 from agentsdpo.replay.folding import Fold
 from agentsdpo.replay.log import WriterFenced
-from agentsdpo.replay.maintain import commit
 from agentsdpo.replay.schema import SCHEMA
 from agentsdpo.replay.segment import GROUP_TOKENS
+from agentsdpo.replay.upkeep.compaction import StoreLocked
+from agentsdpo.replay.upkeep.maintain import commit
 
 CHILD = Path(__file__).parent / "replay_maintainer.py"
 
@@ -138,7 +138,7 @@ def test_damaged_inputs_stop_it(tmp_path: Path) -> None:
 def test_files_of_a_newer_release_are_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, keys = filled(tmp_path / "s", 3)
     known = SCHEMA.remove(SCHEMA.get_field_index("quantisation"))
-    monkeypatch.setattr("agentsdpo.replay.compaction.SCHEMA", known)
+    monkeypatch.setattr("agentsdpo.replay.upkeep.compaction.SCHEMA", known)
     report = compact(store)
     assert (report.inputs, len(report.skipped)) == ((), 3)
     assert live(store.root) == set(keys)

@@ -11,7 +11,7 @@ from independent_reader import read
 
 from agentsdpo import __version__
 from agentsdpo.replay import ReplayStore, verify
-from agentsdpo.replay.verification import Level
+from agentsdpo.replay.upkeep.verification import Level
 
 RELEASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
 

@@ -8,7 +8,7 @@ from replay_factories import TOKENIZER, make_episode
 
 from agentsdpo.errors import StoreError
 from agentsdpo.replay import Key, ReplayConfig, ReplayStore, Sampler
-from agentsdpo.replay.index import SideIndex, Use
+from agentsdpo.replay.sampling.index import SideIndex, Use
 
 
 def sampler(store: ReplayStore, index: SideIndex | None) -> Sampler:

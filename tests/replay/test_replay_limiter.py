@@ -11,7 +11,7 @@ from replay_factories import TOKENIZER, make_episode
 
 from agentsdpo.errors import ConfigError
 from agentsdpo.replay import ReplayConfig, ReplayStore, Sampler, pin
-from agentsdpo.replay.limiter import Limit, RateLimiter, may_collect, published
+from agentsdpo.replay.sampling.limiter import Limit, RateLimiter, may_collect, published
 
 LIMITS = st.builds(dict, samples_per_insert=st.sampled_from([0.25, 0.5, 1.0, 1.5, 3.0, 8.0]),
                    min_size=st.integers(1, 6), min_diff=st.integers(-10, 10), room=st.integers(0, 40),

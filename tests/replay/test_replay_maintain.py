@@ -15,9 +15,9 @@ from agentsdpo.replay import Key, ReplayStore, uuid7
 from agentsdpo.replay.canonical import canonical_json
 from agentsdpo.replay.folding import Fold
 from agentsdpo.replay.log import MAINT, RowExpired, entry_path, make_entry
-from agentsdpo.replay.maintain import commit, evict, fold, unevict
-from agentsdpo.replay.pinned import clock_us, pin, pins, unpin
-from agentsdpo.replay.reclaim import gc
+from agentsdpo.replay.upkeep.maintain import commit, evict, fold, unevict
+from agentsdpo.replay.upkeep.pinned import clock_us, pin, pins, unpin
+from agentsdpo.replay.upkeep.reclaim import gc
 
 
 def filled(root: Path, n: int = 4, **fields: Any) -> tuple[ReplayStore, list[Key]]:

@@ -17,8 +17,8 @@ from agentsdpo.errors import StoreError
 from agentsdpo.replay import ReplayStore
 from agentsdpo.replay import journal as journal_module
 from agentsdpo.replay.ids import Key
-from agentsdpo.replay.recover import recover
 from agentsdpo.replay.spool import Spool
+from agentsdpo.replay.upkeep.recover import recover
 
 ROOM = Path(__file__).parents[2] / "replay"
 Ack = tuple[str, int]

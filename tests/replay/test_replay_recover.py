@@ -14,8 +14,8 @@ from replay_factories import make_episode, same_episode
 from agentsdpo.benchmarks.perf.killloop import Nursery, about, calls_after, kill_loop, plan
 from agentsdpo.replay import ReplayConfig, ReplayStore, Sampler
 from agentsdpo.replay.ids import Key
-from agentsdpo.replay.recover import RecoverReport, _Recovery, recover
 from agentsdpo.replay.spool import Spool
+from agentsdpo.replay.upkeep.recover import RecoverReport, _Recovery, recover
 from agentsdpo.types import Episode
 
 

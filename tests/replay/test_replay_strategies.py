@@ -15,11 +15,11 @@ from replay_factories import TOKENIZER, make_branch, make_episode
 
 from agentsdpo.errors import ConfigError
 from agentsdpo.replay import Key, ReplayConfig, ReplayStore, Sampler, compact, evict, gc, pin
-from agentsdpo.replay.eligible import Filters, Units
 from agentsdpo.replay.log import Located
-from agentsdpo.replay.placement import placement
+from agentsdpo.replay.sampling.eligible import Filters, Units
+from agentsdpo.replay.sampling.placement import placement
+from agentsdpo.replay.sampling.strategies import uniform
 from agentsdpo.replay.snapshot import Snapshot
-from agentsdpo.replay.strategies import uniform
 
 STRATEGIES = ("uniform", "fifo", "newest", "uniform_iid", "prioritised")
 

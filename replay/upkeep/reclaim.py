@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from agentsdpo.replay import archive, snapfile
 from agentsdpo.replay.folding import Fold
 from agentsdpo.replay.log import MAINT
-from agentsdpo.replay.maintain import commit
-from agentsdpo.replay.pinned import Pin, clock_us, standing
 from agentsdpo.replay.storage import FileInfo, Storage
 from agentsdpo.replay.store import ReplayStore
+from agentsdpo.replay.upkeep.maintain import commit
+from agentsdpo.replay.upkeep.pinned import Pin, clock_us, standing
 from agentsdpo.types import Json
 
 COMPACTED = "data/compact"
@@ -47,7 +47,7 @@ def gc(store: ReplayStore, *, grace_s: float = 86_400.0, dry_run: bool = False,
         store: where.
         grace_s: seconds between naming and deleting, between time stamps the storage gives.
         dry_run: only say what would be done.
-        sole_maintainer: see :func:`~agentsdpo.replay.maintain.commit`.
+        sole_maintainer: see :func:`~agentsdpo.replay.upkeep.maintain.commit`.
 
     Raises:
         CorruptionError: the log or a pin cannot be read; nothing is deleted then.

@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from typer import Context
 
 _PARTS = {
-    "cli_make": ("init", "doctor", "sql", "view"),
-    "cli_read": ("ls", "show", "stats", "schema"),
-    "cli_log": ("tail", "log", "sample", "browse"),
-    "cli_mend": ("verify", "recover", "compact"),
-    "cli_keep": ("snapshot", "evict", "unevict", "rm", "gc", "pin", "unpin", "label"),
-    "cli_share": ("diff", "merge", "fork", "split"),
-    "cli_formats": ("import", "export", "publish"),
+    "make": ("init", "doctor", "sql", "view"),
+    "read": ("ls", "show", "stats", "schema"),
+    "log": ("tail", "log", "sample", "browse"),
+    "mend": ("verify", "recover", "compact"),
+    "keep": ("snapshot", "evict", "unevict", "rm", "gc", "pin", "unpin", "label"),
+    "share": ("diff", "merge", "fork", "split"),
+    "formats": ("import", "export", "publish"),
 }
 """Verbs by the module that has them, in the order of the help."""
 _HOMES = {verb: part for part, verbs in _PARTS.items() for verb in verbs}
@@ -38,7 +38,7 @@ class Verbs(TyperGroup):
 @cache
 def _part(name: str) -> dict[str, Any]:
     """The verbs of one module."""
-    return dict(typer.main.get_group(import_module(f"agentsdpo.replay.{name}").app).commands)
+    return dict(typer.main.get_group(import_module(f"{__name__}.{name}").app).commands)
 
 
 app = typer.Typer(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from agentsdpo.errors import ConfigError, StoreNotFound
-from agentsdpo.replay.cli_base import Out, Sole, Store, Where, Yes, amount, existing, size, verb
+from agentsdpo.replay.cli.base import Out, Sole, Store, Where, Yes, amount, existing, size, verb
 
 if TYPE_CHECKING:
     from agentsdpo.replay.ids import Key
@@ -36,7 +36,7 @@ def evict(
     reason: Reason = "", yes: Yes = False, sole_maintainer: Sole = False,
 ) -> None:
     """Hide branches beyond a bound, whole groups; nothing is deleted before gc."""
-    from agentsdpo.replay.choose import Bounds, superfluous
+    from agentsdpo.replay.cli.choose import Bounds, superfluous
 
     opened = existing(store)
     view = opened.snapshot()
@@ -56,7 +56,7 @@ def evict(
 
 def _uses(index: Path, opened: "ReplayStore") -> "dict[Key, int]":
     """Draws per row, from a side index that is there."""
-    from agentsdpo.replay.index import SideIndex
+    from agentsdpo.replay.sampling.index import SideIndex
 
     if not index.is_file():
         raise StoreNotFound(f"there is no side index {index}", fix="the learner writes it; see SideIndex")
@@ -92,7 +92,7 @@ def rm(
     reason: Reason = "removed by hand", yes: Yes = False, sole_maintainer: Sole = False,
 ) -> None:
     """Hide episodes and the rest of their groups: evict with a reason."""
-    from agentsdpo.replay.summary import find_episode
+    from agentsdpo.replay.cli.summary import find_episode
 
     opened = existing(store)
     view = opened.snapshot()
@@ -168,8 +168,8 @@ def pin(
     ttl: Annotated[str, typer.Option(metavar="AGE", help="Until the pin lapses.")] = "1h",
 ) -> None:
     """Keep gc from what a reader sees now, or list the pins."""
-    from agentsdpo.replay.pinned import pin as hold
-    from agentsdpo.replay.pinned import pins, standing
+    from agentsdpo.replay.upkeep.pinned import pin as hold
+    from agentsdpo.replay.upkeep.pinned import pins, standing
 
     opened = existing(store)
     if reader is not None:
@@ -185,8 +185,8 @@ def pin(
 @verb(app)
 def unpin(out: Out, store: Store, reader: Annotated[str, typer.Argument()]) -> None:
     """Let go of a reader's pin."""
-    from agentsdpo.replay.pinned import pins
-    from agentsdpo.replay.pinned import unpin as release
+    from agentsdpo.replay.upkeep.pinned import pins
+    from agentsdpo.replay.upkeep.pinned import unpin as release
 
     opened = existing(store)
     names = [info.path.rpartition("/")[2].removesuffix(".json") for info in opened.storage.list("pins")]
@@ -210,7 +210,7 @@ def label(
     author: Annotated[str, typer.Option(help="Who says so.")] = "",
 ) -> None:
     """Add labels, rewards or hints that came late; stored rows stay as they are."""
-    from agentsdpo.replay import notes
+    from agentsdpo.replay.cli import notes
 
     if (text is None) == (source is None) or (where is None) == (text is not None) or kind not in notes.KINDS:
         raise ConfigError("what to add is not clear", fix="give a label and --where EXPR, or --from FILE with --kind "

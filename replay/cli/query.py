@@ -9,12 +9,12 @@ import pyarrow.dataset as ds
 import pyarrow.fs as pa_fs
 
 from agentsdpo.errors import ConfigError, CorruptionError
+from agentsdpo.replay.cli.summary import segments
 from agentsdpo.replay.ids import Key
 from agentsdpo.replay.schema import SCHEMA
 from agentsdpo.replay.segment import open_segment
 from agentsdpo.replay.snapshot import Snapshot
 from agentsdpo.replay.storage import LocalStorage
-from agentsdpo.replay.summary import segments
 
 if TYPE_CHECKING:
     import duckdb

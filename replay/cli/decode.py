@@ -8,7 +8,7 @@ from typing import Protocol
 
 from agentsdpo.errors import ModelError, TokenizerMismatch
 
-SEED = Path(__file__).resolve().parent.parent / "envs" / "desk" / "assets" / "seed"
+SEED = Path(__file__).resolve().parents[2] / "envs" / "desk" / "assets" / "seed"
 """Folder of the shipped model, whose tokenizer the built-in runs use."""
 _PART = "\ufffd"
 """What a decoder puts in the place of bytes that are no whole character."""

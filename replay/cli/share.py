@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from agentsdpo.errors import ConfigError
-from agentsdpo.replay.cli_base import Json, Out, Store, Where, existing, verb
+from agentsdpo.replay.cli.base import Json, Out, Store, Where, existing, verb
 
 if TYPE_CHECKING:
     from agentsdpo.replay.store import ReplayStore
@@ -17,7 +17,7 @@ Target = Annotated[str, typer.Argument(metavar="TO", help="Folder or s3:// prefi
 @verb(app, lists=True)
 def diff(out: Out, store: Store, other: Annotated[str, typer.Argument(metavar="OTHER")]) -> None:
     """Compare two stores by key and content."""
-    from agentsdpo.replay.combine import diff as compare
+    from agentsdpo.replay.upkeep.combine import diff as compare
 
     a, b = existing(store).snapshot(), existing(other).snapshot()
     found = compare(a, b).as_json()
@@ -36,8 +36,8 @@ def merge(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be copied.")] = False,
 ) -> None:
     """Copy what STORE lacks from other stores, byte for byte; safe to repeat."""
-    from agentsdpo.replay.combine import merge as copy
     from agentsdpo.replay.store import ReplayStore
+    from agentsdpo.replay.upkeep.combine import merge as copy
 
     opened = [existing(source) for source in sources]
     into = existing(store) if dry_run else ReplayStore.open(store)
@@ -59,8 +59,8 @@ def _print_copies(out: Out, what: str, rows: list[Json]) -> None:
 @verb(app)
 def fork(out: Out, store: Store, to: Target) -> None:
     """Make a second store with the same past: files are linked, and each goes its own way from here on."""
-    from agentsdpo.replay.fork import fork as make
     from agentsdpo.replay.storage import storage_for
+    from agentsdpo.replay.upkeep.fork import fork as make
 
     report = make(existing(store), storage_for(to))
     out.answer({"store": store, "to": to, **report.as_json()}, lambda: (
@@ -77,9 +77,9 @@ def split(
     seed: Annotated[int, typer.Option(min=0, help="Of --parts.")] = 0,
 ) -> None:
     """Copy into several stores below TO, groups whole; safe to repeat."""
-    from agentsdpo.replay import combine
-    from agentsdpo.replay.summary import column
-    from agentsdpo.replay.summary import rows as scalars
+    from agentsdpo.replay.cli.summary import column
+    from agentsdpo.replay.cli.summary import rows as scalars
+    from agentsdpo.replay.upkeep import combine
 
     if (by is None) == (parts is None):
         raise ConfigError("give either --by or --parts", fix="as in --by env_id or --parts train=0.9,val=0.1")
@@ -97,8 +97,8 @@ def split(
 
 def _split(out: Out, opened: "ReplayStore", to: str, found: dict[str, list[Any]]) -> list[Json]:
     """Copy each part into its store."""
-    from agentsdpo.replay import combine
     from agentsdpo.replay.store import ReplayStore
+    from agentsdpo.replay.upkeep import combine
 
     rows = []
     with out.progress("branches", sum(map(len, found.values()))) as done:

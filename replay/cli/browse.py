@@ -7,11 +7,11 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 
 from agentsdpo.errors import AgentSdpoError
-from agentsdpo.replay import view
-from agentsdpo.replay.cli_base import Out
+from agentsdpo.replay.cli import view
+from agentsdpo.replay.cli.base import Out
+from agentsdpo.replay.cli.summary import rows as scalars
 from agentsdpo.replay.snapshot import Snapshot
 from agentsdpo.replay.store import ReplayStore
-from agentsdpo.replay.summary import rows as scalars
 from agentsdpo.types import Json
 
 PAGE = 20

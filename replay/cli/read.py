@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from agentsdpo.errors import ConfigError
-from agentsdpo.replay.cli_base import Json, Out, Store, Where, existing, size, verb
+from agentsdpo.replay.cli.base import Json, Out, Store, Where, existing, size, verb
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,7 +33,7 @@ def ls(
     groups: Annotated[bool, typer.Option("--groups", help="One line per group of rollouts.")] = False,
 ) -> None:
     """List branches, the newest last."""
-    from agentsdpo.replay import summary
+    from agentsdpo.replay.cli import summary
 
     table = summary.rows(existing(store).snapshot(), where)
     if groups:
@@ -81,7 +81,7 @@ def _unique(ids: list[str]) -> int:
 
 def _list_groups(out: Out, store: str, table: "pa.Table") -> None:
     """One line per group: members, size that was planned, rewards."""
-    from agentsdpo.replay import summary
+    from agentsdpo.replay.cli import summary
 
     rows = []
     for each in summary.grouped(table, ["group_id", "group_size"]):
@@ -100,7 +100,7 @@ def stats(
                                                 "version.")] = None,
 ) -> None:
     """Count branches, tokens, bytes, rewards, versions and reasons."""
-    from agentsdpo.replay import summary
+    from agentsdpo.replay.cli import summary
 
     view = existing(store).snapshot()
     table = summary.rows(view, where)
@@ -142,7 +142,7 @@ def _print_by(out: Out, found: list[Json]) -> None:
 @verb(app, lists=True)
 def schema(out: Out, store: Store) -> None:
     """List the columns with their types, encodings and bytes per token."""
-    from agentsdpo.replay import summary
+    from agentsdpo.replay.cli import summary
 
     columns = summary.column_sizes(existing(store).snapshot())
     names = ["column", "type", "encodings", "bytes", "bytes_per_token"]
@@ -166,7 +166,7 @@ def show(
     model: Annotated[str | None, typer.Option(help="Folder of the model whose tokenizer is needed.")] = None,
 ) -> None:
     """Print an episode: the conversation, each sampled token shaded by its log-prob."""
-    from agentsdpo.replay import summary, view
+    from agentsdpo.replay.cli import summary, view
 
     if (episode is None) != last:
         raise ConfigError("give the id of one episode, or --last", fix="ids are listed by: agentsdpo replay ls")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from agentsdpo.replay.cli_base import Json, Out, Store, existing, verb
+from agentsdpo.replay.cli.base import Json, Out, Store, existing, verb
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -29,8 +29,8 @@ def init(
 @verb(app, lists=True)
 def doctor(out: Out, store: Store) -> None:
     """Try what a store needs of the place it lies in, and how fast that is."""
+    from agentsdpo.replay.cli.probe import probe
     from agentsdpo.replay.fitness import examine
-    from agentsdpo.replay.probe import probe
     from agentsdpo.replay.storage import LocalStorage
 
     storage = existing(store).storage
@@ -48,7 +48,7 @@ def doctor(out: Out, store: Store) -> None:
 def sql(out: Out, store: Store, query: Annotated[str, typer.Argument(
         metavar="SQL", help="As in \"SELECT env_id, avg(reward) FROM branches GROUP BY ALL\".")]) -> None:
     """Ask DuckDB; the live rows are the view branches, and nothing can be changed."""
-    from agentsdpo.replay.query import run
+    from agentsdpo.replay.cli.query import run
 
     names, rows = run(existing(store).snapshot(), query)
     out.answer({"store": store, "columns": names, "rows": [dict(zip(names, row, strict=True)) for row in rows]},
@@ -59,7 +59,7 @@ def sql(out: Out, store: Store, query: Annotated[str, typer.Argument(
 def view(out: Out, store: Store, create: Annotated[Path, typer.Option(
         "--create", metavar="FILE.db", help="The database to make.")]) -> None:
     """Make a DuckDB database whose view branches shows the live rows of today."""
-    from agentsdpo.replay.query import create_view
+    from agentsdpo.replay.cli.query import create_view
 
     snapshot = existing(store).snapshot()
     create_view(snapshot, create)

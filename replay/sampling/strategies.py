@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from agentsdpo.replay.config import ReplayConfig
-from agentsdpo.replay.eligible import Units
+from agentsdpo.replay.sampling.eligible import Units
 
 _FLOOR = 1e-12
 """Least priority that counts, as a share of the greatest: no unit is ever out of reach."""

@@ -7,10 +7,10 @@ import numpy as np
 from rich.text import Text
 
 from agentsdpo.errors import ConfigError, StoreNotFound
-from agentsdpo.replay.cli_base import Out, cell, printable, write
-from agentsdpo.replay.decode import Decoder, decoder_for, model_folders, pieces
+from agentsdpo.replay.cli.base import Out, cell, printable, write
+from agentsdpo.replay.cli.decode import Decoder, decoder_for, model_folders, pieces
+from agentsdpo.replay.cli.shade import GAP, LOGPROB, Segment, Shade, conversation, segments
 from agentsdpo.replay.rows import Row
-from agentsdpo.replay.shade import GAP, LOGPROB, Segment, Shade, conversation, segments
 from agentsdpo.replay.snapshot import Snapshot
 from agentsdpo.replay.store import ReplayStore
 from agentsdpo.types import Call, Episode, Json

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from agentsdpo.errors import ConfigError
-from agentsdpo.replay.cli_base import Json, Out, Store, Where, existing, size, verb
+from agentsdpo.replay.cli.base import Json, Out, Store, Where, existing, size, verb
 
 if TYPE_CHECKING:
     from agentsdpo.replay.redact import Redactor
@@ -86,7 +86,7 @@ def _redactor(store: str, wanted: bool, rules: Path | None, tokens: str, model: 
         if rules is not None:
             raise ConfigError("--redact-rules without --redact would be ignored", fix="add --redact")
         return None
-    from agentsdpo.replay.decode import decoder_for, model_folders
+    from agentsdpo.replay.cli.decode import decoder_for, model_folders
     from agentsdpo.replay.redact import Redactor
     from agentsdpo.replay.secret_rules import load_rules
 

@@ -1,7 +1,7 @@
 """Draws branches for the learner: filtered, bounded in staleness, repeatable.
 
 A draw depends on seed, state and learner version, on nothing else: no clock, no world size. One process draws; the
-others are told the keys (:func:`~agentsdpo.replay.placement.placement`). ``eligible.py`` says what may be drawn,
+others are told the keys (:mod:`~agentsdpo.replay.sampling.placement`). ``eligible.py`` says what may be drawn,
 ``strategies.py`` in which order.
 """
 
@@ -15,14 +15,14 @@ import numpy as np
 from agentsdpo.errors import ConfigError, StoreError
 from agentsdpo.replay.canonical import canonical_json
 from agentsdpo.replay.config import ReplayConfig
-from agentsdpo.replay.eligible import Filters, Units
 from agentsdpo.replay.ids import Key
-from agentsdpo.replay.index import SideIndex, Use
-from agentsdpo.replay.limiter import RateLimiter
 from agentsdpo.replay.log import Located
 from agentsdpo.replay.rows import Row
+from agentsdpo.replay.sampling.eligible import Filters, Units
+from agentsdpo.replay.sampling.index import SideIndex, Use
+from agentsdpo.replay.sampling.limiter import RateLimiter
+from agentsdpo.replay.sampling.strategies import strategy_for
 from agentsdpo.replay.snapshot import Snapshot
-from agentsdpo.replay.strategies import strategy_for
 from agentsdpo.types import Json
 
 

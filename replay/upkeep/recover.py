@@ -14,7 +14,6 @@ from typing import Literal
 
 from agentsdpo.errors import RowError, TokenizerMismatch, TrainForbidden
 from agentsdpo.replay import archive
-from agentsdpo.replay.adopt import adopted_rows
 from agentsdpo.replay.canonical import canonical_json
 from agentsdpo.replay.folding import Fold
 from agentsdpo.replay.ids import Key
@@ -23,6 +22,7 @@ from agentsdpo.replay.log import MAINT, entry_path, make_entry
 from agentsdpo.replay.salvage import Salvage, salvage
 from agentsdpo.replay.spool import LOST, default_spool, set_aside
 from agentsdpo.replay.store import ReplayStore
+from agentsdpo.replay.upkeep.adopt import adopted_rows
 from agentsdpo.types import Json
 
 What = Literal["running", "committed", "empty", "salvaged", "set_aside", "open", "closed", "adopted", "lost"]

@@ -16,10 +16,10 @@ import pyarrow as pa
 from agentsdpo.errors import ConfigError, CorruptionError, StoreError
 from agentsdpo.replay.ids import Key
 from agentsdpo.replay.log import Located
-from agentsdpo.replay.maintain import unit
-from agentsdpo.replay.overlay_copy import copy_overlays, missing
 from agentsdpo.replay.snapshot import Condition, Snapshot
 from agentsdpo.replay.store import ReplayStore
+from agentsdpo.replay.upkeep.maintain import unit
+from agentsdpo.replay.upkeep.overlay_copy import copy_overlays, missing
 from agentsdpo.types import Json
 
 _BATCH_TOKENS = 1 << 20

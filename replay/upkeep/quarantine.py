@@ -12,16 +12,16 @@ import pyarrow as pa
 from agentsdpo.errors import CorruptionError, StoreError
 from agentsdpo.replay.folding import Fold
 from agentsdpo.replay.ids import Key, uuid7
-from agentsdpo.replay.inspection import GroupCheck
 from agentsdpo.replay.log import Located
-from agentsdpo.replay.logwalk import Problem, Walk
-from agentsdpo.replay.maintain import commit, whole_groups
-from agentsdpo.replay.reclaim import COMPACTED
 from agentsdpo.replay.schema import conform
 from agentsdpo.replay.segment import encode_groups, open_segment
 from agentsdpo.replay.storage import Storage
 from agentsdpo.replay.store import ReplayStore
-from agentsdpo.replay.verification import REASON
+from agentsdpo.replay.upkeep.inspection import GroupCheck
+from agentsdpo.replay.upkeep.logwalk import Problem, Walk
+from agentsdpo.replay.upkeep.maintain import commit, whole_groups
+from agentsdpo.replay.upkeep.reclaim import COMPACTED
+from agentsdpo.replay.upkeep.verification import REASON
 from agentsdpo.types import Json
 
 

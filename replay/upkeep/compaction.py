@@ -20,15 +20,15 @@ from agentsdpo.errors import ConfigError, CorruptionError, StoreError
 from agentsdpo.replay import archive
 from agentsdpo.replay.folding import Fold
 from agentsdpo.replay.ids import uuid7
-from agentsdpo.replay.inspection import GroupCheck, inspect
 from agentsdpo.replay.log import MAINT, Located, check_entry, entry_path, located
-from agentsdpo.replay.maintain import commit, fold
-from agentsdpo.replay.pinned import clock_us
-from agentsdpo.replay.reclaim import COMPACTED
 from agentsdpo.replay.schema import SCHEMA, conform
 from agentsdpo.replay.segment import encode_groups, group_bounds, open_segment
 from agentsdpo.replay.storage import Storage, read_whole
 from agentsdpo.replay.store import ReplayStore
+from agentsdpo.replay.upkeep.inspection import GroupCheck, inspect
+from agentsdpo.replay.upkeep.maintain import commit, fold
+from agentsdpo.replay.upkeep.pinned import clock_us
+from agentsdpo.replay.upkeep.reclaim import COMPACTED
 from agentsdpo.types import Json
 
 _HELD = 8
@@ -82,7 +82,7 @@ def compact(store: ReplayStore, *, target_bytes: int = 128 << 20, max_row_groups
         dry_run: only say what would be rewritten.
         takeover_after_s: when another compaction under way has shown no life for so long, by the store's clock, it is
             taken over.
-        sole_maintainer: see :func:`~agentsdpo.replay.maintain.commit`.
+        sole_maintainer: see :func:`~agentsdpo.replay.upkeep.maintain.commit`.
 
     Raises:
         StoreLocked: another compaction is under way.

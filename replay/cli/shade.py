@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from rich.text import Text
 
-from agentsdpo.replay.cli_base import printable
-from agentsdpo.replay.decode import Decoder, pieces
+from agentsdpo.replay.cli.base import printable
+from agentsdpo.replay.cli.decode import Decoder, pieces
 from agentsdpo.types import Branch, Call, TokenKind
 
 _CONTROL = re.compile(r"<\|[^|]*\|>|</?s>")

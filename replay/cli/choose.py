@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from agentsdpo.replay.ids import Key
 from agentsdpo.replay.log import Located
-from agentsdpo.replay.maintain import unit
 from agentsdpo.replay.snapshot import Snapshot
+from agentsdpo.replay.upkeep.maintain import unit
 
 
 @dataclass(frozen=True)

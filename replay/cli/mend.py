@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from agentsdpo.replay.cli_base import Out, Sole, Store, Yes, amount, existing, size, verb
+from agentsdpo.replay.cli.base import Out, Sole, Store, Yes, amount, existing, size, verb
 
 app = typer.Typer(rich_markup_mode=None)
 _SIZES = ("B", "KB", "MB", "GB", "TB", "KiB", "MiB", "GiB", "TiB")
@@ -53,7 +53,7 @@ def recover(
     yes: Yes = False,
 ) -> None:
     """Make a store whole after a crash: salvage journals, close dead writers, settle orphans."""
-    from agentsdpo.replay.recover import recover as mend
+    from agentsdpo.replay.upkeep.recover import recover as mend
 
     opened = existing(store)
     with out.progress("recovering"):

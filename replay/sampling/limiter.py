@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from agentsdpo.errors import ConfigError
-from agentsdpo.replay.pinned import standing
 from agentsdpo.replay.store import ReplayStore
+from agentsdpo.replay.upkeep.pinned import standing
 from agentsdpo.types import Json
 
 

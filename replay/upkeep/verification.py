@@ -16,11 +16,11 @@ from agentsdpo.errors import AgentSdpoError, ConfigError, CorruptionError, Store
 from agentsdpo.replay import layout, overlay
 from agentsdpo.replay.folding import Fold
 from agentsdpo.replay.ids import Key
-from agentsdpo.replay.inspection import inspect
 from agentsdpo.replay.log import MAINT, entry_path
-from agentsdpo.replay.logwalk import RESTORE, Problem, Walk, check_small_files
 from agentsdpo.replay.rules import check_episode
 from agentsdpo.replay.store import ReplayStore
+from agentsdpo.replay.upkeep.inspection import inspect
+from agentsdpo.replay.upkeep.logwalk import RESTORE, Problem, Walk, check_small_files
 from agentsdpo.types import Branch, Json
 
 Level = Literal["fast", "full", "deep"]
@@ -68,7 +68,7 @@ def verify(store: ReplayStore, level: Level = "full", *, quarantine: bool = Fals
         level: how thoroughly; ``fast`` reads the log alone, ``full`` every byte, ``deep`` looks at every token.
         quarantine: move damaged data files and overlays to ``quarantine/``, after their whole rows were written anew;
             rows that are lost are evicted, with their groups.
-        sole_maintainer: see :func:`~agentsdpo.replay.maintain.commit`.
+        sole_maintainer: see :func:`~agentsdpo.replay.upkeep.maintain.commit`.
 
     Raises:
         ConfigError: a level that is none.
@@ -88,7 +88,7 @@ def verify(store: ReplayStore, level: Level = "full", *, quarantine: bool = Fals
         problems += _deep(store, walk)
     moved = ()
     if quarantine and problems:
-        from agentsdpo.replay.quarantine import set_aside
+        from agentsdpo.replay.upkeep.quarantine import set_aside
 
         moved = set_aside(store, walk, problems, sole_maintainer=sole_maintainer)
     state = walk.state

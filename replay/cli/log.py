@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from agentsdpo.errors import ConfigError, StoreNotFound
-from agentsdpo.replay.cli_base import Json, Out, Store, Where, cell, existing, verb
+from agentsdpo.replay.cli.base import Json, Out, Store, Where, cell, existing, verb
 
 if TYPE_CHECKING:
     from agentsdpo.replay.folding import Fold
@@ -78,7 +78,7 @@ def tail(
     every: Annotated[float, typer.Option(min=0.05, metavar="SECONDS", help="Pause between two looks.")] = 1.0,
 ) -> None:
     """Print the newest branches, one a line."""
-    from agentsdpo.replay import summary
+    from agentsdpo.replay.cli import summary
 
     start = _moment(since) if since else None
     opened = existing(store)
@@ -108,7 +108,7 @@ def _some(row: Json, names: list[str]) -> Json:
 
 def _fresh(opened: "ReplayStore", where: str | None, seen: "set[Key]") -> list[Json]:
     """Rows that were not there at the last look; they count as seen from now on."""
-    from agentsdpo.replay import summary
+    from agentsdpo.replay.cli import summary
 
     view = opened.snapshot()
     new = view.rows.keys() - seen
@@ -147,7 +147,7 @@ def sample(
     from pydantic import ValidationError
 
     from agentsdpo.replay.config import ReplayConfig
-    from agentsdpo.replay.sampler import Sampler
+    from agentsdpo.replay.sampling.sampler import Sampler
 
     try:
         config = ReplayConfig.model_validate({"strategy": strategy, "unit": unit, "group_mode": group_mode})
@@ -177,7 +177,7 @@ def sample(
 @verb(app)
 def browse(out: Out, store: Store, where: Where = None) -> None:
     """Leaf through the episodes on a terminal."""
-    from agentsdpo.replay.browse import Browser
+    from agentsdpo.replay.cli.browse import Browser
 
     opened = existing(store)
     if not (out.tty and sys.stdin.isatty()):

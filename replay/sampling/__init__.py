@@ -1,0 +1,1 @@
+"""Which branches a learner draws, in what order and how fast."""
