@@ -9,7 +9,7 @@ from agentsdpo.errors import ConfigError
 from agentsdpo.replay.cli.base import Json, Out, Store, Where, existing, size, verb
 
 if TYPE_CHECKING:
-    from agentsdpo.replay.redact import Redactor
+    from agentsdpo.replay.formats.redact import Redactor
 
 app = typer.Typer(rich_markup_mode=None)
 Format = Annotated[str, typer.Argument(metavar="FORMAT", help="atif, openai, hf, verifiers, parquet; pairs and sts for "
@@ -68,7 +68,7 @@ def publish(
     i_have_checked: Checked = False, model: Model = None,
 ) -> None:
     """Write a dataset folder with its card, for others."""
-    from agentsdpo.replay.dataset import publish as write
+    from agentsdpo.replay.formats.dataset import publish as write
 
     if fmt != "hf":
         raise ConfigError(f"there is no dataset format {fmt!r}", fix="use hf")
@@ -87,8 +87,8 @@ def _redactor(store: str, wanted: bool, rules: Path | None, tokens: str, model: 
             raise ConfigError("--redact-rules without --redact would be ignored", fix="add --redact")
         return None
     from agentsdpo.replay.cli.decode import decoder_for, model_folders
-    from agentsdpo.replay.redact import Redactor
-    from agentsdpo.replay.secret_rules import load_rules
+    from agentsdpo.replay.formats.redact import Redactor
+    from agentsdpo.replay.formats.secret_rules import load_rules
 
     folders: list[Any] = [model] * bool(model) + model_folders(store, "")
     return Redactor(load_rules(rules) if rules else (), tokens=tokens,  # pyright: ignore[reportArgumentType]

@@ -12,9 +12,9 @@ from agentsdpo.replay.canonical import to_json
 from agentsdpo.replay.formats import atif, chat, pairs, portable, sts, verifiers
 from agentsdpo.replay.formats.bag import Stored
 from agentsdpo.replay.formats.files import whole_file
+from agentsdpo.replay.formats.redact import Redactor, demand_redaction
 from agentsdpo.replay.formats.report import ExportReport, Progress, counted
 from agentsdpo.replay.policies import IDENTITY
-from agentsdpo.replay.redact import Redactor, demand_redaction
 from agentsdpo.replay.snapshot import Condition, Snapshot
 from agentsdpo.replay.store import ReplayStore
 from agentsdpo.types import Episode, Json
@@ -40,7 +40,7 @@ def export(store: ReplayStore, fmt: str, out: str | Path, *, where: Condition | 
         fmt: ``atif``, ``openai``, ``hf``, ``pairs``, ``sts``, ``verifiers`` or ``parquet``.
         out: the file, replaced when the export is whole.
         where: episodes with a branch that this holds for.
-        redact: takes secrets out of everything on its way; see :class:`agentsdpo.replay.redact.Redactor`.
+        redact: takes secrets out of everything on its way; see :class:`agentsdpo.replay.formats.redact.Redactor`.
         limit: at most so many episodes.
         checked: somebody looked for secrets: ``sts`` may be written without ``redact``.
         progress: told about every episode.

@@ -18,7 +18,7 @@ from agentsdpo.envs.desk.seed import seed_path
 from agentsdpo.replay import ReplayStore
 from agentsdpo.replay.cli.decode import decoder_for
 from agentsdpo.replay.formats import export, import_
-from agentsdpo.replay.redact import Redactor
+from agentsdpo.replay.formats.redact import Redactor
 from agentsdpo.types import Episode
 
 

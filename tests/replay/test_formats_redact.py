@@ -16,9 +16,9 @@ from replay_factories import make_episode, same_episode
 from agentsdpo.errors import ConfigError
 from agentsdpo.replay import ReplayStore
 from agentsdpo.replay.formats import EXPORTS, export, import_
-from agentsdpo.replay.redact import Redactor, demand_redaction, masked
+from agentsdpo.replay.formats.redact import Redactor, demand_redaction, masked
+from agentsdpo.replay.formats.secret_rules import RULES, load_rules, spans
 from agentsdpo.replay.rules import check_episode
-from agentsdpo.replay.secret_rules import RULES, load_rules, spans
 from agentsdpo.types import Branch, Call, CriterionResult, Episode, Grade, Hint, Sampling, VersionSpan
 
 RNG = np.random.default_rng(0)

@@ -9,7 +9,7 @@ from pathlib import Path
 from agentsdpo.errors import StoreError
 from agentsdpo.files import write_text
 from agentsdpo.replay.formats import ExportReport, Progress, export
-from agentsdpo.replay.redact import Redactor, demand_redaction
+from agentsdpo.replay.formats.redact import Redactor, demand_redaction
 from agentsdpo.replay.snapshot import Condition
 from agentsdpo.replay.store import ReplayStore
 from agentsdpo.types import Json

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from agentsdpo.errors import ConfigError
 from agentsdpo.replay.canonical import to_json
 from agentsdpo.replay.cli.decode import Decoder, pieces
-from agentsdpo.replay.secret_rules import EMAIL, RULES, Rule, parts, spans
+from agentsdpo.replay.formats.secret_rules import EMAIL, RULES, Rule, parts, spans
 from agentsdpo.types import Branch, Call, Episode, TokenKind, VersionSpan
 
 UNTOUCHED = {"episode_id", "tokenizer_sha256", "chat_template_sha256"}
@@ -41,7 +41,7 @@ class Redactor:
     """Takes secrets out of episodes.
 
     Args:
-        extra: rules beyond :data:`~agentsdpo.replay.secret_rules.RULES`, say from ``load_rules`` beside them.
+        extra: rules beyond :data:`~agentsdpo.replay.formats.secret_rules.RULES`, say from ``load_rules`` beside them.
         emails: whether addresses are secrets too.
         decoder: gives the tokenizer with a hash, None when there is none; None for no tokenizers at all.
         tokens: what happens to a branch whose tokens spell a secret. ``drop`` leaves all its tokens out; ``mask``
