@@ -270,6 +270,7 @@ class RowReader:
 
     def __init__(self, table: pa.Table) -> None:
         self.nbytes = table.nbytes
+        self.verified: set[int] = set()  # rows whose token hash was found right since they were decoded
         self._lists: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self._scalars: dict[str, list[Any]] = {}
         for name in table.schema.names:

@@ -16,7 +16,7 @@ from agentsdpo.replay.schema import LEARNER_COLUMNS, SCHEMA, TOKEN_COLUMNS, WRIT
 from agentsdpo.replay.storage import Storage
 from agentsdpo.types import Json
 
-GROUP_TOKENS, GROUP_ROWS = 49_152, 256
+GROUP_TOKENS, GROUP_ROWS = 65_536, 256
 """A row group is closed once it holds this many tokens or rows: a random read decodes the whole of it, while its
 columns' headers and footer take 15 kB, however few tokens it holds."""
 _ENTRY_NAMES = ("episode_id", "branch_id", "attempt", "policy_version_min", "policy_version_max", "group_id",
@@ -155,21 +155,31 @@ class GroupCache:
 
     def __init__(self, storage: Storage, max_bytes: int) -> None:
         self._max, self._held, self._lock = max_bytes, 0, Lock()
-        self._groups: OrderedDict[tuple[str, int], RowReader] = OrderedDict()
+        self._groups: OrderedDict[tuple[str, int, bool], RowReader] = OrderedDict()
         self._readers = Readers(storage)
 
     def tokens(self, row: Located) -> RowReader:
-        """The keys and token columns of a row's row group; nothing is kept, since bulk reads would only evict."""
-        return RowReader(read_group(self._readers, row, TOKEN_COLUMNS))
+        """Keys and token columns of a row's row group, or all of it when that is at hand. Raises as :meth:`get`."""
+        found = self._at_hand(row, True)
+        found = self._at_hand(row, False) if found is None else found
+        return self._decode(row, False) if found is None else found
 
     def get(self, row: Located) -> RowReader:
-        """The row group of a row. Raises what :func:`read_group` does."""
-        at = (row.path, row.row_group)
+        """The row group of a row with all a learner needs. Raises what :func:`read_group` does."""
+        found = self._at_hand(row, True)
+        return self._decode(row, True) if found is None else found
+
+    def _at_hand(self, row: Located, whole: bool) -> RowReader | None:
+        at = (row.path, row.row_group, whole)
         with self._lock:
             if at in self._groups:
                 self._groups.move_to_end(at)
                 return self._groups[at]
-        reader = RowReader(read_group(self._readers, row, LEARNER_COLUMNS))
+        return None
+
+    def _decode(self, row: Located, whole: bool) -> RowReader:
+        reader = RowReader(read_group(self._readers, row, LEARNER_COLUMNS if whole else TOKEN_COLUMNS))
+        at = (row.path, row.row_group, whole)
         with self._lock:
             if reader.nbytes <= self._max and at not in self._groups:
                 self._groups[at] = reader

@@ -136,7 +136,8 @@ def load(storage: Storage) -> pa.Table | None:
         raise CorruptionError(f"{path} is missing though {LATEST} names it", fix=REBUILD) from None
     if hashlib.sha256(data).hexdigest() != about["sha256"]:
         raise CorruptionError(f"{path} is not the file that was written", fix=REBUILD)
-    return pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+    with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:  # read_table loads pandas
+        return file.read(use_threads=False)
 
 
 def latest(storage: Storage) -> str | None:

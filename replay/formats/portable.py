@@ -29,7 +29,7 @@ _SHA, _POLICIES = "agentsdpo.sha256", "agentsdpo.policies"
 
 
 class Writer:
-    """Writes episodes into one file, row groups of about 49,152 tokens."""
+    """Writes episodes into one file, row groups of about 65,536 tokens."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._writer = pq.ParquetWriter(file, SCHEMA, use_content_defined_chunking=True, **WRITE_OPTIONS)

@@ -73,7 +73,7 @@ def compact(store: ReplayStore, *, target_bytes: int = 128 << 20, max_row_groups
             takeover_after_s: float = 60.0, sole_maintainer: bool = False) -> CompactReport:
     """Rewrite small files, and compacted ones that hold many evicted rows; pack closed streams; fold the log.
 
-    Rows are sorted by (policy_version_min, group_id, episode_id); a row group is closed at 49,152 tokens or 256 rows.
+    Rows are sorted by (policy_version_min, group_id, episode_id); a row group is closed at 65,536 tokens or 256 rows.
 
     Args:
         store: where.
