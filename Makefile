@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.agentsdpo-setup
 
-.PHONY: help setup demo test docs clean
+.PHONY: help setup demo test bench docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -23,7 +23,11 @@ demo: setup  ## train the shipped model on the built-in world, minutes on a lapt
 test: setup  ## lint, types, tests, doctests and the wheel
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
+
+bench: setup  ## install the peers, measure the store and the start-up, write docs/results/perf-*.json
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,bench]'
+	$(BIN)/python -m agentsdpo.benchmarks.perf.replay --out docs/results/perf-replay.json
 
 docs: setup  ## write the reference pages from the code
 	$(BIN)/python docs/reference.py

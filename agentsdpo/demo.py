@@ -6,8 +6,6 @@ differ in the objective, its normaliser, and the learning rate that suits it (``
 """
 
 import json
-import os
-import platform
 import resource
 import shutil
 import sys
@@ -23,6 +21,7 @@ from agentsdpo.errors import RunError
 from agentsdpo.evaluate import summarise
 from agentsdpo.files import write_text
 from agentsdpo.loop import train
+from agentsdpo.provenance import cores, cpu_name
 from agentsdpo.report import write_report
 from agentsdpo.track import read_metrics
 from agentsdpo.types import Json
@@ -100,7 +99,7 @@ def conclude(out: Path | str, *, began: float | None = None) -> Json:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
     starts = [start for folder in folders.values() for start in _starts(folder)]
     summary = {"arm": main, **top, "wall_s": round(wall, 1), "peak_rss_mib": round(peak), "commit": _commits(starts),
-               "hardware": f"{_cpu()}, {_cores()} cores", "command": " ".join(starts[0]["command"]), "arms": records}
+               "hardware": f"{cpu_name()}, {cores()} cores", "command": " ".join(starts[0]["command"]), "arms": records}
     if "" not in folders:
         write_text(out / "config.toml", (folders[main] / "config.toml").read_text())
     write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -128,19 +127,6 @@ def _commits(starts: Sequence[Json]) -> str | None:
 
 def _settings(folder: Path) -> Json:
     return tomllib.loads((folder / "config.toml").read_text())
-
-
-def _cores() -> int:
-    """Processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _cpu() -> str:
-    """Name of the processor, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines()
-             if line.startswith("model name")] if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _make_room(out: Path, arms: Sequence[str]) -> None:

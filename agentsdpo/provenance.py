@@ -1,5 +1,6 @@
 """What produced a run: commit of the code, versions, machine and command."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -40,6 +41,19 @@ def git_commit() -> str | None:
         return head + ("+changes" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def cores() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    """Name of the processor, as far as the system tells."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines()
+             if line.startswith("model name")] if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _git(folder: Path, *arguments: str) -> str:

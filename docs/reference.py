@@ -60,8 +60,13 @@ def results() -> str:
         "Each table is a `summary.json` as a run wrote it, kept in `docs/results/`. Pass: every criterion of an "
         "episode met. 95 % intervals are Wilson's. Sampled decoding at temperature 1 unless it says greedy. One seed.")]
     for path in sorted((DOCS / "results").glob("*.json")):
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        parts += [f"## {_command(summary)}", _provenance(summary), summary_table(summary)]
+        if not path.name.startswith("perf-"):
+            summary = json.loads(path.read_text(encoding="utf-8"))
+            parts += [f"## {_command(summary)}", _provenance(summary), summary_table(summary)]
+    for path in sorted((DOCS / "results").glob("perf-*.json")):
+        room = path.stem.removeprefix("perf-")
+        measured = json.loads(path.read_text(encoding="utf-8"))
+        parts += [f"## `python -m agentsdpo.benchmarks.perf.{room}`", _machine(measured), figures_table(measured)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -101,6 +106,23 @@ def summary_table(summary: Json) -> str:
              _rate(record, "final"), percent(record["final_greedy_pass"]), percent(record["final_score"]))
             for name, arm in summary["arms"].items() for split, record in arm["splits"].items()]
     return _table(("arm", "split", "episodes", "before", "after", "after, greedy", "mean score after"), rows)
+
+
+def _machine(measured: Json) -> str:
+    return (f"Of a ratio, above 1 means that this project is better. {measured['machine']}, {measured['cores']} cores, "
+            f"load {measured['load']:.1f} at the end; commit {measured['commit'][:7]}.")
+
+
+def figures_table(measured: Json) -> str:
+    """A row for every figure of a benchmark."""
+    rows = [(f"`{one['name']}`", number(one["value"]), one["unit"], one["peer"] or "–",
+             ", ".join(f"{key} {_shown(value)}" for key, value in one["detail"].items()))
+            for one in measured["figures"]]
+    return _table(("figure", "value", "unit", "beside", "detail"), rows)
+
+
+def _shown(value: Any) -> str:
+    return number(value) if isinstance(value, int | float) else str(value)
 
 
 def _rate(record: Json, when: str) -> str:

@@ -3,12 +3,11 @@
 import argparse
 import json
 import os
-import platform
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 
-from agentsdpo.provenance import git_commit
+from agentsdpo.provenance import cores, cpu_name, git_commit
 from agentsdpo.types import Json
 
 
@@ -66,8 +65,8 @@ def run_all(doc: str, measures: dict[str, Measure], arguments: list[str] | None 
     if args.json:
         print(json.dumps(rows))  # noqa: T201
     if args.out:
-        about = {"commit": git_commit(), "machine": platform.processor() or platform.machine(),
-                 "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        about = {"commit": git_commit(), "machine": cpu_name(),
+                 "cores": cores(),
                  "load": os.getloadavg()[0], "figures": rows}
         with open(args.out, "w", encoding="utf-8") as file:
             json.dump(about, file, indent=2)
