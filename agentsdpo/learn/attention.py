@@ -24,10 +24,14 @@ SEGMENTS = "agentsdpo_segments"
 
 @dataclass(frozen=True)
 class Segments:
-    """Where the branches of a packed row begin and end: ``lengths`` in tokens, ``bounds`` int32[B+1] their sums."""
+    """Where the branches of a packed row begin and end: ``lengths`` in tokens, ``bounds`` int32[B+1] their sums.
+
+    ``group``: processes that hold a slice of the row each (``learn/ulysses.py``), None where it is in one piece.
+    """
 
     lengths: tuple[int, ...]
     bounds: Tensor
+    group: Any = None
 
     @classmethod
     def of(cls, lengths: tuple[int, ...], device: torch.device | str = "cpu") -> "Segments":
@@ -74,6 +78,9 @@ def segment_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, at
     Raises:
         ModelError: a mask, a cache, a window or capped scores, none of which this attention knows.
     """
+    if segments is not None and segments.group is not None:
+        from agentsdpo.learn.ulysses import exchanged_attention  # which comes back here with whole rows
+        return exchanged_attention(module, query, key, value, attention_mask, dropout, scaling, segments, **options)
     lengths = segments.lengths if segments else (query.shape[2],)
     _refuse(query, key, attention_mask, lengths, options)
     if segments is None or len(lengths) == 1:

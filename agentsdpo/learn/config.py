@@ -22,6 +22,21 @@ class AdapterConfig(Settings):
         "ends of the names of the layers adapted, as in 'q_proj'; 'all-linear' is every linear layer of the body"))
 
 
+class ParallelConfig(Settings):
+    """Several processes, one learner: ``learn/parallel.py``.
+
+    >>> ParallelConfig().ranks
+    1
+    """
+
+    ranks: int = Field(default=1, ge=1, le=65_536, description=(
+        "processes the learner is launched with; another number is an error"))
+    shard: bool = Field(default=False, description=(
+        "each process keeps its part of weights, gradients and optimiser state (FSDP2)"))
+    sequence: bool = Field(default=False, description=(
+        "processes share every row, some attention heads each (Ulysses); otherwise rows are dealt out"))
+
+
 class LearnConfig(Settings):
     """One objective, one teacher, one optimiser. Presets are in ``learn/presets.py``.
 
@@ -104,6 +119,7 @@ class LearnConfig(Settings):
 
     # ---- what is trained: learn/adapters.py
     adapter: AdapterConfig = AdapterConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
     # ---- the optimiser
     lr: float = Field(default=1e-6, gt=0.0, le=1.0, description="AdamW learning rate")

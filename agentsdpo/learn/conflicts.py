@@ -16,7 +16,8 @@ _PREFIX = ("none", "turn_geo", "minpro")
 
 def conflicts(config: LearnConfig) -> list[Conflict]:
     """``(is wrong, what, fix)`` of every combination that makes no sense."""
-    return [*_objective(config), *_ratio(config), *_weights(config), *_mix(config), *_teacher(config)]
+    return [*_objective(config), *_ratio(config), *_weights(config), *_mix(config), *_teacher(config),
+            *_parallel(config)]
 
 
 def _objective(c: LearnConfig) -> list[Conflict]:
@@ -86,4 +87,16 @@ def _teacher(c: LearnConfig) -> list[Conflict]:
          "use teacher 'frozen' or 'trust_region': their initial weights are the reference, others hold none"),
         (not all(0.0 <= b < 1.0 for b in c.betas),
          f"learn.betas is {c.betas}", "give two decays in [0, 1)"),
+    ]
+
+
+def _parallel(c: LearnConfig) -> list[Conflict]:
+    parallel = c.parallel
+    return [
+        (parallel.ranks == 1 and (parallel.shard or parallel.sequence),
+         f"learn.parallel.{'shard' if parallel.shard else 'sequence'} is true with learn.parallel.ranks 1",
+         "set ranks to the number of processes, or remove it"),
+        (parallel.shard and c.adapter.rank > 0 and c.teacher in ("ema", "snapshot", "gated"),
+         f"learn.parallel.shard is true with an adapter and learn.teacher {c.teacher!r}",
+         "use teacher 'frozen', 'trust_region' or 'live', or do not shard: a teacher's own factors are not spread"),
     ]

@@ -11,7 +11,7 @@ from torch import Tensor
 from agentsdpo.learn.config import LearnConfig
 from agentsdpo.learn.gates import ess_frac, k3
 from agentsdpo.learn.ratio import MASKING
-from agentsdpo.learn.records import TokenStats
+from agentsdpo.learn.records import TokenStats, whole
 
 Metrics = dict[str, float]
 
@@ -134,7 +134,7 @@ def component_norms(model: Any) -> Metrics:
     for name, p in model.named_parameters():
         if p.grad is not None:
             grads[component(name)].append(p.grad)
-    return {f"learn/grad_norm/{part}": float(torch.nn.utils.get_total_norm(own)) for part, own in grads.items()}
+    return {f"learn/grad_norm/{part}": float(whole(torch.nn.utils.get_total_norm(own))) for part, own in grads.items()}
 
 
 def quantile(values: Tensor, q: float) -> float:

@@ -1,15 +1,17 @@
 """One optimiser step over replay rows: admit, batch, score, weigh, backward, update, report."""
 
 import logging
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from agentsdpo.errors import LearnError
 from agentsdpo.learn.adapters import add_adapter, merged_weights
-from agentsdpo.learn.batch import MicroBatch, microbatches
+from agentsdpo.learn.batch import MicroBatch
 from agentsdpo.learn.clipper import AdvantageClip
 from agentsdpo.learn.config import LearnConfig
 from agentsdpo.learn.control import control_metrics
@@ -17,14 +19,15 @@ from agentsdpo.learn.diagnostics import component_norms, staleness_metrics, step
 from agentsdpo.learn.longcontext import save_memory
 from agentsdpo.learn.model import prepare_model, scores
 from agentsdpo.learn.pack import row_cost
+from agentsdpo.learn.parallel import Ranks, Share, gathered, shard
 from agentsdpo.learn.ratio import m2po_bound
-from agentsdpo.learn.records import TokenStats, sampled_logp
+from agentsdpo.learn.records import TokenStats, sampled_logp, whole
 from agentsdpo.learn.rows import Admission, LossRow, TrainRow, admit
-from agentsdpo.learn.sdpo import objective
 from agentsdpo.learn.splits import split_metrics
 from agentsdpo.learn.teacher import Teacher, make_teacher
 from agentsdpo.learn.weights import Bounds
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
@@ -52,13 +55,20 @@ class Learner:
         config: objective, teacher, optimiser.
         teacher: None makes the one ``config.teacher`` names, from the model's present weights.
         device: of student and tensors.
+        ranks: the processes of this learner; each makes one of its own from the same model and configuration, and calls
+            what the others call. None is one process.
 
     Raises:
         ModelError: a model that cannot be learnt with, see :func:`~agentsdpo.learn.model.prepare_model`.
+        LearnError: ``learn.parallel.ranks`` are wanted, but there are others.
     """
 
     def __init__(self, model: Any, config: LearnConfig, *, teacher: Teacher | None = None,
-                 device: torch.device | str = "cpu") -> None:
+                 device: torch.device | str = "cpu", ranks: Ranks | None = None) -> None:
+        self.ranks = ranks or Ranks()
+        if self.ranks.size != config.parallel.ranks:
+            raise LearnError(f"learn.parallel.ranks is {config.parallel.ranks} but the learner was given "
+                             f"{self.ranks.size}", fix="launch as many processes with torchrun, and join them")
         self.model = model.to(device=device, dtype=torch.float32).eval()  # eval: dropout off on both sides
         prepare_model(self.model)
         self.cost = row_cost(self.model)
@@ -72,6 +82,8 @@ class Learner:
         if config.parity:
             _log.warning("learn.parity is on: this objective repeats a known flaw, compare with it alone")
         self.teacher = teacher or make_teacher(self.model, config)
+        own = [m for m in (self.model, getattr(self.teacher, "model", None)) if m is not None]
+        self._root = shard(list(dict.fromkeys(own)), self.ranks) if config.parallel.shard else None
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, betas=config.betas,
                                            weight_decay=config.weight_decay, fused=True)
@@ -94,21 +106,21 @@ class Learner:
             raise LearnError(f"none of {len(rows)} rows can be trained on: {found.evicted} evicted as staler than "
                              f"{self.config.max_staleness}, refused {dict(found.refused)}",
                              fix="collect fresh episodes, raise learn.max_staleness, or mend what refuses the rows")
-        batches = microbatches(found.rows, self.config, self.cost, self.device)
+        share = self.ranks.share(found.rows, self.config, self.cost, self.device)
         self.model.eval()
         control = self._control(found.rows)
-        bounds = self._bounds(batches)
+        bounds = self._bounds(share)
         try:
-            loss, stats = self._backward(batches, bounds)
+            loss, stats = self._backward(share, bounds)
             norms = self._update(stats)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
         self._after(stats)
-        metrics = step_metrics(stats, torch.cat([b.staleness for b in batches]), self.config,
+        metrics = step_metrics(stats, _per_token(share.rows, "staleness", stats.gap), self.config,
                                bounds.gap if self.clipper else None)
-        metrics |= split_metrics(stats, [row for batch in batches for row in batch.rows], self.config)
+        metrics |= split_metrics(stats, share.rows, self.config)
         metrics |= norms | control | staleness_metrics(found.staleness, found.evicted)
-        metrics |= {"learn/loss": loss, "learn/microbatches": float(len(batches))}
+        metrics |= {"learn/loss": loss, "learn/microbatches": float(len(share.batches))}
         metrics |= {f"replay/refused/{reason}": float(count) for reason, count in found.refused.items()}
         return StepReport(step=self.step_count, version=version, metrics=metrics, n_trained=len(found.rows),
                           n_tokens=len(stats.gap), refused=dict(found.refused), evicted=found.evicted)
@@ -118,26 +130,39 @@ class Learner:
         return admit(rows, version, self.config, window=self.window, vocab_size=self.vocab_size)
 
     def policy(self) -> dict[str, Tensor]:
-        """Weights to publish, by the names of a model without adapter: an adapter's product is added in."""
-        return merged_weights(self.model)
+        """Weights to publish, by the names of a model without adapter: an adapter's product is added in.
+
+        Of sharded weights every process gets all, and every process must ask.
+        """
+        if self._root is None:
+            return merged_weights(self.model)
+        return gathered(self.model, merged_weights(self.model))
 
     def objective(self, batch: MicroBatch, bounds: Bounds) -> tuple[Tensor, TokenStats]:
         """Loss and statistics of one micro-batch; the teacher first, so that its activations are gone in time."""
+        return self._inside(lambda: self._objective(batch, bounds))
+
+    def _objective(self, batch: MicroBatch, bounds: Bounds) -> tuple[Tensor, TokenStats]:
         tokens = batch.tokens
         if self.config.beta_kl:
             tokens = replace(tokens, reference_logp=sampled_logp(self.teacher.reference(batch), tokens))
         teacher = self.teacher.scores(batch)
         student = scores(self.model, batch.student, batch.student_pos)
-        return objective(student, teacher, tokens, self.config, bounds)
+        return self.ranks.objective(student, teacher, tokens, self.config, bounds)
+
+    def _inside(self, compute: Callable[[], T]) -> T:
+        """The result of something that runs forwards, where sharded weights can be read."""
+        return compute() if self._root is None else self._root(compute)
 
     def _control(self, rows: list[LossRow]) -> dict[str, float]:
         """Controls on the hints of this step, where it is time for them: the first step, then every so often."""
         every = self.config.control_every
         if not every or self.step_count % every:
             return {}
-        return control_metrics(self.model, self.teacher, rows, self.config, seed=self.step_count, window=self.window)
+        return self._inside(lambda: control_metrics(self.model, self.teacher, rows, self.config, seed=self.step_count,
+                                                    window=self.window))
 
-    def _bounds(self, batches: list[MicroBatch]) -> Bounds:
+    def _bounds(self, share: Share) -> Bounds:
         """What holds for the whole step: the gap's bound is of the steps before.
 
         The first of them, and every bound of m2po, take one scoring of all tokens beforehand.
@@ -146,24 +171,25 @@ class Learner:
         if not m2 and (clipper is None or not clipper.needs_first_mean):
             return Bounds(gap=clipper.bound()) if clipper else Bounds()
         with torch.no_grad():
-            seen = TokenStats.cat([self.objective(batch, Bounds())[1] for batch in batches])
-        signal = seen.gap if self.config.mix == "pure" else torch.cat([batch.tokens.advantages for batch in batches])
+            seen = self.ranks.collect(share, [self.objective(batch, Bounds())[1] for batch in share.batches])
+        signal = seen.gap if self.config.mix == "pure" else _per_token(share.rows, "advantage", seen.gap)
         return Bounds(gap=clipper.bound(first_mean=float(seen.gap.abs().mean())) if clipper else Bounds.gap,
                       m2=m2po_bound(seen.log_ratio, signal, budget=self.config.m2_budget) if m2 else Bounds.m2)
 
-    def _backward(self, batches: list[MicroBatch], bounds: Bounds) -> tuple[float, TokenStats]:
+    def _backward(self, share: Share, bounds: Bounds) -> tuple[float, TokenStats]:
         """Accumulate the gradient of the whole step; the loss and the statistics of all its tokens."""
         total, parts = 0.0, []
-        for batch in batches:
+        for batch in share.batches:
             loss, stats = self.objective(batch, bounds)
-            value = loss.item()
-            if not torch.isfinite(loss):
+            value = self.ranks.sum(loss.detach()).item()
+            if not math.isfinite(value):  # on every process at once, so that none waits for another
                 raise LearnError(f"the loss of step {self.step_count + 1} is {value}, nothing was updated",
                                  fix="lower learn.lr, or look for broken log-probs in the rows of this step")
-            loss.backward()
+            (loss if self._root is None else loss * self.ranks.size).backward()  # FSDP2 takes the mean of gradients
             total += value
             parts.append(stats)
-        return total, TokenStats.cat(parts)
+        self.ranks.sum_gradients(self.parameters)
+        return total, self.ranks.collect(share, parts)
 
     def _update(self, stats: TokenStats) -> dict[str, float]:
         """Clip and step; the gradient norms before clipping."""
@@ -172,7 +198,7 @@ class Learner:
                              f"({int((~stats.mask).sum())}) or gated ({int((~stats.gate).sum())}), nothing was updated",
                              fix="the rows are too far from the student: lower learn.max_staleness or learn.lr")
         norms = component_norms(self.model)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip))
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)))
         if norm != norm or norm == float("inf"):
             raise LearnError(f"the gradient norm of step {self.step_count + 1} is {norm}, nothing was updated",
                              fix="lower learn.lr, or look for broken log-probs in the rows of this step")
@@ -185,3 +211,9 @@ class Learner:
         self.teacher.after_step(self.model)
         if self.clipper is not None:
             self.clipper.update(float(stats.gap.abs().sum()), len(stats.gap))
+
+
+def _per_token(rows: list[LossRow], name: str, like: Tensor) -> Tensor:
+    """A number of each row, once per loss token, [N]; ``like`` says where and, for a float, of which kind."""
+    values = torch.tensor([getattr(row, name) for row in rows], device=like.device)
+    return values.repeat_interleave(torch.tensor([len(row.position) for row in rows], device=like.device))

@@ -10,6 +10,7 @@ from agentsdpo.errors import ModelError
 from agentsdpo.learn.attention import use_segments
 from agentsdpo.learn.pack import PackedRow, packed_row
 from agentsdpo.learn.records import Head
+from agentsdpo.learn.ulysses import gather_rows
 
 _CLOSE = 1e-3
 """Largest difference, relative to the logits, that rounding may make."""
@@ -51,12 +52,14 @@ def scores(model: Any, row: PackedRow, positions: Tensor) -> Head:
 
     Args:
         model: a causal language model of transformers, see :func:`prepare_model`.
-        row: T packed tokens.
-        positions: int64[N], each below T.
+        row: T packed tokens, or this process's slice of them.
+        positions: int64[N], each below T, in the whole row.
 
     Returns:
         ``hidden`` [N, H] and the output projection [V, H]; with gradient unless called under no_grad.
     """
     hidden = model.get_decoder()(input_ids=row.ids, position_ids=row.position_ids, segments=row.segments,
                                  use_cache=False).last_hidden_state
-    return Head(hidden[0].index_select(0, positions), model.get_output_embeddings().weight)
+    group = row.segments.group
+    picked = hidden[0].index_select(0, positions) if group is None else gather_rows(hidden[0], positions, group)
+    return Head(picked, model.get_output_embeddings().weight)

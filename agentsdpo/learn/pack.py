@@ -42,13 +42,14 @@ def row_cost(model: Any) -> RowCost:
     return RowCost(2.0 * body, 2.0 * shape.num_attention_heads * width * shape.num_hidden_layers)
 
 
-def pack(lengths: Sequence[int], capacity: int, cost: RowCost) -> list[list[int]]:
+def pack(lengths: Sequence[int], capacity: int, cost: RowCost, *, multiple: int = 1) -> list[list[int]]:
     """Bins of row numbers, each at most ``capacity`` tokens, as few as first-fit decreasing finds, balanced by cost.
 
     Args:
         lengths: tokens of each row, at least 1.
         capacity: tokens of one forward.
         cost: of a row by its length.
+        multiple: the number of bins is one of this, if there are rows enough: all processes have as many.
 
     Raises:
         LearnError: a row is longer than the capacity. It is never cut: that would lose scored tokens.
@@ -62,7 +63,8 @@ def pack(lengths: Sequence[int], capacity: int, cost: RowCost) -> list[list[int]
         raise LearnError(f"a branch has {longest} tokens with its hint but learn.forward_tokens is {capacity}",
                          fix=f"set learn.forward_tokens to {longest} or more, or lower collect.window")
     tight = _first_fit(order, lengths, capacity)
-    return sorted(sorted(rows) for rows in _spread(order, lengths, capacity, cost, len(tight)) or tight)
+    wanted = min(-(-len(tight) // multiple) * multiple, len(lengths))
+    return sorted(sorted(rows) for rows in _spread(order, lengths, capacity, cost, wanted) or tight)
 
 
 def _first_fit(order: list[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -5,8 +5,14 @@ from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from agentsdpo.learn.divergence import Scale, Support, log_softmax, token_logp
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as one process alone would have it, where processes hold parts of it; all of them must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @dataclass(frozen=True)
@@ -166,6 +172,10 @@ class TokenStats:
     top1_agree: Tensor
     tail_student: Tensor
     tail_teacher: Tensor
+
+    def none(self) -> Self:
+        """Of no tokens."""
+        return replace(self, **{f.name: getattr(self, f.name)[:0] for f in fields(self)})
 
     @classmethod
     def cat(cls, parts: list[Self]) -> Self:
