@@ -24,6 +24,7 @@ from torch import Tensor
 
 from agentsdpo.errors import LearnError
 from agentsdpo.learn.learner import Learner
+from agentsdpo.learn.records import spread, whole
 
 _FORMAT = 1
 
@@ -39,7 +40,7 @@ class Restored:
 
 def save_checkpoint(root: Path, learner: Learner, *, version: int, sampler: dict[str, Any] | None = None,
                     keep: int = 3) -> Path:
-    """Write the learner's whole state.
+    """Write the learner's whole state. Of several processes each must call this, and the first one writes.
 
     Args:
         root: folder of the run's checkpoints; made when missing.
@@ -55,13 +56,27 @@ def save_checkpoint(root: Path, learner: Learner, *, version: int, sampler: dict
         LearnError: it could not be written; earlier checkpoints are untouched.
     """
     final = root / f"step-{learner.step_count:08d}"
+    groups = _groups(learner)
+
+    def write() -> None:
+        _write(root, final, learner, groups, version, sampler or {})
+        for old in checkpoints(root)[:-keep]:
+            shutil.rmtree(old)
+
+    learner.ranks.first(write)
+    return final
+
+
+def _write(root: Path, final: Path, learner: Learner, groups: dict[str, dict[str, Tensor]], version: int,
+           sampler: dict[str, Any]) -> None:
+    """A whole checkpoint, or none and what was in its way."""
     work = root / f".writing-{final.name}-{os.getpid()}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         for left in root.glob(".writing-*"):  # of a process that was killed while writing
             shutil.rmtree(left, ignore_errors=True)
         work.mkdir()
-        _fill(work, learner, version, sampler or {})
+        _fill(work, learner, groups, version, sampler)
         _swap(work, final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(work, ignore_errors=True)
@@ -69,18 +84,20 @@ def save_checkpoint(root: Path, learner: Learner, *, version: int, sampler: dict
         raise LearnError(f"checkpoint {final} could not be written ({error}); {free} MiB are free on its disk",
                          fix="free space there or mend the disk, then go on with --resume from the checkpoint before"
                          ) from error
-    for old in checkpoints(root)[:-keep]:
-        shutil.rmtree(old)
-    return final
 
 
-def _fill(work: Path, learner: Learner, version: int, sampler: dict[str, Any]) -> None:
+def _groups(learner: Learner) -> dict[str, dict[str, Tensor]]:
+    """Tensors of the learner by file, whole: every process must ask."""
+    groups = {"weights": _weights(learner), "optimiser": _optimiser(learner), "teacher": learner.teacher.state_dict()}
+    return {name: {key: whole(value.detach()) for key, value in group.items()} for name, group in groups.items()}
+
+
+def _fill(work: Path, learner: Learner, groups: dict[str, dict[str, Tensor]], version: int,
+          sampler: dict[str, Any]) -> None:
     """Write all files of one checkpoint."""
     rng_tensors, rng_numbers = _rng()
-    tensors = {"weights": _weights(learner), "optimiser": _optimiser(learner), "teacher": learner.teacher.state_dict(),
-               "rng": rng_tensors}
-    for name, group in tensors.items():
-        save_file({key: value.detach().contiguous() for key, value in group.items()}, work / f"{name}.safetensors")
+    for name, group in {**groups, "rng": rng_tensors}.items():
+        save_file({key: value.contiguous() for key, value in group.items()}, work / f"{name}.safetensors")
     state = {"format": _FORMAT, "step": learner.step_count, "version": version, "sampler": sampler,
              "rng": rng_numbers, "clipper": learner.clipper.state_dict() if learner.clipper else None,
              "config": learner.config.model_dump()}
@@ -161,7 +178,7 @@ def _load_weights(learner: Learner, saved: dict[str, Tensor]) -> None:
         raise LearnError(f"the checkpoint is of another model: {odd[0][0]!r} is {other.get(odd[0][0])} there and "
                          f"{shapes.get(odd[0][0])} here", fix="resume with the model the run was started with")
     for name, tensor in saved.items():
-        own[name].copy_(tensor)
+        own[name].copy_(spread(tensor, own[name]))
 
 
 def _optimiser(learner: Learner) -> dict[str, Tensor]:
@@ -176,7 +193,7 @@ def _load_optimiser(learner: Learner, saved: dict[str, Tensor]) -> None:
     learner.optimizer.state.clear()
     for path, tensor in saved.items():
         name, key = path.rsplit("/", 1)
-        learner.optimizer.state[named[name]][key] = tensor.to(named[name].device)
+        learner.optimizer.state[named[name]][key] = spread(tensor.to(named[name].device), named[name])
 
 
 def _rng() -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -90,6 +90,24 @@ class Ranks:
             dist.all_reduce(value, group=self.group)
         return value
 
+    def first(self, act: Callable[[], None]) -> None:
+        """Do something on the first process alone; all wait for it.
+
+        Raises:
+            LearnError: it failed; on every process.
+        """
+        error: LearnError | None = None
+        if self.rank == 0:
+            try:
+                act()
+            except LearnError as caught:
+                error = caught
+        failed = self.size > 1 and bool(self.sum(torch.tensor(float(error is not None), device=self._device)))
+        if error is not None:
+            raise error
+        if failed:
+            raise LearnError("process 0 of this learner failed", fix="see what it says, and start again")
+
     def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
         """Sum gradients of unsharded parameters over the processes; sharded ones were summed in the backward."""
         for p in parameters if self.size > 1 else []:
@@ -133,13 +151,18 @@ class Ranks:
         whole = torch.cat([part[:, :int(count)] for part, count in zip(parts, counts, strict=True)], 1)
         return TokenStats(**{name: row.to(getattr(stats, name).dtype) for name, row in zip(names, whole, strict=True)})
 
+    @property
+    def _device(self) -> str:
+        """Where tensors that are sent must lie."""
+        return "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"
+
     def _same(self, rows: list[LossRow]) -> None:
         """All processes hold the same rows: counted over different ones, shares would be wrong and nothing say so."""
         if self.size == 1:
             return
         digest = sha256(b"".join(row.ids.tobytes() + row.row.episode_id.encode() for row in rows)).digest()
         own = torch.frombuffer(bytearray(digest[:8]), dtype=torch.int64)
-        own = own.to("cuda" if dist.get_backend(self.group) == "nccl" else "cpu")
+        own = own.to(self._device)
         seen = [torch.zeros_like(own) for _ in range(self.size)]
         dist.all_gather(seen, own, group=self.group)
         other = [rank for rank in range(self.size) if not torch.equal(seen[rank], seen[0])]

@@ -5,7 +5,7 @@ from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from agentsdpo.learn.divergence import Scale, Support, log_softmax, token_logp
 
@@ -13,6 +13,13 @@ from agentsdpo.learn.divergence import Scale, Support, log_softmax, token_logp
 def whole(tensor: Tensor) -> Tensor:
     """A tensor as one process alone would have it, where processes hold parts of it; all of them must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def spread(tensor: Tensor, like: Tensor) -> Tensor:
+    """The other way round: a whole tensor as the parts that ``like`` has. A single number stays whole."""
+    if not isinstance(like, DTensor) or not tensor.dim():
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements)
 
 
 @dataclass(frozen=True)

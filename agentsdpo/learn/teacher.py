@@ -18,7 +18,7 @@ from agentsdpo.learn.config import LearnConfig
 from agentsdpo.learn.held import FullCopy, Held
 from agentsdpo.learn.model import scores
 from agentsdpo.learn.pack import PackedRow
-from agentsdpo.learn.records import Head
+from agentsdpo.learn.records import Head, spread
 
 Refresh = Literal["never", "first", "isolated", "score", "length", "copied"]
 """What became of a probe: this teacher is never refreshed by one; it was the first, which later ones are compared with;
@@ -138,7 +138,7 @@ class FrozenTeacher(LiveTeacher):
                              fix="resume with the model and the teacher the run was started with")
         with torch.no_grad():
             for name, tensor in own.items():
-                tensor.copy_(state[name])
+                tensor.copy_(spread(state[name], tensor))
 
 
 class _Copied(FrozenTeacher):

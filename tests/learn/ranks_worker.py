@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from agentsdpo.errors import LearnError, ModelError
 from agentsdpo.learn.attention import Segments, segment_attention
+from agentsdpo.learn.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from agentsdpo.learn.config import ParallelConfig
 from agentsdpo.learn.learner import Learner
 from agentsdpo.learn.parallel import Ranks, join_ranks
@@ -81,12 +82,27 @@ def attention_case(n_q: int, n_kv: int, lengths: tuple[int, ...], ranks: Ranks) 
     return {name: float(each.detach().abs().max()) for name, each in differences.items()}
 
 
+def resumed(out: Path, ranks: Ranks, **fields: Any) -> dict[str, bool]:
+    """Whether a learner that goes on from a checkpoint is the one that wrote it, to the bit; one of three is left."""
+    config = resolve("sdpopp", {"lr": 1e-3, "teacher": "ema", "parallel": {"ranks": 2, **fields}})
+    learner, again = (Learner(make_tiny_model(300, seed=seed), config, ranks=ranks) for seed in (0, 1))
+    for _ in range(2):
+        learner.step(rows_of(4), 0)
+        save_checkpoint(out, learner, version=learner.step_count, keep=1)
+    load_checkpoint(out, again)
+    same = learner.step(rows_of(5), 2).metrics == again.step(rows_of(5), 2).metrics
+    weights = zip(learner.policy().values(), again.policy().values(), strict=True)
+    return {"metrics": same, "weights": all(torch.equal(a, b) for a, b in weights),
+            "one left": len(checkpoints(out)) == 1}
+
+
 def refusals(ranks: Ranks) -> dict[str, str]:
     """What each process says to what is wrong, and that all of them say it at once."""
     said = {}
     for name, attempt in {
             "other rows": lambda: learner_on(ranks).step(rows_of(5 - ranks.rank), 0),
             "not finite": lambda: broken(learner_on(ranks)).step(rows_of(4), 0),
+            "no room": lambda: save_checkpoint(Path("/dev/null/no"), learner_on(ranks), version=0),
             "one process wanted": lambda: join_ranks(ParallelConfig()),
             "odd heads": lambda: attention_case(3, 1, (4, 4), ranks)}.items():
         try:
@@ -115,6 +131,8 @@ def main(out: Path, cases: Path) -> None:
     ranks = join_ranks(ParallelConfig(ranks=2))
     found: dict[str, Any] = {f"attention {n_q} {n_kv}": attention_case(n_q, n_kv, (5, 9, 2), ranks)
                              for n_q, n_kv in ((4, 4), (4, 2), (4, 1), (2, 1))}
+    found["resumed"] = resumed(out / "dealt", ranks)
+    found["resumed, shard"] = resumed(out / "shard", ranks, shard=True)
     (out / f"alone-{ranks.rank}.json").write_text(json.dumps({**found, "said": refusals(ranks)}))
     for name, case in json.loads(cases.read_text()).items():
         ranks = join_ranks(ParallelConfig(**case["fields"]["parallel"]))

@@ -74,7 +74,8 @@ def test_a_process_killed_while_writing_leaves_the_last_whole_checkpoint(
             "c._swap = lambda work, final: os.kill(os.getpid(), 9)\n"
             "c._weights = c._optimiser = lambda learner: {}\n"
             "teacher = SimpleNamespace(state_dict=dict); config = SimpleNamespace(model_dump=dict)\n"
-            "learner = SimpleNamespace(step_count=2, teacher=teacher, clipper=None, config=config)\n"
+            "from agentsdpo.learn.parallel import Ranks\n"
+            "learner = SimpleNamespace(step_count=2, teacher=teacher, clipper=None, config=config, ranks=Ranks())\n"
             "c.save_checkpoint(pathlib.Path(sys.argv[1]), learner, version=2)")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, check=False)
     assert done.returncode == -9, done.stderr.decode()

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from agentsdpo.errors import ConfigError, LearnError
+from agentsdpo.learn.checkpoint import load_checkpoint
 from agentsdpo.learn.config import ParallelConfig
 from agentsdpo.learn.learner import Learner
 from agentsdpo.learn.pack import RowCost, pack
@@ -63,6 +64,11 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         alone = json.loads((tmp_path / f"alone-{rank}.json").read_text())
         same_attention(alone)
         refusals(alone["said"])
+        for name in ("resumed", "resumed, shard"):
+            assert alone[name] == {"metrics": True, "weights": True, "one left": True}, (rank, name)
+    assert "could not be written" in json.loads((tmp_path / "alone-0.json").read_text())["said"]["no room"]
+    assert "process 0 of this learner failed" in json.loads((tmp_path / "alone-1.json").read_text())["said"]["no room"]
+    goes_on_alone(tmp_path / "shard")
 
 
 def launch(out: Path, cases: Path, **more: str) -> None:
@@ -103,6 +109,14 @@ def same_step(name: str, two: Path) -> None:
         # a first gradient is clipped to a norm of 1; Adam divides by the size of a gradient, however small
         near = 1e-6 if key.startswith("gradient/") else 1e-4
         torch.testing.assert_close(tensors[0][key], tensor, rtol=1e-4, atol=near, msg=f"{name}: {key}")
+
+
+def goes_on_alone(folder: Path) -> None:
+    """What two processes with sharded weights wrote, one process reads."""
+    worker = runpy.run_path(str(WORKER))
+    learner = Learner(worker["make_tiny_model"](300), resolve("sdpopp", {"lr": 1e-3, "teacher": "ema"}))
+    assert load_checkpoint(folder, learner).step == 2
+    assert learner.step(worker["rows_of"](5), 2).step == 3
 
 
 def same_attention(found: dict[str, Any]) -> None:
