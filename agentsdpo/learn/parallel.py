@@ -6,7 +6,13 @@ without further agreement. All run the same number of forwards: one that has no 
 with weight 0. The gradient is the sum over processes.
 
 ``shard`` is FSDP2, called directly: on a CPU, accelerate takes its plugin and silently trains plain copies. Forwards
-run inside the root module that the weights are gathered for, head and loss included.
+run inside the root module that the weights are gathered for, head and loss included. In each process of a launch by
+``torchrun --nproc-per-node 2``::
+
+    ranks = join_ranks(config.parallel)                      # ranks = 2; refused when it is not so
+    learner = Learner(model, config, ranks=ranks)
+    report = learner.step(rows, version)                     # the same rows everywhere
+    save_checkpoint(folder, learner, version=version)        # everywhere; the first process writes
 """
 
 from collections.abc import Callable
