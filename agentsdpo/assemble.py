@@ -23,12 +23,14 @@ from agentsdpo.learn.checkpoint import load_checkpoint, save_checkpoint
 from agentsdpo.learn.learner import Learner
 from agentsdpo.learn.load import load_chat, load_model
 from agentsdpo.learn.rows import TrainRow
+from agentsdpo.learn.tripwire import Tripwire, TripwireConfig
 from agentsdpo.publish.registry import PolicyRegistry
 from agentsdpo.replay.rows import Row
 from agentsdpo.replay.sampling.index import SideIndex
 from agentsdpo.replay.sampling.sampler import Sampler
 from agentsdpo.replay.spool import Spool
 from agentsdpo.replay.store import ReplayStore
+from agentsdpo.replay.upkeep.maintain import evict
 from agentsdpo.replay.upkeep.recover import recover
 from agentsdpo.runfolder import RunFolder, open_run
 from agentsdpo.types import Branch, Episode, Suite
@@ -53,6 +55,7 @@ class Run:
     sampler: Sampler
     learner: Learner
     registry: PolicyRegistry
+    tripwire: Tripwire = field(default_factory=Tripwire)
     version: int = 0
     totals: dict[str, int] = field(default_factory=lambda: {"episodes": 0, "env_steps": 0, "tokens": 0})
 
@@ -70,7 +73,9 @@ class Run:
             saved = load_checkpoint(self.folder.checkpoint, self.learner)
             self.sampler.load_state_dict(saved.sampler["sampler"])
             self.totals, self.version = saved.sampler["totals"], saved.version
+            self.tripwire.load_state_dict(saved.sampler["tripwire"])
             self.registry.rewind(saved.version)
+            self.tombstone()
             return
         if self.registry.latest() is None:
             self.publish()
@@ -81,13 +86,14 @@ class Run:
 
     def checkpoint(self) -> None:
         """Save all that the next step depends on, then let go of versions nobody can ask for again."""
-        state = {"sampler": self.sampler.state_dict(), "totals": self.totals}
-        save_checkpoint(self.folder.checkpoint, self.learner, version=self.version, sampler=state)
+        state = {"sampler": self.sampler.state_dict(), "totals": self.totals, "tripwire": self.tripwire.state_dict()}
+        save_checkpoint(self.folder.checkpoint, self.learner, version=self.version, sampler=state,
+                        spare=self.tripwire.steps_kept())
         self.registry.prune(self.config.publish.keep, staleness=self.config.staleness)
 
-    def publish(self) -> None:
+    def publish(self, *, parent: int | None = None) -> None:
         """Make the learner's weights the next policy version, known to registry and store."""
-        self.version = self.registry.publish(self.learner.policy(), learner_step=self.step)
+        self.version = self.registry.publish(self.learner.policy(), learner_step=self.step, parent=parent)
         self._record(self.version)
 
     def _record(self, version: int) -> None:
@@ -100,6 +106,32 @@ class Run:
             raise RunError(f"policy version {version} came out differently than before the run was stopped ({error})",
                            fix="resume on the same machine with the same number of threads, or start a new run"
                            ) from error
+
+    def count(self, episodes: list[Episode]) -> None:
+        """Add fresh episodes, their tool calls and sampled tokens to the totals."""
+        more = {"episodes": len(episodes), "env_steps": sum(e.metadata.get("calls", 0) for e in episodes),
+                "tokens": sum(b.n_sampled for e in episodes for b in e.branches)}
+        self.totals = {key: value + more[key] for key, value in self.totals.items()}
+
+    def draw(self) -> list[Row]:
+        """One batch, within the staleness bound as it stands; the sampler's own one is part of what it is, so lent."""
+        own = self.sampler.max_staleness
+        self.sampler.max_staleness = self.tripwire.staleness(own, self.step)
+        try:
+            return self.sampler.sample(self.config.learn.batch, self.version)
+        finally:
+            self.sampler.max_staleness = own
+
+    def tombstone(self) -> int:
+        """Hide what versions given up in a roll-back sampled from all later draws; how many branches are hidden anew.
+
+        One entry in the store's own log: nothing is deleted, and ``replay unevict`` shows them again.
+        """
+        void = self.tripwire.state.abandoned
+        rows = self.store.snapshot().rows.items() if void else ()
+        keys = [key for key, row in rows if any(low <= row.version_max <= high for low, high in void)]
+        reason = f"rolled back: policy versions {', '.join(f'{low} to {high}' for low, high in void)} were given up"
+        return len(evict(self.store, keys, reason=reason).keys) if keys else 0
 
     def stored(self, indices: Iterable[int]) -> dict[int, Episode]:
         """Whole training episodes the store has already, by task: an earlier life of the run may have played some."""
@@ -144,7 +176,8 @@ def run_id(config: RunConfig) -> str:
     >>> run_id(RunConfig(steps=5)) == run_id(RunConfig(steps=9)) != run_id(RunConfig(seed=1))
     True
     """
-    settings = config.model_dump(mode="json", exclude={"steps", "replay"}) | {"replay": config.replay.identity()}
+    unnamed = {"steps", "replay"} | ({"tripwire"} if config.tripwire == TripwireConfig() else set())
+    settings = config.model_dump(mode="json", exclude=unnamed) | {"replay": config.replay.identity()}
     text = json.dumps(settings, sort_keys=True)
     return f"{config.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 

@@ -22,6 +22,7 @@ from agentsdpo.errors import ConfigError
 from agentsdpo.hint.config import HintConfig
 from agentsdpo.learn.config import LearnConfig
 from agentsdpo.learn.presets import PRESETS, TOY, resolve
+from agentsdpo.learn.tripwire import TripwireConfig
 from agentsdpo.publish.config import PublishConfig
 from agentsdpo.replay.config import ReplayConfig
 from agentsdpo.settings import Settings
@@ -87,6 +88,7 @@ class RunConfig(Settings):
     learn: LearnConfig = resolve("robust", TOY["robust"])
     publish: PublishConfig = PublishConfig()
     eval: EvalConfig = EvalConfig()
+    tripwire: TripwireConfig = TripwireConfig()
 
     def to_toml(self) -> str:
         """Every setting as TOML, defaults included; :func:`from_mapping` reads it back to an equal config."""

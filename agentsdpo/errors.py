@@ -92,5 +92,9 @@ class LearnError(AgentSdpoError, RuntimeError):
     """The learner met a batch or a loss it must not train on (all masked, too stale, not finite)."""
 
 
+class NotFinite(LearnError):
+    """Loss or gradient of a step is infinite or no number; nothing was updated."""
+
+
 class RunError(AgentSdpoError, ValueError):
     """A run folder or its numbers cannot be read: a missing file, a broken line, more passes than attempts."""

@@ -3,8 +3,10 @@
 from typing import Any
 
 from agentsdpo.assemble import Run, evaluator
+from agentsdpo.collect.metrics import collect_metrics
 from agentsdpo.config import RunConfig
 from agentsdpo.console import View
+from agentsdpo.learn.alarms import BEHAVIOUR
 from agentsdpo.stats import wilson
 from agentsdpo.track import MetricsWriter
 from agentsdpo.types import Episode, Json
@@ -15,24 +17,40 @@ HELD_OUT = ("test_names", "test_world", "test_period")
 """Splits that hold out one axis each and ask for the rules that were taught; pooled into the headline."""
 
 
-def evaluate(run: Run, metrics: MetricsWriter, view: View) -> None:
+def evaluate(run: Run, metrics: MetricsWriter, view: View) -> list[Json]:
     """Play what is due at this step and not in the metrics yet, one line per split and decoding.
 
     Before the first and after the last step: all splits, sampled and greedy. Every ``eval.every`` steps in between:
-    the curve's splits, sampled.
+    the curve's splits, sampled. Every ``tripwire.every`` steps: the first of these.
+
+    Returns:
+        All lines of this step, those of an earlier life included.
     """
-    have = {(r["step"], r["split"], r["decoding"]) for r in metrics.rows if r["kind"] == "eval"}
-    left = [(split, decoding, n) for split, decoding, n in due(run.config, run.step)
-            if (run.step, split, decoding) not in have]
-    if not left:
-        return
-    view.stage(f"evaluation of version {run.version} on {', '.join(dict.fromkeys(split for split, *_ in left))}")
-    run.load_policy(run.version)
-    for split, decoding, count in left:
+    rows = [dict(r) for r in metrics.rows if r["kind"] == "eval" and r["step"] == run.step]
+    have = {(r["split"], r["decoding"]) for r in rows}
+    left = [(split, decoding, n) for split, decoding, n in due(run.config, run.step) if (split, decoding) not in have]
+    return rows + (play(run, left, metrics, view) if left else [])
+
+
+def play(run: Run, wanted: list[tuple[str, str, int]], metrics: MetricsWriter, view: View) -> list[Json]:
+    """Play (split, decoding, episodes) with the newest policy; one line each.
+
+    While a soft alarm keeps the policy from being published, the learner's own weights play, but for the last time.
+    """
+    view.stage(f"evaluation of version {run.version} on {', '.join(dict.fromkeys(split for split, *_ in wanted))}")
+    if run.tripwire.withheld(run.step) and run.step < run.config.steps:
+        run.engine.load_weights(run.learner.policy(), run.version)
+    else:
+        run.load_policy(run.version)
+    rows = []
+    for split, decoding, count in wanted:
         episodes = evaluator(run, greedy=decoding == "greedy").collect(split, range(count), seed=EVAL_SEED)
-        row = {"split": split, "decoding": decoding, "version": run.version, **run.totals, **scores(episodes)}
+        acts = {key: value for key, value in collect_metrics(episodes).items() if key in BEHAVIOUR}
+        row = {"split": split, "decoding": decoding, "version": run.version, **run.totals, **scores(episodes), **acts}
         metrics.write("eval", run.step, row)
         view.eval({"step": run.step, **row})
+        rows.append(row)
+    return rows
 
 
 def due(config: RunConfig, step: int) -> list[tuple[str, str, int]]:
@@ -41,11 +59,20 @@ def due(config: RunConfig, step: int) -> list[tuple[str, str, int]]:
     >>> due(RunConfig(), 20), len(due(RunConfig(), 0)), due(RunConfig(), 7)
     ([('test_names', 'sampled', 64)], 10, [])
     """
-    about = config.eval
-    if step in (0, config.steps):
-        return [(split, decoding, about.final_episodes) for decoding in ("sampled", "greedy")
-                for split in about.final_splits]
-    return [(split, "sampled", about.episodes) for split in about.splits] if step % about.every == 0 else []
+    about, ends = config.eval, step in (0, config.steps)
+    if ends:
+        found = [(split, decoding, about.final_episodes) for decoding in ("sampled", "greedy")
+                 for split in about.final_splits]
+    else:
+        found = [(split, "sampled", about.episodes) for split in about.splits] if step % about.every == 0 else []
+    known = {(split, decoding) for split, decoding, _ in found}
+    watched = config.tripwire.on and (ends or step % config.tripwire.every == 0)
+    return found + [one for one in probes(config) if watched and one[:2] not in known]
+
+
+def probes(config: RunConfig) -> list[tuple[str, str, int]]:
+    """What the tripwire probes with, as in :func:`due`; nothing for a run without a curve."""
+    return [(split, "sampled", config.eval.episodes) for split in config.eval.splits[:1]]
 
 
 def scores(episodes: list[Episode]) -> Json:

@@ -3,9 +3,9 @@
     agentsdpo train CONFIG.toml
 
 Staleness is a real quantity here: the collector serves the version ``staleness`` publishes behind the learner, and
-rows are drawn from a store that also holds older ones. A killed run goes on from its last checkpoint (``--resume``) and
-ends with the weights of one that was never killed; stopped inside a collection, it plays the rest in smaller batches,
-so that log-probs may differ in their last bits.
+rows are drawn from a store that also holds older ones. The tripwire watches: see ``watch.py``. A killed run goes on
+from its last checkpoint (``--resume``) and ends with the weights of one that was never killed; stopped inside a
+collection, it plays the rest in smaller batches, so that log-probs may differ in their last bits.
 """
 
 import time
@@ -19,11 +19,11 @@ from agentsdpo.config import RunConfig
 from agentsdpo.errors import EngineError, LearnError
 from agentsdpo.evaluate import evaluate
 from agentsdpo.hint.audit import hint_metrics
-from agentsdpo.publish.registry import behaviour_version
 from agentsdpo.replay.rows import Row
 from agentsdpo.signals import uninterrupted
 from agentsdpo.track import MetricsWriter
 from agentsdpo.types import Episode
+from agentsdpo.watch import collecting_version, going_back, watch
 
 
 def train(config: RunConfig, *, out: Path | str, resume: bool = False, mode: str = "auto") -> Run:
@@ -37,7 +37,7 @@ def train(config: RunConfig, *, out: Path | str, resume: bool = False, mode: str
 
     Raises:
         RunError: ``out`` holds another run.
-        LearnError: loss or gradient is not finite; the last checkpoint is kept.
+        LearnError: the tripwire's last roll-back was spent, or (it is off) a step is not finite.
         EngineError: no episode of a step could be scored.
         KeyboardInterrupt: stopped; everything finished is on disk, this step's episodes included.
     """
@@ -57,16 +57,16 @@ def turn_over(run: Run, *, resume: bool, mode: str) -> None:
     with (MetricsWriter(run.folder.metrics, resume_step=run.step if resume else None) as metrics,
           console.training(config.steps, config.name, mode=mode) as view):
         while True:
-            evaluate(run, metrics, view)
+            watch(run, evaluate(run, metrics, view), metrics, view)
             if run.step >= config.steps:
                 break
             episodes = collect(run)
-            with uninterrupted():
+            with uninterrupted(), going_back(run, metrics, view):
                 row = learn(run, episodes)
                 metrics.write("step", run.step, row)
                 if run.step % config.checkpoint_every == 0 or run.step == config.steps:
                     run.checkpoint()
-            view.step({"step": run.step, **row})
+                view.step({"step": run.step, **row})
 
 
 def collect(run: Run) -> list[Episode]:
@@ -80,7 +80,7 @@ def collect(run: Run) -> list[Episode]:
     wanted = range(first, first + config.episodes_per_step)
     stored = run.stored(wanted)
     missing = [index for index in wanted if index not in stored]
-    run.load_policy(behaviour_version(run.version, staleness=config.staleness))
+    run.load_policy(collecting_version(run))
     try:
         played = run.collector.collect("train", missing, seed=config.seed)
     except BaseException:
@@ -105,17 +105,21 @@ def learn(run: Run, episodes: list[Episode]) -> dict[str, Any]:
     Raises:
         LearnError: nothing can be drawn or trained on, or the step is not finite; nothing was updated.
     """
-    config, began = run.config, time.monotonic()
+    config, wire, began = run.config, run.tripwire, time.monotonic()
     run.sampler.refresh(only={e.episode_id for e in episodes})
     drawn = draw(run)
+    run.learner.restrain(lr_factor=wire.lr_factor(run.step), hold_teacher=wire.withheld(run.step))
     report = run.learner.step(run.rows(drawn), run.version)
-    for key, more in zip(run.totals, counts(episodes), strict=True):
-        run.totals[key] += more
-    if run.step % config.publish.every == 0 or run.step == config.steps:
+    run.count(episodes)
+    updated = time.monotonic()
+    if (run.step % config.publish.every == 0 or run.step == config.steps) and not wire.withheld(run.step):
         run.publish()
-    return {**collect_metrics(episodes), **run.hinter.metrics(), **hint_metrics(run.chat, drawn), **report.metrics,
-            **run.sampler.metrics(), **run.totals, "version": run.version, "learn/rows": report.n_trained,
-            "learn/tokens": report.n_tokens, "learn/step_s": time.monotonic() - began}
+    row = {**collect_metrics(episodes), **run.hinter.metrics(), **hint_metrics(run.chat, drawn), **report.metrics,
+           **run.sampler.metrics(), **wire.metrics(run.step), **run.totals, "version": run.version,
+           "learn/rows": report.n_trained, "learn/tokens": report.n_tokens,
+           "publish/lag_s": time.monotonic() - updated, "learn/step_s": time.monotonic() - began}
+    wire.learnt(row)
+    return row
 
 
 def draw(run: Run) -> list[Row]:
@@ -125,7 +129,7 @@ def draw(run: Run) -> list[Row]:
         LearnError: nothing is eligible, or nothing eligible has a hint.
     """
     for _ in range(_REDRAWS):
-        drawn = run.sampler.sample(run.config.learn.batch, run.version)
+        drawn = run.draw()
         if any(row.hint for row in drawn):
             return drawn
     raise LearnError(f"no row with a hint can be drawn at step {run.step + 1}: {run.sampler.explain(run.version)}",
@@ -133,9 +137,3 @@ def draw(run: Run) -> list[Row]:
 
 
 _REDRAWS = 16
-
-
-def counts(episodes: list[Episode]) -> tuple[int, int, int]:
-    """Episodes, tool calls and sampled tokens of some episodes."""
-    return (len(episodes), sum(e.metadata.get("calls", 0) for e in episodes),
-            sum(b.n_sampled for e in episodes for b in e.branches))

@@ -65,6 +65,12 @@ TABLE = (
     Metric("learn/{ratio/mean,ratio/max,ess_frac,kl_k3,top1_agree,gated_frac,masked_frac}/*", "ratio; share; nats",
            "as for the whole step, by the same groups", "ratio/mean/S0 off 1 by 0.05"),
     Metric("learn/{rows,tokens,microbatches}", "count", "trained on in this step"),
+    Metric("eval/zero_shot_delta", "share", "mean score of the newest probe less that of the first", "below 0"),
+    Metric("tripwire/{restrained,rollbacks}", "flag; count", "1 while a soft alarm is in force; roll-backs so far",
+           "any"),
+    Metric("teacher/refreshes", "count", "copies of the student a snapshot or gated teacher has taken"),
+    Metric("publish/lag_s", "seconds", "from the end of the update to the new version's announcement"),
+    Metric("learn/lr", "per step", "learning rate of this step, roll-backs and soft alarms counted in"),
     Metric("learn/step_s", "seconds", "from drawing rows to the new policy version"),
     Metric("replay/staleness/{mean,p95,max}", "policy versions", "of the rows as they were consumed"),
     Metric("replay/evicted_frac", "share", "rows too stale when consumed", "above 0.3"),
@@ -95,6 +101,9 @@ ROW_FIELDS = {
     "eval": {**_TOTALS, "split": "of the suite", "decoding": "sampled or greedy", "n": "episodes scored",
              "pass": "share of episodes passed", "score": "mean score",
              "hinted": "whether the policy read hints: the teacher's own free run"},
+    "tripwire": {**_TOTALS, "level": "soft or hard", "alarms": "by name: value seen, limit, level",
+                 "action": "what was done", "good_step": "the step gone back to", "good_version": "its policy version",
+                 "tombstoned": "branches hidden from later draws"},
 }
 """Plain fields a row of each kind may carry beside ``kind``, ``step``, ``wall_s`` and metric keys."""
 

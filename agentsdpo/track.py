@@ -1,9 +1,10 @@
 """``metrics.jsonl``: one JSON object per line, appended and flushed as it happens.
 
-Two kinds of lines::
+Three kinds of lines::
 
     {"kind": "step", "step": 12, "wall_s": 80.1, "learn/loss": 0.02, ...}
     {"kind": "eval", "step": 20, "wall_s": 131.0, "split": "val", "decoding": "sampled", "pass": 0.5, "n": 128}
+    {"kind": "tripwire", "step": 30, "wall_s": 160.2, "level": "soft", "alarms": {"probe/best": {...}}, ...}
 
 ``step`` counts optimiser steps from 1 (0 is before the first), ``wall_s`` is seconds since the run began, resumed time
 included. NaN and infinities are written as null, since JSON has neither.
@@ -22,7 +23,7 @@ from agentsdpo.files import write_text
 from agentsdpo.metrics import check_keys
 from agentsdpo.types import Json
 
-Kind = Literal["step", "eval"]
+Kind = Literal["step", "eval", "tripwire"]
 
 
 class MetricsWriter:
@@ -53,7 +54,7 @@ class MetricsWriter:
         """Append one line.
 
         Args:
-            kind: ``step`` or ``eval``.
+            kind: ``step``, ``eval`` or ``tripwire``.
             step: optimiser steps done.
             values: metric keys of :data:`agentsdpo.metrics.TABLE` and the kind's plain fields.
 

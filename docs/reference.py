@@ -46,9 +46,10 @@ def metrics() -> str:
     plain = [(f"`{key}`", kind, meaning) for kind, fields in ROW_FIELDS.items() for key, meaning in fields.items()]
     return "\n\n".join([
         "# Metrics", MADE, (
-            "`metrics.jsonl` of a run holds one JSON object per line: `kind` is `step` (one optimiser step) or `eval` "
-            "(one evaluation of one split), `step` the optimiser steps done, `wall_s` seconds since the run began. All "
-            "other keys are below; `{a,b}` stands for each of the words, `*` for one word not known beforehand. "
+            "`metrics.jsonl` of a run holds one JSON object per line: `kind` is `step` (one optimiser step), `eval` "
+            "(one evaluation of one split) or `tripwire` (one alarm with its evidence), `step` the optimiser steps "
+            "done, `wall_s` seconds since the run began. All other keys are below; `{a,b}` stands for each of the "
+            "words, `*` for one word not known beforehand. "
             "`null` is what was not finite."),
         "## Keys `<room>/<quantity>[/<stat>]`", _table(("key", "unit", "meaning", "look closer when"), rows),
         "## Plain fields", _table(("field", "lines", "meaning"), plain)]) + "\n"

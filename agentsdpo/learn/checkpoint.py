@@ -12,6 +12,7 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class Restored:
 
 
 def save_checkpoint(root: Path, learner: Learner, *, version: int, sampler: dict[str, Any] | None = None,
-                    keep: int = 3) -> Path:
+                    keep: int = 3, spare: Collection[int] = ()) -> Path:
     """Write the learner's whole state. Of several processes each must call this, and the first one writes.
 
     Args:
@@ -48,6 +49,7 @@ def save_checkpoint(root: Path, learner: Learner, *, version: int, sampler: dict
         version: policy version of these weights.
         sampler: opaque JSON state of whatever chooses the rows.
         keep: newest checkpoints that stay; older ones are removed.
+        spare: steps whose checkpoints stay whatever their age.
 
     Returns:
         The new folder.
@@ -55,13 +57,15 @@ def save_checkpoint(root: Path, learner: Learner, *, version: int, sampler: dict
     Raises:
         LearnError: it could not be written; earlier checkpoints are untouched.
     """
-    final = root / f"step-{learner.step_count:08d}"
+    final = folder_of(root, learner.step_count)
     groups = _groups(learner)
 
     def write() -> None:
         _write(root, final, learner, groups, version, sampler or {})
+        spared = {folder_of(root, step) for step in spare}
         for old in checkpoints(root)[:-keep]:
-            shutil.rmtree(old)
+            if old not in spared:
+                shutil.rmtree(old)
 
     learner.ranks.first(write)
     return final
@@ -135,6 +139,11 @@ def load_checkpoint(folder: Path, learner: Learner) -> Restored:
     learner.step_count = state["step"]
     _load_rng(load_file(folder / "rng.safetensors"), state["rng"])
     return Restored(step=state["step"], version=state["version"], sampler=state["sampler"])
+
+
+def folder_of(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return root / f"step-{step:08d}"
 
 
 def checkpoints(root: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from agentsdpo.errors import LearnError
+from agentsdpo.errors import LearnError, NotFinite
 from agentsdpo.learn.adapters import add_adapter, merged_weights
 from agentsdpo.learn.batch import MicroBatch
 from agentsdpo.learn.clipper import AdvantageClip
@@ -24,7 +24,7 @@ from agentsdpo.learn.ratio import m2po_bound
 from agentsdpo.learn.records import TokenStats, sampled_logp, whole
 from agentsdpo.learn.rows import Admission, LossRow, TrainRow, admit
 from agentsdpo.learn.splits import split_metrics
-from agentsdpo.learn.teacher import Teacher, make_teacher
+from agentsdpo.learn.teacher import GatedTeacher, SnapshotTeacher, Teacher, make_teacher
 from agentsdpo.learn.weights import Bounds
 
 T = TypeVar("T")
@@ -88,6 +88,7 @@ class Learner:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, betas=config.betas,
                                            weight_decay=config.weight_decay, fused=True)
         self.clipper = AdvantageClip(config.adv_clip, config.adv_decay) if config.adv_clip is not None else None
+        self.teacher_held = False
 
     def step(self, rows: list[TrainRow], version: int) -> StepReport:
         """One update from the given rows.
@@ -97,7 +98,7 @@ class Learner:
             version: the learner's policy version, for staleness.
 
         Raises:
-            LearnError: no row is left, every token is masked or gated, or loss or gradient is not finite. Weights,
+            LearnError: no row is left, every token is masked or gated; NotFinite: loss or gradient is not. Weights,
                 optimiser, clipper and teacher are then as before.
             TrainForbidden, TokenizerMismatch, HintError: see :func:`~agentsdpo.learn.rows.admit` and ``batch.py``.
         """
@@ -121,6 +122,9 @@ class Learner:
         metrics |= split_metrics(stats, share.rows, self.config)
         metrics |= norms | control | staleness_metrics(found.staleness, found.evicted)
         metrics |= {"learn/loss": loss, "learn/microbatches": float(len(share.batches))}
+        metrics["learn/lr"] = self.optimizer.param_groups[0]["lr"]
+        if isinstance(self.teacher, SnapshotTeacher | GatedTeacher):
+            metrics["teacher/refreshes"] = float(self.teacher.copies)
         metrics |= {f"replay/refused/{reason}": float(count) for reason, count in found.refused.items()}
         return StepReport(step=self.step_count, version=version, metrics=metrics, n_trained=len(found.rows),
                           n_tokens=len(stats.gap), refused=dict(found.refused), evicted=found.evicted)
@@ -128,6 +132,15 @@ class Learner:
     def admit(self, rows: list[TrainRow], version: int) -> Admission:
         """Rows this learner may train on at this version, and why not the others."""
         return admit(rows, version, self.config, window=self.window, vocab_size=self.vocab_size)
+
+    def restrain(self, *, lr_factor: float, hold_teacher: bool) -> None:
+        """Until told otherwise, step at ``learn.lr`` times a factor, with a teacher that takes over nothing new.
+
+        A live teacher and the live part of a trust region are the student, and go with it all the same.
+        """
+        self.teacher_held = hold_teacher
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * lr_factor
 
     def policy(self) -> dict[str, Tensor]:
         """Weights to publish, by the names of a model without adapter: an adapter's product is added in.
@@ -183,8 +196,8 @@ class Learner:
             loss, stats = self.objective(batch, bounds)
             value = self.ranks.sum(loss.detach()).item()
             if not math.isfinite(value):  # on every process at once, so that none waits for another
-                raise LearnError(f"the loss of step {self.step_count + 1} is {value}, nothing was updated",
-                                 fix="lower learn.lr, or look for broken log-probs in the rows of this step")
+                raise NotFinite(f"the loss of step {self.step_count + 1} is {value}, nothing was updated",
+                                fix="lower learn.lr, or look for broken log-probs in the rows of this step")
             (loss if self._root is None else loss * self.ranks.size).backward()  # FSDP2 takes the mean of gradients
             total += value
             parts.append(stats)
@@ -200,15 +213,16 @@ class Learner:
         norms = component_norms(self.model)
         norm = float(whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)))
         if norm != norm or norm == float("inf"):
-            raise LearnError(f"the gradient norm of step {self.step_count + 1} is {norm}, nothing was updated",
-                             fix="lower learn.lr, or look for broken log-probs in the rows of this step")
+            raise NotFinite(f"the gradient norm of step {self.step_count + 1} is {norm}, nothing was updated",
+                            fix="lower learn.lr, or look for broken log-probs in the rows of this step")
         self.optimizer.step()
         return {"learn/grad_norm": norm, **norms}
 
     def _after(self, stats: TokenStats) -> None:
         """Bookkeeping of a step that went through."""
         self.step_count += 1
-        self.teacher.after_step(self.model)
+        if not self.teacher_held:
+            self.teacher.after_step(self.model)
         if self.clipper is not None:
             self.clipper.update(float(stats.gap.abs().sum()), len(stats.gap))
 
