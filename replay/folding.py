@@ -81,7 +81,7 @@ class Fold:
         """
         packs = archive.Packs(self.storage)
         if not self.vector and self.from_snapshot:
-            snapfile.restore(self, upto)
+            snapfile.restore(self, upto, packs)
         if upto is not None:
             self._refresh_upto(upto, packs)
             return
@@ -136,15 +136,26 @@ class Fold:
     def _refresh_upto(self, upto: Mapping[str, tuple[int, str]], packs: archive.Packs) -> None:
         """All streams up to a position; what was archived after it is found in its archive."""
         self._read(MAINT, packs, upto.get(MAINT, (-1, ""))[0])
-        for entry in self._entries(MAINT, packs, None):
-            for op in entry["ops"]:
-                self._note_archive(op)
+        self._note_archives(packs)
         for writer in sorted(upto):
             self._read(writer, packs, upto[writer][0])
             have, want = self.vector.get(writer, (-1, "")), upto[writer]
             if have != tuple(want):
                 raise StoreError(f"stream {writer} holds {have[1][:12]} at {have[0]}, the snapshot was taken at "
                                  f"{want[1][:12]} of {want[0]}", fix="the log was changed since; take a new snapshot")
+
+    def _note_archives(self, packs: archive.Packs) -> None:
+        """Archives that maintenance made behind the position of this fold."""
+        for entry in self._entries(MAINT, packs, None):
+            for op in entry["ops"]:
+                self._note_archive(op)
+
+    def packed(self, writer: str, seq: int, packs: archive.Packs) -> bytes:
+        """An entry of a stream that was archived, possibly behind the position of this fold; empty if it was not."""
+        if writer not in self.archived:
+            self._note_archives(packs)
+        place = self.archived.get(writer)
+        return (packs.entry(writer, seq, place) if place else None) or b""
 
     # ------------------------------------------------------------------------------------------------- folding
 

@@ -97,7 +97,7 @@ def _rest(fold: "Fold", used: list[str]) -> Json:
 # ----------------------------------------------------------------------------------------------------- reading
 
 
-def restore(fold: "Fold", upto: Mapping[str, tuple[int, str]] | None = None) -> None:
+def restore(fold: "Fold", upto: Mapping[str, tuple[int, str]] | None, packs: archive.Packs) -> None:
     """Fill an empty fold from the latest folded snapshot, where there is one that is not beyond ``upto``.
 
     Raises:
@@ -117,7 +117,7 @@ def restore(fold: "Fold", upto: Mapping[str, tuple[int, str]] | None = None) -> 
         return
     _fill(fold, table, rest, vector)
     for writer in vector.keys() - fold.closed - fold.archived.keys():
-        _check_head(fold.storage, writer, *vector[writer])
+        _check_head(fold, writer, packs)
 
 
 def load(storage: Storage) -> pa.Table | None:
@@ -181,11 +181,16 @@ def _fill(fold: "Fold", table: pa.Table, rest: Json, vector: Vector) -> None:
                      for path, (size, sha, writers) in rest["archives"].items() for writer in writers}
 
 
-def _check_head(storage: Storage, writer: str, seq: int, sha: str) -> None:
-    """The entry a stream was folded up to is still in the log."""
+def _check_head(fold: "Fold", writer: str, packs: archive.Packs) -> None:
+    """The entry a stream was folded up to is still in the log, or in the archive it was packed into since."""
+    (seq, sha), storage = fold.vector[writer], fold.storage
     try:
-        there = json.loads(storage.read(entry_path(writer, seq))).get("sha")
-    except (FileNotFoundError, ValueError, AttributeError):
+        raw = storage.read(entry_path(writer, seq))
+    except FileNotFoundError:
+        raw = fold.packed(writer, seq, packs)
+    try:
+        there = json.loads(raw).get("sha")
+    except (ValueError, AttributeError):
         there = None
     if there != sha:
         raise CorruptionError(

@@ -15,7 +15,7 @@ from replay_factories import make_branch, make_episode, same_episode
 from test_replay_maintain import age, filled, live, same
 
 from agentsdpo.errors import CorruptionError, StoreError
-from agentsdpo.replay import Key, ReplayStore, compact, evict, fold, gc, unevict
+from agentsdpo.replay import Key, ReplayStore, compact, evict, fold, gc, unevict, verify
 from agentsdpo.replay.folding import Fold
 from agentsdpo.replay.log import WriterFenced
 from agentsdpo.replay.schema import SCHEMA
@@ -233,6 +233,28 @@ def end(child: subprocess.Popen[str]) -> int:
     code = child.wait(120)
     child.stdout.close()
     return code
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_an_older_folded_snapshot_finds_what_was_archived_since(tmp_path: Path, left: bool) -> None:
+    store, keys = filled(tmp_path / "s", 3)
+    fold(store)
+    old = (store.root / "snap/LATEST.json").read_bytes()
+    store.close()
+    compact(store)  # killed before its last act, or beside a slower fold: the older snapshot stays the latest
+    (store.root / "snap/LATEST.json").write_bytes(old)
+    gc(store)
+    age(store.root, "log/maint/*", "log/archive/*")
+    gc(store)
+    assert {path.parent.name for path in store.root.glob("log/*/*.json")} == {"maint"}, "the stream is in the archive"
+    if left:
+        archive = next(store.root.glob("log/archive/*"))
+        archive.write_bytes(archive.read_bytes()[:-1])
+        with pytest.raises(CorruptionError, match="archive"):
+            ReplayStore.open(store.root).snapshot()
+    else:
+        assert live(store.root) == set(keys)
+        assert verify(ReplayStore.open(store.root)).ok
 
 
 def test_a_zombie_compactor_finds_its_slot_taken(tmp_path: Path) -> None:
