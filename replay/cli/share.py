@@ -52,7 +52,7 @@ def merge(
 
 
 def _print_copies(out: Out, what: str, rows: list[Json]) -> None:
-    names = [what, "copied", "episodes", "tokens", "same", "older", "late", "policies"]
+    names = [what, "copied", "episodes", "tokens", "same", "older", "hidden", "late", "policies"]
     out.table(names, [[row[name] for name in names] for row in rows])
 
 

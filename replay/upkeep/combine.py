@@ -35,6 +35,7 @@ class CopyReport:
         copied: rows that were not there; ``episodes`` of them.
         same: rows that were there already, with the same content.
         older: rows that are there in a better state (whole instead of salvaged).
+        hidden: rows that were evicted there, or are in conflict; left as they are.
         tokens: of the rows copied.
         late: late hints, rewards, labels and trainers' log-probs copied.
         policies: policy versions copied.
@@ -44,6 +45,7 @@ class CopyReport:
     episodes: int
     same: int
     older: int
+    hidden: int
     tokens: int
     late: int
     policies: int
@@ -101,8 +103,8 @@ def merge(into: ReplayStore, source: ReplayStore, *, where: Condition | None = N
     plan, late = _plan(view, there, wanted, source, into), missing(view, there, wanted)
     policies = _policies(source, into)
     report = CopyReport(copied=len(plan.new), episodes=len({(key.episode_id, key.attempt) for key in plan.new}),
-                        same=plan.same, older=plan.older, tokens=sum(view.rows[key].n_tokens for key in plan.new),
-                        late=len(late), policies=len(policies))
+                        same=plan.same, older=plan.older, hidden=plan.hidden,
+                        tokens=sum(view.rows[key].n_tokens for key in plan.new), late=len(late), policies=len(policies))
     if dry_run:
         return report
     for version, manifest in policies.items():
@@ -121,14 +123,17 @@ class _Plan:
     new: list[Key]
     same: int
     older: int
+    hidden: int
 
 
 def _plan(view: Snapshot, there: Snapshot, wanted: Iterable[Key], source: ReplayStore, into: ReplayStore) -> _Plan:
     """Which rows to copy; refuses keys that hold two contents."""
-    new, same, older = [], 0, 0
+    new, same, older, hidden, known = [], 0, 0, 0, into.fold().rows
     for key in wanted:
         ours, theirs = view.rows[key], there.rows.get(key)
-        if theirs is None:
+        if theirs is None and key in known:
+            hidden += 1
+        elif theirs is None:
             new.append(key)
         elif theirs.content_sha256 == ours.content_sha256:
             same += 1
@@ -140,7 +145,7 @@ def _plan(view: Snapshot, there: Snapshot, wanted: Iterable[Key], source: Replay
             raise StoreError(f"branch {key} has content {ours.content_sha256[:12]} in {source.storage.uri} and "
                              f"{theirs.content_sha256[:12]} in {into.storage.uri}",
                              fix="compare the stores with agentsdpo replay diff; keep one of the two apart")
-    return _Plan(new, same, older)
+    return _Plan(new, same, older, hidden)
 
 
 def whole_groups(view: Snapshot, keys: Iterable[Key]) -> list[Key]:

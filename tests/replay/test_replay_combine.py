@@ -71,6 +71,16 @@ def test_other_content_under_one_key_is_refused_before_anything_is_written(sourc
     assert content(tmp_path / "into") == before
 
 
+def test_what_was_hidden_there_stays_hidden_and_is_not_copied_again(source: Path, tmp_path: Path) -> None:
+    into = tmp_path / "into"
+    good("merge", into, source)
+    good("rm", into, "dddd-5", "--yes")
+    before = content(into)
+    report = document("merge", into, source)["sources"][0]
+    assert (report["copied"], report["same"], report["hidden"]) == (0, 5, 1)
+    assert content(into) == before
+
+
 def test_a_salvaged_row_gives_way_to_the_whole_one(source: Path, tmp_path: Path) -> None:
     episode = ReplayStore.open(source).episode("cccc-4")
     part = make_episode(8, episode_id="cccc-4", group_id="g-c", stop_reason=StopReason.MAX_TURNS)
