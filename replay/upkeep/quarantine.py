@@ -56,8 +56,9 @@ def _give_up(store: ReplayStore, path: str, sole_maintainer: bool) -> None:
     kept = {Key(*row["key"]) for row in saved["rows"]} if saved else set[Key]()
 
     def plan(now: Fold) -> list[Json]:
-        if _live(now, path) != rows:
-            raise StoreError(f"rows of {path} were evicted or moved while it went into quarantine", fix="run it again")
+        if _live(now, path) != rows or (saved and saved["path"] in now.gone):
+            raise StoreError(f"rows of {path} were evicted, moved or reclaimed while it went into quarantine",
+                             fix="run it again")
         lost = sorted(whole_groups(now.rows, [row.key for row in rows if row.key not in kept], store.storage.uri)
                       - now.evicted.keys())
         ops: list[Json] = [{"op": "replace", "in": [path], "out": [saved]}] if saved else []

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,11 +16,13 @@ from test_replay_compact import rows_of
 from test_replay_maintain import age, filled, live
 
 from agentsdpo.benchmarks.perf.bitflips import CLASSES, build, sweep
-from agentsdpo.errors import ConfigError, CorruptionError
+from agentsdpo.errors import ConfigError, CorruptionError, StoreError
 from agentsdpo.replay import Key, ReplayStore, compact, evict, fold, gc, pin, to_rows, unevict, verify
 from agentsdpo.replay.canonical import canonical_json
 from agentsdpo.replay.log import entry_path, make_entry
 from agentsdpo.replay.segment import encode
+from agentsdpo.replay.storage import Storage
+from agentsdpo.replay.upkeep import quarantine
 
 
 @pytest.fixture
@@ -223,6 +226,33 @@ def test_quarantine_gives_up_what_is_missing(damaged: ReplayStore) -> None:
     assert live(store.root) == {Key(f"e{i}", 0, 0) for i in range(4)}
     assert verify(store, "full").ok
     assert store.fold().evicted[Key("e7", 0, 0)].reason.startswith("quarantine: ")
+
+
+def test_quarantine_never_moves_rows_into_a_file_that_gc_named(tmp_path: Path,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ReplayStore.open(tmp_path / "s")
+    store.append([make_episode(i, episode_id=f"e{i}", size=80_000, group_id="", group_size=1) for i in range(2)])
+    before, path = rows_of(store), file_of(store, "e0")
+    column = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    data = bytearray(path.read_bytes())
+    data[column.dictionary_page_offset + column.total_compressed_size - 2] ^= 8
+    path.write_bytes(data)
+    save = quarantine._save  # pyright: ignore[reportPrivateUsage]
+
+    def then_gc(storage: Storage, *rest: Any) -> Any:
+        saved = save(storage, *rest)
+        age(store.root, "data/compact/*")
+        assert saved["path"] in gc(ReplayStore.open(store.root)).named
+        return saved
+
+    monkeypatch.setattr(quarantine, "_save", then_gc)
+    with pytest.raises(StoreError, match="reclaimed while it went into quarantine"):
+        verify(ReplayStore.open(store.root), quarantine=True)
+    monkeypatch.undo()
+    assert verify(ReplayStore.open(store.root), quarantine=True).quarantined
+    age(store.root, "log/maint/*")
+    gc(store)
+    assert rows_of(ReplayStore.open(store.root)) == {key: row for key, row in before.items() if key.episode_id == "e0"}
 
 
 def test_quarantine_leaves_a_damaged_log_alone(damaged: ReplayStore) -> None:
