@@ -273,7 +273,7 @@ _durable: set[Path] = set()
 
 def _make_folder(folder: Path, spool: Path, sync: bool) -> None:
     """The folder of a writer, durable when ``sync``."""
-    if sync and folder not in _durable:
+    if sync and (folder not in _durable or not folder.is_dir()):  # a recovery removes the empty one of a closed writer
         ensure_folder(folder, within=spool)
         _durable.add(folder)
     folder.mkdir(parents=True, exist_ok=True)

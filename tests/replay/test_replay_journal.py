@@ -170,6 +170,22 @@ def test_one_id_has_one_journal_and_a_failed_beginning_leaves_none(tmp_path: Pat
     assert not list(tmp_path.rglob("*.arrows"))
 
 
+def test_a_folder_that_a_recovery_removed_is_made_durable_again(tmp_path: Path,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    one = journal(tmp_path)
+    one.seal()
+    one.path.parent.rmdir()
+    synced, fsync = list[Path](), os.fsync
+
+    def note(handle: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", note)
+    journal(tmp_path).close()
+    assert one.path.parents[1] in synced, "the name of the folder was not made durable"
+
+
 def test_unusable_tokens_keep_their_kind(tmp_path: Path) -> None:
     one = journal(tmp_path)
     one.step([Growth(0, {}, [1, 2], [0, 3], [float("nan")] * 2)])
