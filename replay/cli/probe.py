@@ -29,9 +29,11 @@ def probe(folder: Path) -> list[Json]:
     >>> found["lock"], sorted(found)
     ('ok', ['clock', 'fsync', 'lock', 'space'])
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-probe-") as name:
-        return [_try(label, function, Path(name)) for label, function in _PROBES.items()]
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-probe-") as name:
+            return [_try(label, function, Path(name)) for label, function in _PROBES.items()]
+    except OSError as error:
+        return [_failed("folder", error)]
 
 
 def _try(label: str, function: Callable[[Path], tuple[str, str]], folder: Path) -> Json:
@@ -39,8 +41,13 @@ def _try(label: str, function: Callable[[Path], tuple[str, str]], folder: Path) 
     try:
         state, detail = function(folder)
     except OSError as error:
-        state, detail = "failed", f"{error.strerror or error} ({errno.errorcode.get(error.errno or 0, '?')})"
+        return _failed(label, error)
     return {"name": label, "state": state, "detail": detail}
+
+
+def _failed(label: str, error: OSError) -> Json:
+    detail = f"{error.strerror or error} ({errno.errorcode.get(error.errno or 0, '?')})"
+    return {"name": label, "state": "failed", "detail": detail}
 
 
 def _fsync(folder: Path) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 """``agentsdpo replay``: every verb, wrong input of every kind, answers for people, pipes and programs."""
 
+import errno
 import json
 import os
 import subprocess
@@ -403,6 +404,16 @@ def test_doctor_exits_2_when_a_probe_fails(own: Path, monkeypatch: pytest.Monkey
     result = call("doctor", own)
     assert result.exit_code == 2
     assert "create\tfailed" in result.stdout
+
+
+def test_doctor_says_that_a_folder_cannot_be_written(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: object, *rest: object, **named: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    result = call("doctor", own)
+    assert result.exit_code == 2
+    assert "folder\tfailed\tPermission denied (EACCES)" in result.stdout
 
 
 def test_sql_sees_live_rows_and_cannot_write(shared: Path, tmp_path: Path) -> None:
