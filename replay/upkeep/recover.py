@@ -18,12 +18,12 @@ from agentsdpo.replay.canonical import canonical_json
 from agentsdpo.replay.folding import Fold
 from agentsdpo.replay.ids import Key
 from agentsdpo.replay.journal import SUFFIX, try_lock
-from agentsdpo.replay.log import MAINT, entry_path, make_entry
+from agentsdpo.replay.log import MAINT, Located, entry_path, make_entry
 from agentsdpo.replay.salvage import Salvage, salvage
 from agentsdpo.replay.spool import LOST, default_spool, set_aside
 from agentsdpo.replay.store import ReplayStore
 from agentsdpo.replay.upkeep.adopt import adopted_rows
-from agentsdpo.types import Json
+from agentsdpo.types import Branch, Json
 
 What = Literal["running", "committed", "empty", "salvaged", "set_aside", "open", "closed", "adopted", "lost"]
 _UNTOUCHED = ("running", "open")
@@ -205,7 +205,7 @@ class _Recovery:
             unread = left.lost and path.stat().st_size
             self._finish(path, "set_aside" if unread else "empty", left.lost)
         elif self._stands(left):
-            self._finish(path, "committed")
+            self._finish(path, "committed", keep=bool(left.lost) and not self._whole(left))
         else:
             try:
                 if not self.dry_run:
@@ -227,12 +227,19 @@ class _Recovery:
 
     def _stands(self, left: Salvage) -> bool:
         """Whether the store holds the whole episode, or at least as much of it as the journal does."""
+        return self._whole(left) or all(row is not None and row.n_tokens >= len(branch.token_ids)
+                                        for branch, row in self._held(left))
+
+    def _whole(self, left: Salvage) -> bool:
+        """Whether the store holds the episode as it ended, not what a crash left of it."""
+        return any(row is not None and row.status != "salvaged" for _, row in self._held(left))
+
+    def _held(self, left: Salvage) -> list[tuple[Branch, Located | None]]:
+        """The branches of a journal, each with what the store holds of it."""
         episode, rows = left.episode, self.store.fold().rows
         assert episode is not None
-        have = [rows.get(Key(episode.episode_id, b.branch_id, episode.attempt)) for b in episode.branches]
-        whole = any(row is not None and row.status != "salvaged" for row in have)
-        return whole or all(row is not None and row.n_tokens >= len(branch.token_ids)
-                            for row, branch in zip(have, episode.branches, strict=True))
+        return [(branch, rows.get(Key(episode.episode_id, branch.branch_id, episode.attempt)))
+                for branch in episode.branches]
 
 
 _UUID = 36

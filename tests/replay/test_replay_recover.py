@@ -14,6 +14,7 @@ from replay_factories import make_episode, same_episode
 from agentsdpo.benchmarks.perf.killloop import Nursery, about, calls_after, kill_loop, plan
 from agentsdpo.replay import ReplayConfig, ReplayStore, Sampler
 from agentsdpo.replay.ids import Key
+from agentsdpo.replay.salvage import salvage
 from agentsdpo.replay.spool import Spool
 from agentsdpo.replay.upkeep.recover import RecoverReport, _Recovery, recover
 from agentsdpo.types import Episode
@@ -126,6 +127,23 @@ def test_what_cannot_be_used_is_set_aside_and_what_says_nothing_goes(writer: Els
     assert any("train_allowed=False" in found.detail for found in report.found)
     assert len(store.episode(about(1, 1)["episode_id"]).branches[0].calls) == calls_after(2)
     assert recover(store).changed == 0
+
+
+def test_a_recovery_cut_off_behind_its_append_keeps_the_unread_tail(writer: Elsewhere, store: ReplayStore) -> None:
+    path = writer.play(0, 4)
+    damaged = bytearray(path.read_bytes())
+    damaged[-5] ^= 1
+    path.write_bytes(damaged)
+    left = salvage(path).episode
+    assert left is not None
+    store.append([left], salvaged=True)
+    assert ends(recover(store))[path.name] == "committed"
+    assert [aside.read_bytes() for aside in (path.parent.parent / "lost+found").iterdir()] == [damaged]
+    store.append([plan(1, 0)[0]])
+    path.write_bytes(damaged)
+    recover(store)
+    assert not path.exists()
+    assert len(list((path.parents[1] / "lost+found").iterdir())) == 1, "the whole episode is there, nothing is missed"
 
 
 def test_two_journals_of_one_episode_leave_the_longer(writer: Elsewhere, store: ReplayStore,
