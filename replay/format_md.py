@@ -18,8 +18,12 @@ bucket, files are made with `If-None-Match: *` only) |
 | `snap/<uuid7>.parquet`, `snap/LATEST.json` | what the log said at some time, row by row; disposable |
 | `overlay/<kind>/<uuid7>.parquet` | hints, rewards, labels and trainers' log-probs that came later |
 | `policies/<version>.json` | what a policy version is: weights, tokenizer, template, vocabulary |
-| `pins/<reader>.json`, `quarantine/`, `lost+found/` | what readers still need; what could not be kept |
-| `reserve.bin` | room held back for a full disk |
+| `pins/<reader>.json` | what a reader still needs, and what it wants others to know |
+| `quarantine/<path>` | damaged files, put aside under their old path; their whole rows were written anew |
+| `lost+found/` | data files whose commit a crash cut off |
+| `spool/<store id>/<writer>/<episode>.arrows` | journals of episodes under way, until they are committed (Arrow IPC); \
+elsewhere where a setting says so; `spool/<store id>/lost+found/`: what of them could not be used |
+| `clock/`, `reserve.bin` | a file for a moment, to see the storage's time; room held back for a full disk |
 
 ## Read it without this package
 

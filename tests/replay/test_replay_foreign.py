@@ -11,8 +11,9 @@ import pytest
 from independent_reader import read
 from replay_factories import make_episode
 
-from agentsdpo.replay import Key, ReplayStore, compact, evict, fold
+from agentsdpo.replay import Key, ReplayStore, compact, evict, fold, gc, pin, recover
 from agentsdpo.replay.format_md import TEXT
+from agentsdpo.replay.spool import Spool
 from agentsdpo.types import Episode
 
 
@@ -38,6 +39,25 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         shutil.copy(next((root / "STORE").glob("data/2*/*.parquet")), root / "STORE/data/compact/orphan.parquet")
     fold(store)
     return root
+
+
+def test_format_md_names_whatever_lies_in_a_store(tmp_path: Path) -> None:
+    store = ReplayStore.open(tmp_path / "STORE", reserve_bytes=4096)
+    store.append(episodes())
+    store.add_rewards({"e1": 0.25})
+    store.record_policy(0, {"weights_id": "w"})
+    pin(store, "reader", store.snapshot())
+    assert Spool(store).begin({"episode_id": "e9"}) is not None
+    orphan = next(store.root.glob("data/2*/*.parquet"))
+    orphan.with_name(f"{store.writer_id}-orphan.parquet").write_bytes(orphan.read_bytes())
+    store.close()
+    assert recover(store).count("lost") == 1
+    gc(store)
+    fold(store)
+    names = {path.name for path in store.root.iterdir()}
+    assert {"spool", "lost+found", "quarantine", "pins", "clock", "reserve.bin"} <= names
+    table = {cell.partition("/")[0] for cell in re.findall(r"`([^`|]+)`", TEXT.partition("## Read it")[0])}
+    assert names - {"FORMAT.md"} <= table
 
 
 def expected(folder: Path) -> dict[str, Any]:
