@@ -2,7 +2,7 @@
 
 import json
 
-from agentsdpo.errors import StoreError
+from agentsdpo.errors import CorruptionError, StoreError
 from agentsdpo.replay import format_md
 from agentsdpo.replay.canonical import canonical_json
 from agentsdpo.replay.fitness import demand_fit
@@ -68,6 +68,7 @@ def read(storage: Storage) -> Json:
 
     Raises:
         StoreError: no store there, or one that a newer release made and this one must not read.
+        CorruptionError: the file is not what was written.
     """
     try:
         about = json.loads(storage.read("STORE.json"))
@@ -78,7 +79,7 @@ def read(storage: Storage) -> Json:
         raise StoreError(f"{storage.uri} is not a replay store (no STORE.json)",
                          fix="check the path, or pass create=True") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{storage.uri}/STORE.json is damaged or not ours: {error!r}",
+        raise CorruptionError(f"{storage.uri}/STORE.json is damaged or not ours: {error!r}",
                          fix="restore it from a backup") from error
     if family != FORMAT or needs > RELEASE or features - FEATURES:
         extra = f" with features {sorted(features - FEATURES)}" if features - FEATURES else ""

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from agentsdpo.replay.cli.base import Out, Sole, Store, Yes, amount, existing, size, verb
+from agentsdpo.errors import CorruptionError
+from agentsdpo.replay.cli.base import Out, Sole, Store, Yes, amount, existing, fail, size, verb
 
 app = typer.Typer(rich_markup_mode=None)
 _SIZES = ("B", "KB", "MB", "GB", "TB", "KiB", "MiB", "GiB", "TiB")
@@ -22,7 +23,10 @@ def verify(
     """Check that the store holds what was written; exits 3 when it does not."""
     from agentsdpo.replay import verify as check
 
-    opened = existing(store)
+    try:
+        opened = existing(store)
+    except CorruptionError as error:
+        fail(str(error), 3, colour=out.colour)
     with out.progress(f"checking at level {level}"):
         report = check(opened, level, quarantine=quarantine and yes,  # pyright: ignore[reportArgumentType]
                        sole_maintainer=sole_maintainer)

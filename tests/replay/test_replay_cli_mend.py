@@ -52,6 +52,11 @@ def test_verify_exits_3_and_names_the_file(own: Path) -> None:
     assert "no level" in refused(2, "verify", own, "--level", "thorough")
 
 
+def test_verify_exits_3_when_the_store_cannot_say_what_it_is(own: Path) -> None:
+    (own / "STORE.json").write_bytes(b"{")
+    assert "STORE.json is damaged" in refused(3, "verify", own)
+
+
 def test_quarantine_changes_nothing_without_yes(own: Path) -> None:
     path = max((own / "data").rglob("*.parquet"))
     flip(path)
