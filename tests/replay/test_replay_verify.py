@@ -241,6 +241,7 @@ def test_quarantine_never_moves_rows_into_a_file_that_gc_named(tmp_path: Path,
 
     def then_gc(storage: Storage, *rest: Any) -> Any:
         saved = save(storage, *rest)
+        assert saved is not None
         age(store.root, "data/compact/*")
         assert saved["path"] in gc(ReplayStore.open(store.root)).named
         return saved
