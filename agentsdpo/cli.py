@@ -121,6 +121,32 @@ def train(
     _show(summary, folder, as_json)
 
 
+@app.command()
+def learn(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="Settings of the run.")],
+    store: Annotated[str, typer.Option(metavar="URI", help="Replay store to learn from: a folder or s3://bucket/prefix.")],
+    sets: Sets = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/<name> when not given.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps of the whole run.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is in the folder.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Learn from a replay store that others fill, and publish policy versions; nothing is collected or evaluated."""
+    from agentsdpo import config as settings
+
+    resolved = settings.load(config, [*(sets or ()), *([f"steps={steps}"] if steps else [])])
+    folder = out or Path("runs") / resolved.name
+    with _keeping(folder, resume="--resume"):
+        from agentsdpo.offline import learn_alone
+
+        summary = learn_alone(resolved, store, out=folder, resume=resume)
+    if as_json:
+        typer.echo(json.dumps(summary))
+    else:
+        typer.echo(f"{summary['steps']} steps on {summary['tokens']} tokens of {summary['rows']} rows: policy version "
+                   f"{summary['version']} in {folder / 'policies'}")
+
+
 def _show(summary: dict[str, Any], folder: Path, as_json: bool) -> None:
     """The result as data, and where to see more."""
     if as_json:

@@ -22,6 +22,7 @@ from agentsdpo.errors import ConfigError
 from agentsdpo.hint.config import HintConfig
 from agentsdpo.learn.config import LearnConfig
 from agentsdpo.learn.presets import PRESETS, TOY, resolve
+from agentsdpo.learn.trackers import TrackConfig
 from agentsdpo.learn.tripwire import TripwireConfig
 from agentsdpo.publish.config import PublishConfig
 from agentsdpo.replay.config import ReplayConfig
@@ -31,6 +32,9 @@ from agentsdpo.settings_io import describe as _describe
 
 SEED_MODEL = "seed"
 """Name of the small model that ships with the package and is trained with the presets' toy learning rates."""
+
+KEEPING = ("checkpoint_keep", "checkpoint_keep_every", "track")
+"""Settings of what is kept and who is told: they change nothing that is played or learnt."""
 
 
 class EvalConfig(Settings):
@@ -81,6 +85,9 @@ class RunConfig(Settings):
         "policy versions the collector is held behind the learner on purpose; 0 samples from the newest"))
     checkpoint_every: int = Field(default=25, ge=1, le=1_000_000, description=(
         "optimiser steps between two checkpoints, from which a stopped run goes on; 1 or more"))
+    checkpoint_keep: int = Field(default=3, ge=1, le=1_000_000, description="newest checkpoints that stay; 1 or more")
+    checkpoint_keep_every: int = Field(default=0, ge=0, le=10_000_000, description=(
+        "checkpoints of multiples of this many optimiser steps stay for good; 0 is none"))
     desk: DeskConfig = DeskConfig()
     collect: CollectConfig = CollectConfig()
     replay: ReplayConfig = ReplayConfig()
@@ -89,6 +96,7 @@ class RunConfig(Settings):
     publish: PublishConfig = PublishConfig()
     eval: EvalConfig = EvalConfig()
     tripwire: TripwireConfig = TripwireConfig()
+    track: TrackConfig = TrackConfig()
 
     def to_toml(self) -> str:
         """Every setting as TOML, defaults included; :func:`from_mapping` reads it back to an equal config."""

@@ -8,7 +8,6 @@ from its last checkpoint (``--resume``) and ends with the weights of one that wa
 collection, it plays the rest in smaller batches, so that log-probs may differ in their last bits.
 """
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,10 @@ from agentsdpo import console
 from agentsdpo.assemble import TASKS_PER_SEED, Run, assemble
 from agentsdpo.collect.metrics import collect_metrics
 from agentsdpo.config import RunConfig
-from agentsdpo.errors import EngineError, LearnError
+from agentsdpo.errors import EngineError
 from agentsdpo.evaluate import evaluate
-from agentsdpo.hint.audit import hint_metrics
-from agentsdpo.replay.rows import Row
+from agentsdpo.learning import recording, update
 from agentsdpo.signals import uninterrupted
-from agentsdpo.track import MetricsWriter
 from agentsdpo.types import Episode
 from agentsdpo.watch import collecting_version, going_back, watch
 
@@ -54,17 +51,17 @@ def turn_over(run: Run, *, resume: bool, mode: str) -> None:
     """The loop itself, from where the run stands to its last step."""
     config = run.config
     run.restore_or_begin()
-    with (MetricsWriter(run.folder.metrics, resume_step=run.step if resume else None) as metrics,
+    with (recording(run, resume=resume) as metrics,
           console.training(config.steps, config.name, mode=mode) as view):
         while True:
             watch(run, evaluate(run, metrics, view), metrics, view)
-            if run.step >= config.steps:
+            if run.ends:
                 break
             episodes = collect(run)
             with uninterrupted(), going_back(run, metrics, view):
                 row = learn(run, episodes)
                 metrics.write("step", run.step, row)
-                if run.step % config.checkpoint_every == 0 or run.step == config.steps:
+                if run.step % config.checkpoint_every == 0 or run.ends:
                     run.checkpoint()
                 view.step({"step": run.step, **row})
 
@@ -105,35 +102,9 @@ def learn(run: Run, episodes: list[Episode]) -> dict[str, Any]:
     Raises:
         LearnError: nothing can be drawn or trained on, or the step is not finite; nothing was updated.
     """
-    config, wire, began = run.config, run.tripwire, time.monotonic()
     run.sampler.refresh(only={e.episode_id for e in episodes})
-    drawn = draw(run)
-    run.learner.restrain(lr_factor=wire.lr_factor(run.step), hold_teacher=wire.withheld(run.step))
-    report = run.learner.step(run.rows(drawn), run.version)
+    row = update(run)
     run.count(episodes)
-    updated = time.monotonic()
-    if (run.step % config.publish.every == 0 or run.step == config.steps) and not wire.withheld(run.step):
-        run.publish()
-    row = {**collect_metrics(episodes), **run.hinter.metrics(), **hint_metrics(run.chat, drawn), **report.metrics,
-           **run.sampler.metrics(), **wire.metrics(run.step), **run.totals, "version": run.version,
-           "learn/rows": report.n_trained, "learn/tokens": report.n_tokens,
-           "publish/lag_s": time.monotonic() - updated, "learn/step_s": time.monotonic() - began}
-    wire.learnt(row)
+    row = {**collect_metrics(episodes), **run.hinter.metrics(), **row, **run.tripwire.metrics(run.step), **run.totals}
+    run.tripwire.learnt(row)
     return row
-
-
-def draw(run: Run) -> list[Row]:
-    """Branches of one step; draws again while none of them has a hint (an attempt that failed nothing may have none).
-
-    Raises:
-        LearnError: nothing is eligible, or nothing eligible has a hint.
-    """
-    for _ in range(_REDRAWS):
-        drawn = run.draw()
-        if any(row.hint for row in drawn):
-            return drawn
-    raise LearnError(f"no row with a hint can be drawn at step {run.step + 1}: {run.sampler.explain(run.version)}",
-                     fix="start a run with a larger learn.max_staleness or episodes_per_step, or with hint.scope 'all'")
-
-
-_REDRAWS = 16

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from agentsdpo import __version__
-from agentsdpo.config import RunConfig
+from agentsdpo.config import KEEPING, RunConfig
 from agentsdpo.errors import RunError
 from agentsdpo.files import FULL, write_text
 from agentsdpo.provenance import describe_environment
@@ -33,8 +33,8 @@ from agentsdpo.provenance import git_commit as git_commit  # callers find it bes
 from agentsdpo.track import read_metrics
 from agentsdpo.types import Json
 
-EXTENDABLE = ("steps",)
-"""Settings that may differ when a run is resumed; any other would make two runs of one."""
+EXTENDABLE = ("steps", *KEEPING)
+"""Settings and tables that may differ when a run is resumed; any other would make two runs of one."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _starts(path: Path) -> list[Json]:
 def _same_settings(folder: RunFolder, config: RunConfig) -> None:
     """Refuse to resume under other settings, or for fewer steps than were done."""
     before, now = (dict(_flat(tomllib.loads(text))) for text in (folder.config.read_text(), config.to_toml()))
-    changed = [key for key in now if before.get(key) != now[key] and key not in EXTENDABLE]
+    changed = [key for key in now if before.get(key) != now[key] and key.partition(".")[0] not in EXTENDABLE]
     if changed:
         key, more = changed[0], f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise RunError(f"{folder.path} was started with {key} = {before.get(key)!r}, resuming asks for {now[key]!r}"

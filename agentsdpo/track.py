@@ -13,7 +13,7 @@ included. NaN and infinities are written as null, since JSON has neither.
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -33,6 +33,7 @@ class MetricsWriter:
         path: the file; its folder must exist.
         resume_step: lines of later steps, repeated lines and a torn last one are removed first, those of this step
             and before stay, evaluations included. None starts an empty file.
+        mirror: told every new line once it is written.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "metrics.jsonl"
@@ -43,12 +44,13 @@ class MetricsWriter:
     ('step', 1, 0.5, None)
     """
 
-    def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
+    def __init__(self, path: Path, *, resume_step: int | None = None,
+                 mirror: Callable[[Json], None] | None = None) -> None:
         self.rows = () if resume_step is None else _kept(read_metrics(path), resume_step)
         write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows))
         self._before = max((float(row["wall_s"]) for row in self.rows), default=0.0)
         self._began = time.monotonic()
-        self._file = path.open("a", encoding="utf-8")
+        self._file, self._mirror = path.open("a", encoding="utf-8"), mirror
 
     def write(self, kind: Kind, step: int, values: Mapping[str, Any]) -> None:
         """Append one line.
@@ -65,6 +67,8 @@ class MetricsWriter:
         row = {"kind": kind, "step": step, "wall_s": round(self.wall_s, 3), **{k: _plain(v) for k, v in values.items()}}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
+        if self._mirror is not None:
+            self._mirror(row)
 
     @property
     def wall_s(self) -> float:

@@ -2,17 +2,21 @@
 
 ::
 
-    <root>/step-00000040/weights.safetensors  optimiser.safetensors  teacher.safetensors  rng.safetensors  state.json
+    <root>/step-00000040/weights.safetensors  optimiser.safetensors  teacher.safetensors  rng.safetensors
+                         state.json  manifest.json
 
 A folder is filled under a temporary name, flushed to disk and renamed, so a killed process leaves either
-the whole checkpoint or none. Nothing is pickled.
+the whole checkpoint or none. What a disk does to it afterwards is found by the hashes of the manifest: a damaged newest
+checkpoint is set aside as ``damaged-step-*`` and the one before is taken. Nothing is pickled.
 """
 
 import json
+import logging
 import os
 import random
 import shutil
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +29,11 @@ from torch import Tensor
 
 from agentsdpo.errors import LearnError
 from agentsdpo.learn.learner import Learner
+from agentsdpo.learn.manifest import damage, outdated, write_manifest
 from agentsdpo.learn.records import spread, whole
 
-_FORMAT = 1
+_FORMAT = 2
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Restored:
 
 
 def save_checkpoint(root: Path, learner: Learner, *, version: int, sampler: dict[str, Any] | None = None,
-                    keep: int = 3, spare: Collection[int] = ()) -> Path:
+                    keep: int = 3, keep_every: int = 0, spare: Collection[int] = ()) -> Path:
     """Write the learner's whole state. Of several processes each must call this, and the first one writes.
 
     Args:
@@ -49,6 +55,7 @@ def save_checkpoint(root: Path, learner: Learner, *, version: int, sampler: dict
         version: policy version of these weights.
         sampler: opaque JSON state of whatever chooses the rows.
         keep: newest checkpoints that stay; older ones are removed.
+        keep_every: those of multiples of this many steps stay for good; 0 is none.
         spare: steps whose checkpoints stay whatever their age.
 
     Returns:
@@ -62,10 +69,8 @@ def save_checkpoint(root: Path, learner: Learner, *, version: int, sampler: dict
 
     def write() -> None:
         _write(root, final, learner, groups, version, sampler or {})
-        spared = {folder_of(root, step) for step in spare}
-        for old in checkpoints(root)[:-keep]:
-            if old not in spared:
-                shutil.rmtree(old)
+        for old in outdated(checkpoints(root), keep=keep, keep_every=keep_every, spare=spare):
+            shutil.rmtree(old)
 
     learner.ranks.first(write)
     return final
@@ -106,24 +111,27 @@ def _fill(work: Path, learner: Learner, groups: dict[str, dict[str, Tensor]], ve
              "rng": rng_numbers, "clipper": learner.clipper.state_dict() if learner.clipper else None,
              "config": learner.config.model_dump()}
     (work / "state.json").write_text(json.dumps(state))
+    write_manifest(work)
 
 
 def load_checkpoint(folder: Path, learner: Learner) -> Restored:
     """Put a saved state into a learner that was made with the same model and configuration.
 
     Args:
-        folder: one checkpoint, or a root whose newest is taken.
+        folder: one checkpoint, or a root whose newest whole one is taken; damaged ones newer than it are set aside.
         learner: its weights, optimiser, teacher and clipper are overwritten; so are the global generators of
             torch, numpy and Python.
 
     Raises:
-        LearnError: there is no checkpoint, or it belongs to another model, teacher or clipper.
+        LearnError: there is no checkpoint or none is whole, or it belongs to another model, teacher or clipper.
     """
-    if not (folder / "state.json").exists():
-        found = checkpoints(folder)
-        if not found:
-            raise LearnError(f"there is no checkpoint in {folder}", fix="start the run without resuming")
-        folder = found[-1]
+    if not folder.name.startswith("step-"):
+        folder = _newest_whole(folder, learner)
+    else:
+        wrong = damage(folder)
+        if wrong:
+            raise LearnError(f"checkpoint {folder} is damaged: {wrong}",
+                             fix="restore it from a backup, or start a new run")
     state = json.loads((folder / "state.json").read_text())
     if state["format"] != _FORMAT:
         raise LearnError(f"checkpoint {folder} has format {state['format']}, this version reads {_FORMAT}",
@@ -141,14 +149,51 @@ def load_checkpoint(folder: Path, learner: Learner) -> Restored:
     return Restored(step=state["step"], version=state["version"], sampler=state["sampler"])
 
 
+def _newest_whole(root: Path, learner: Learner) -> Path:
+    """The newest checkpoint whose files are what was written; what is damaged and newer is set aside, aloud."""
+    found = checkpoints(root)
+    if not found:
+        raise LearnError(f"there is no checkpoint in {root}", fix="start the run without resuming")
+    wrong: list[tuple[Path, str]] = []
+    for folder in reversed(found):
+        reason = damage(folder)
+        if reason is None:
+            break
+        wrong.append((folder, reason))
+    else:
+        told = ", ".join(f"{path.name}: {reason}" for path, reason in wrong)
+        raise LearnError(f"every checkpoint in {root} is damaged ({told})",
+                         fix="restore one from a backup, or start a new run")
+
+    def set_aside() -> None:
+        for path, reason in wrong:
+            aside = root / f"damaged-{path.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            _log.warning("checkpoint %s is damaged (%s): set aside as %s, going on from %s", path, reason, aside.name,
+                         folder.name)
+
+    learner.ranks.first(set_aside)
+    return folder
+
+
+def versions_kept(root: Path, newest: int) -> list[int]:
+    """Policy versions of the newest checkpoints, oldest first; one that cannot be read has none."""
+    found = []
+    for folder in checkpoints(root)[-newest:]:
+        with suppress(ValueError, OSError, KeyError):
+            found.append(int(json.loads((folder / "state.json").read_text())["version"]))
+    return found
+
+
 def folder_of(root: Path, step: int) -> Path:
     """Where the checkpoint of a step is, or would be."""
     return root / f"step-{step:08d}"
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path for path in root.glob("step-*") if (path / "state.json").exists())
+    """Checkpoints, oldest first."""
+    return sorted(root.glob("step-*"))
 
 
 def _swap(work: Path, final: Path) -> None:

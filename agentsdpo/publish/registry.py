@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +44,7 @@ class PolicyRegistry:
     Args:
         root: made at the first publish; reading a folder that does not exist finds no version.
         base_model, tokenizer_sha256, chat_template_sha256: written into every manifest published from here.
+        first: number of the first version, 0 unless older ones were published elsewhere.
 
     >>> import numpy as np, tempfile
     >>> registry = PolicyRegistry(tempfile.mkdtemp(), base_model="seed")
@@ -54,8 +55,8 @@ class PolicyRegistry:
     """
 
     def __init__(self, root: Path | str, *, base_model: str = "", tokenizer_sha256: str = "",
-                 chat_template_sha256: str = "") -> None:
-        self.root = Path(root)
+                 chat_template_sha256: str = "", first: int = 0) -> None:
+        self.root, self._first = Path(root), first
         self._stamp: dict[str, Any] = {"base_model": base_model, "tokenizer_sha256": tokenizer_sha256,
                                        "chat_template_sha256": chat_template_sha256}
 
@@ -131,7 +132,7 @@ class PolicyRegistry:
             parent: the version they were trained from; the latest when not given.
 
         Returns:
-            The new version: the latest plus one, 0 for the first.
+            The new version: the latest plus one, ``first`` when there is none.
 
         Raises:
             RegistryError: there is nothing to publish, or another program is publishing here, or no room is left.
@@ -140,7 +141,7 @@ class PolicyRegistry:
             raise RegistryError("there are no tensors to publish", fix="pass the model's state dict")
         with self._writing():
             latest = self.latest()
-            version = 0 if latest is None else latest + 1
+            version = self._first if latest is None else latest + 1
             final = self._path(version)
             temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=self.root))
             try:
@@ -155,12 +156,13 @@ class PolicyRegistry:
             self._announce(version)
         return version
 
-    def prune(self, keep: int, *, staleness: int = 0) -> list[int]:
+    def prune(self, keep: int, *, staleness: int = 0, spare: Collection[int] = ()) -> list[int]:
         """Delete old versions, oldest first; those a collector may still ask for always stay.
 
         Args:
             keep: newest versions to keep, at least 1.
             staleness: policy versions that collected data may be old: ``latest - staleness`` and later stay.
+            spare: versions that stay whatever their age.
 
         Returns:
             The versions deleted.
@@ -170,7 +172,7 @@ class PolicyRegistry:
             return []
         with self._writing():
             first = min(latest - max(keep, 1) + 1, behaviour_version(latest, staleness=staleness))
-            old = [version for version in self.versions() if version < first]
+            old = [version for version in self.versions() if version < first and version not in spare]
             for version in old:
                 self._remove(version)
         return old

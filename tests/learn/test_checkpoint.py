@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from agentsdpo.errors import LearnError
 from agentsdpo.learn import checkpoint as checkpointing
-from agentsdpo.learn.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from agentsdpo.learn.checkpoint import checkpoints, load_checkpoint, save_checkpoint, versions_kept
 from agentsdpo.learn.learner import Learner
 from agentsdpo.learn.presets import resolve
 from agentsdpo.learn.rows import TrainRow
@@ -140,3 +140,64 @@ def test_a_checkpoint_of_something_else_is_refused(tiny_model: Any, tmp_path: Pa
                                          num_attention_heads=1, num_key_value_heads=1, head_dim=32))
     with pytest.raises(LearnError, match="another model"):
         load_checkpoint(tmp_path, Learner(small, resolve("sdft")))
+
+
+def save_four(learner: Learner, root: Path, make_row: Callable[..., TrainRow], **keeping: Any) -> None:
+    for _ in range(4):
+        run_steps(learner, make_row, 1)
+        save_checkpoint(root, learner, version=learner.step_count, **keeping)
+
+
+def spoil(folder: Path, name: str, how: str) -> None:
+    path = folder / name
+    if how == "gone":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(("name", "how"), [
+    ("weights.safetensors", "bit"), ("optimiser.safetensors", "cut"), ("rng.safetensors", "gone"),
+    ("state.json", "bit"), ("state.json", "gone"), ("manifest.json", "gone"), ("manifest.json", "cut")])
+def test_a_damaged_newest_is_set_aside_aloud_and_the_one_before_is_taken(
+        name: str, how: str, tiny_model: Any, tmp_path: Path, make_row: Callable[..., TrainRow],
+        caplog: pytest.LogCaptureFixture) -> None:
+    learner = Learner(tiny_model, resolve("sdft", {"lr": 1e-3}))
+    save_four(learner, tmp_path, make_row)
+    if (name, how) == ("manifest.json", "cut"):
+        (tmp_path / "step-00000004" / name).write_text('{"files": {')
+    else:
+        spoil(tmp_path / "step-00000004", name, how)
+    with pytest.raises(LearnError, match=f"step-00000004 is damaged: {name}"):
+        load_checkpoint(tmp_path / "step-00000004", learner)
+    restored = load_checkpoint(tmp_path, learner)
+    assert (restored.step, restored.version) == (3, 3)
+    assert f"step-00000004 is damaged ({name}" in caplog.text
+    assert "going on from step-00000003" in caplog.text
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000002", "step-00000003", "damaged-step-00000004"}
+    run_steps(learner, make_row, 1)
+    save_checkpoint(tmp_path, learner, version=4)
+    assert load_checkpoint(tmp_path, learner).step == 4
+
+
+def test_when_all_are_damaged_nothing_is_moved_and_nothing_starts_anew(
+        tiny_model: Any, tmp_path: Path, make_row: Callable[..., TrainRow]) -> None:
+    learner = Learner(tiny_model, resolve("sdft", {"lr": 1e-3}))
+    save_four(learner, tmp_path, make_row)
+    for folder in checkpoints(tmp_path):
+        spoil(folder, "teacher.safetensors", "gone")
+    for _ in range(2):
+        with pytest.raises(LearnError, match="every checkpoint in .* is damaged .*teacher.safetensors is missing"):
+            load_checkpoint(tmp_path, learner)
+    assert len(checkpoints(tmp_path)) == 3
+
+
+def test_milestones_and_spared_steps_stay(tiny_model: Any, tmp_path: Path, make_row: Callable[..., TrainRow]) -> None:
+    learner = Learner(tiny_model, resolve("sdft", {"lr": 1e-3}))
+    save_four(learner, tmp_path, make_row, keep=1, keep_every=2, spare=[1])
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000001", "step-00000002", "step-00000004"]
+    assert versions_kept(tmp_path, 2) == [2, 4]

@@ -1,0 +1,249 @@
+"""The learner alone on a store that others fill: it repeats itself, goes on after any stop, and says what it lacks."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from agentsdpo.config import RunConfig, from_mapping
+from agentsdpo.errors import ConfigError, LearnError, RunError, StoreNotFound, TokenizerMismatch
+from agentsdpo.learn import trackers
+from agentsdpo.loop import train
+from agentsdpo.offline import learn_alone
+from agentsdpo.publish.registry import PolicyRegistry
+from agentsdpo.replay.example import example
+from agentsdpo.replay.store import ReplayStore
+from agentsdpo.track import read_metrics
+from agentsdpo.types import Episode, Json
+
+SETS = ["collect.window=512", "collect.concurrency=16", "collect.max_tokens=48", "episodes_per_step=6", "learn.batch=4",
+        "eval.final_episodes=1", "eval.episodes=1", "eval.splits=['val']", "eval.final_splits=['val']",
+        "tripwire.on=false", "checkpoint_every=2", "learn.max_staleness=20", "learn.gate=off", "learn.veto=none"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def config(*more: str, steps: int = 5) -> RunConfig:
+    return from_mapping({"name": "t", "steps": steps}, [*SETS, *more])
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of twelve episodes, versions 0 and 1."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("played") / "run"
+    train(config(steps=2), out=out, mode="none")
+    return out / "replay"
+
+
+@pytest.fixture(scope="module")
+def whole(played: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Json]:
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return out, learn_alone(config(), played, out=out, mode="none")
+
+
+def weights(out: Path) -> dict[str, np.ndarray]:
+    newest = sorted(out.glob("checkpoint/step-*"))[-1]
+    return {k: v.numpy() for k, v in load_file(newest / "weights.safetensors").items()}
+
+
+def same(a: Path, b: Path) -> bool:
+    one, two = weights(a), weights(b)
+    return one.keys() == two.keys() and all(np.array_equal(one[k], two[k]) for k in one)
+
+
+def told(out: Path) -> list[Json]:
+    """The metrics without what a clock says."""
+    clocks = ("wall_s", "learn/step_s", "publish/lag_s", "replay/age_s/p95")
+    return [{key: value for key, value in row.items() if key not in clocks}
+            for row in read_metrics(out / "metrics.jsonl")]
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in folder.rglob("*") if path.is_file()}
+
+
+def later(store: Path, by: int, **changes: Any) -> list[Episode]:
+    """Episodes of a store under new ids, sampled by versions so much newer."""
+    found = []
+    for episode in ReplayStore.open(store, create=False).episodes():
+        branches = [branch.model_copy(update={"calls": tuple(call.model_copy(update={"versions": tuple(
+            span.model_copy(update={"version": span.version + by}) for span in call.versions)})
+            for call in branch.calls)}) for branch in episode.branches]
+        found.append(episode.model_copy(update={"episode_id": f"{episode.episode_id}-{by}",
+                                                "branches": tuple(branches), **changes}))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- learning
+
+
+def test_it_learns_from_the_store_and_leaves_it_as_it_was(
+        whole: tuple[Path, Json], played: Path, tmp_path: Path) -> None:
+    out, summary = whole
+    rows = read_metrics(out / "metrics.jsonl")
+    assert [(row["kind"], row["step"], row["version"]) for row in rows] == [("step", n, n + 1) for n in range(1, 6)]
+    assert rows[-1]["replay/staleness/max"] in (4.0, 5.0), "counted from version 1, the newest in the store"
+    assert summary["steps"] == 5
+    assert summary["version"] == 6
+    assert summary["tokens"] == sum(row["learn/tokens"] for row in rows)
+    assert summary["loss"] == rows[-1]["learn/loss"]
+    assert (out / "FINISHED").exists()
+    registry = PolicyRegistry(out / "policies")
+    assert registry.latest() == 6
+    assert registry.manifest(6).parent == 5
+    assert not (out / "replay").exists()
+    before = content(played)
+    learn_alone(config(), played, out=tmp_path / "again", mode="none")
+    assert content(played) == before
+    assert same(out, tmp_path / "again")
+    assert told(out) == told(tmp_path / "again")
+
+
+_CHILD = """
+import os, signal, sys, torch
+torch.set_num_threads(1)
+from agentsdpo import cli, offline
+real, number, at = offline.update, getattr(signal, sys.argv[1]), int(sys.argv[2])
+def update(run):
+    if run.step == at:
+        os.kill(os.getpid(), number)
+    return real(run)
+offline.update = update
+sys.argv = ["agentsdpo", *sys.argv[3:]]
+cli.main()
+"""
+
+
+def stopped(how: str, at: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.run([sys.executable, "-c", _CHILD, how, str(at), *arguments], capture_output=True, text=True,
+                          timeout=300, check=False, env=env)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "at"), [("SIGKILL", 3), ("SIGINT", 2)])
+def test_a_stopped_run_ends_as_one_that_was_not(
+        how: str, at: int, whole: tuple[Path, Json], played: Path, tmp_path: Path) -> None:
+    out, settings = tmp_path / "run", tmp_path / "c.toml"
+    settings.write_text(config().to_toml())
+    words = ["learn", str(settings), "--store", str(played), "--out", str(out)]
+    done = stopped(how, at, *words)
+    if how == "SIGKILL":
+        assert done.returncode == -signal.SIGKILL
+    else:
+        assert done.returncode == 1
+        assert done.stderr.strip().splitlines()[-1].startswith("agentsdpo: stopped; ")
+        assert f"agentsdpo learn {settings} --store {played} --out {out} --resume" in done.stderr
+        assert len(read_metrics(out / "metrics.jsonl")) == 3, "the step under way is finished first"
+    assert len(read_metrics(out / "metrics.jsonl")) >= 3
+    done = stopped("SIGKILL", 99, *words, "--resume", "--json")
+    assert done.returncode == 0, done.stderr
+    assert same(whole[0], out)
+    assert told(whole[0]) == told(out)
+    summary = json.loads(done.stdout)
+    assert {key: summary[key] for key in ("steps", "version", "rows", "tokens", "loss")} == {
+        key: whole[1][key] for key in ("steps", "version", "rows", "tokens", "loss")}
+
+
+def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(
+        played: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ours = config("publish.keep=1", "staleness=1", steps=4)
+    learn_alone(ours, played, out=tmp_path / "run", mode="none")
+    before = weights(tmp_path / "run"), told(tmp_path / "run")
+    file = tmp_path / "run" / "checkpoint" / "step-00000004" / "optimiser.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    learn_alone(ours, played, out=tmp_path / "run", resume=True, mode="none")
+    assert "step-00000004 is damaged (optimiser.safetensors" in caplog.text
+    after = weights(tmp_path / "run"), told(tmp_path / "run")
+    assert all(np.array_equal(before[0][key], after[0][key]) for key in before[0])
+    assert before[1] == after[1]
+
+
+def test_when_all_is_too_stale_the_run_stops_and_goes_on_with_what_was_appended(played: Path, tmp_path: Path) -> None:
+    store = ReplayStore.open(tmp_path / "store")
+    store.append(later(played, 0))
+    out, ours = tmp_path / "run", config("learn.max_staleness=3", "checkpoint_every=3", steps=8)
+    with pytest.raises(LearnError, match=r"none of 12 branches in .* at policy version 5: 12 staler than "
+                                         r"learn\.max_staleness; collect fresh episodes and go on with --resume"):
+        learn_alone(ours, tmp_path / "store", out=out, mode="none")
+    assert [row["step"] for row in read_metrics(out / "metrics.jsonl")] == [1, 2, 3, 4]
+    store.append(later(played, 4))
+    summary = learn_alone(ours, tmp_path / "store", out=out, resume=True, mode="none")
+    assert (summary["steps"], summary["version"]) == (8, 9)
+    assert [row["step"] for row in read_metrics(out / "metrics.jsonl")] == [*range(1, 9)]
+
+
+def test_trackers_are_told(played: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    learn_alone(config("track.to=['tensorboard']", steps=2), played, out=tmp_path / "run", mode="none")
+    seen = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    np.testing.assert_allclose([e.value for e in seen.Scalars("learn/loss")], [r["learn/loss"] for r in rows])
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_what_cannot_be_learnt_from_is_one_sentence_with_the_fix(played: Path, tmp_path: Path) -> None:
+    out, empty = tmp_path / "run", tmp_path / "empty"
+    ReplayStore.open(empty)
+    silent = ReplayStore.open(tmp_path / "silent")
+    silent.append(later(played, 0, hint=None))
+    foreign = example()
+    with pytest.raises(StoreNotFound, match="nowhere is not a replay store .* give --store"):
+        learn_alone(config(), tmp_path / "nowhere", out=out, mode="none")
+    with pytest.raises(LearnError, match="empty holds no branch; collect episodes into it"):
+        learn_alone(config(), empty, out=out, mode="none")
+    with pytest.raises(TokenizerMismatch, match=r"none of 3 branches .* of another tokenizer .*; set model to the one"):
+        learn_alone(config(), foreign.root, out=out, mode="none")
+    assert not out.exists(), "found before the folder is made"
+    with pytest.raises(LearnError, match=r"none of the branches drawn in 16 batches of 4 has a hint, 12 are eligible; "
+                                         "add hints with `agentsdpo replay label"):
+        learn_alone(config(), tmp_path / "silent", out=out, mode="none")
+
+
+def test_a_foreign_template_is_refused(played: Path, tmp_path: Path) -> None:
+    ReplayStore.open(tmp_path / "store").append(later(played, 0, chat_template_sha256="0" * 64))
+    with pytest.raises(TokenizerMismatch, match=r"12 of another chat template \(000000000000; that of 'seed' is not"):
+        learn_alone(config(), tmp_path / "store", out=tmp_path / "run", mode="none")
+
+
+def test_a_run_does_not_go_on_with_another_store(whole: tuple[Path, Json], played: Path, tmp_path: Path) -> None:
+    ReplayStore.open(tmp_path / "other").append(later(played, 0))
+    with pytest.raises(RunError, match="learnt from store .* go on with the store"):
+        learn_alone(config(steps=7), tmp_path / "other", out=whole[0], resume=True, mode="none")
+
+
+def test_a_missing_tracker_is_found_before_anything_is_made(
+        played: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install wandb"):
+        learn_alone(config("track.to=['wandb']"), played, out=tmp_path / "run", mode="none")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_verb_without_store_or_with_a_bad_one_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("name = 'x'\n")
+    done = subprocess.run([sys.executable, "-m", "agentsdpo.cli", "learn", str(tmp_path / "c.toml"), "--store",
+                           str(tmp_path / "none"), "--out", str(tmp_path / "run")], capture_output=True, text=True,
+                          timeout=300, check=False)
+    assert done.returncode == 4, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
