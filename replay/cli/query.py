@@ -71,7 +71,7 @@ def create_view(view: Snapshot, path: Path) -> None:
     """A DuckDB database with the view ``branches`` over the files of a local store, as they are in this snapshot.
 
     Raises:
-        ConfigError: the path is taken, the store is not local, or duckdb is not installed.
+        ConfigError: the path is taken or cannot be made, the store is not local, or duckdb is not installed.
     """
     duckdb = _duckdb()
     if not isinstance(view.storage, LocalStorage):
@@ -82,7 +82,12 @@ def create_view(view: Snapshot, path: Path) -> None:
     root = view.storage.root.resolve()
     files = [str(root / name) for name in segments(view)]
     live = _live(view, prefix=f"{root}/")
-    with duckdb.connect(str(path)) as connection:
+    try:
+        database = duckdb.connect(str(path))
+    except duckdb.IOException as error:
+        raise ConfigError(f"{path} cannot be made: {str(error).splitlines()[0]}",
+                          fix="name a file in a folder that exists, with room and permission") from error
+    with database as connection:
         connection.register("_rows", live)
         connection.execute("CREATE TABLE live AS SELECT * FROM _rows")
         listed = ", ".join("'" + name.replace("'", "''") + "'" for name in files)

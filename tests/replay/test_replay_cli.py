@@ -466,6 +466,7 @@ def test_view_makes_a_database_once(shared: Path, tmp_path: Path) -> None:
     with duckdb.connect(str(tmp_path / "s.db"), read_only=True) as connection:
         assert connection.execute("SELECT count(*), count(DISTINCT episode_id) FROM branches").fetchall() == [(6, 5)]
     assert "exists" in refused(2, "view", shared, "--create", tmp_path / "s.db")
+    assert "cannot be made" in refused(2, "view", shared, "--create", tmp_path / "none" / "s.db")
 
 
 # ------------------------------------------------------------------------------------------ the command itself
