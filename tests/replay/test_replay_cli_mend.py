@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from glob import glob
 from pathlib import Path
 
 import pytest
@@ -197,7 +198,7 @@ def test_every_command_of_the_docs_page_runs(tmp_path: Path, monkeypatch: pytest
     for line in commands:
         words = [word.replace("E", "aaaa") if word == "E" else word for word in shlex.split(line)]
         assert words[:2] == ["agentsdpo", "replay"], line
-        result = call(*words[2:])
+        result = call(*(name for word in words[2:] for name in sorted(glob(word)) or [word]))
         assert result.exit_code == 0, f"{line}: {result.stderr}"
     assert (tmp_path / "run" / "dataset" / "README.md").exists()
 
