@@ -54,7 +54,7 @@ def _footer_len(tail: bytes) -> int:
 def group_bounds(n_tokens: Sequence[int]) -> list[tuple[int, int]]:
     """Row ranges of the row groups; a row is never split.
 
-    >>> group_bounds([30_000, 20_000, 10])
+    >>> group_bounds([40_000, 40_000, 10])
     [(0, 2), (2, 3)]
     """
     bounds, start, tokens = [], 0, 0
