@@ -1,6 +1,7 @@
 """Fixtures every room may use: a tokenizer and a model small enough to be made in the test itself."""
 
 import os
+import signal
 from typing import Any
 
 import pytest
@@ -10,6 +11,9 @@ from hypothesis import settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# A shell starts what it puts in the background with Ctrl-C ignored, and children inherit that: some tests send one.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A busy machine is no reason to fail; two runs of the same code draw the same examples.
 settings.register_profile("here", deadline=None, derandomize=True)
