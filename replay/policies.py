@@ -22,6 +22,8 @@ class Policies:
 
     def record(self, version: int, manifest: Json) -> None:
         """See :meth:`ReplayStore.record_policy`."""
+        if version < 0:
+            raise StoreError(f"policy version {version} is negative, which means unknown", fix="count from 0")
         if self._storage.exclusive or self.get(version) is None:
             try:
                 self._storage.create(_path(version), canonical_json(manifest))

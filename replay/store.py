@@ -286,7 +286,7 @@ class ReplayStore(Asking, LateValues):
         Recording the same version again is harmless as long as these four agree.
 
         Raises:
-            StoreError: the version was recorded with other weights, tokenizer, template or vocabulary.
+            StoreError: the version was recorded with other weights, tokenizer, template or vocabulary, or is negative.
         """
         self._policies.record(version, manifest)
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 from agentsdpo.errors import ConfigError, CorruptionError, StoreError
 from agentsdpo.replay.ids import Key
 from agentsdpo.replay.log import Located
+from agentsdpo.replay.policies import IDENTITY
 from agentsdpo.replay.snapshot import Condition, Snapshot
 from agentsdpo.replay.store import ReplayStore
 from agentsdpo.replay.upkeep.maintain import unit
@@ -24,7 +25,6 @@ from agentsdpo.types import Json
 
 _BATCH_TOKENS = 1 << 20
 """Tokens read and written at once."""
-_IDENTITY = ("weights_id", "tokenizer_sha256", "chat_template_sha256", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _policies(source: ReplayStore, into: ReplayStore) -> dict[int, Json]:
     for info in source.storage.list("policies"):
         version = int(info.path.rpartition("/")[2].removesuffix(".json"))
         ours, theirs = source.policy(version) or {}, into.policy(version)
-        other = [name for name in _IDENTITY if theirs and name in ours and ours[name] != theirs.get(name, ours[name])]
+        other = [name for name in IDENTITY if theirs and name in ours and ours[name] != theirs.get(name, ours[name])]
         if other and theirs:
             raise StoreError(f"policy version {version} has {other[0]} {str(ours[other[0]])[:12]!r} in "
                              f"{source.storage.uri} and {str(theirs[other[0]])[:12]!r} in {into.storage.uri}",

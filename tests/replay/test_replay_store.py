@@ -141,6 +141,8 @@ def test_policies_guard_tokenizer_and_vocabulary(store: ReplayStore) -> None:
     assert store.policy(9) is None
     with pytest.raises(StoreError, match="recorded with weights_id 'w', not 'v'"):
         store.record_policy(0, {"weights_id": "v"})
+    with pytest.raises(StoreError, match="version -1 is negative"):
+        store.record_policy(-1, {"weights_id": "w"})
     with pytest.raises(TokenizerMismatch, match="policy 0 has 'aaa"):
         store.append([make_episode(2, tokenizer_sha256="c" * 64)])
     store.record_policy(1, {"vocab_size": 10})
