@@ -110,16 +110,17 @@ def summary_table(summary: Json) -> str:
 
 
 def _machine(measured: Json) -> str:
-    return (f"Of a ratio, above 1 means that this project is better. {measured['machine']}, {measured['cores']} cores, "
-            f"load {measured['load']:.1f} at the end; commit {measured['commit'][:7]}.")
+    return (f"Of a ratio, above 1 means that this project is better. {measured['machine']}, {measured['cores']} cores. "
+            "Load: the system's average when the part had ended.")
 
 
 def figures_table(measured: Json) -> str:
     """A row for every figure of a benchmark."""
     rows = [(f"`{one['name']}`", number(one["value"]), one["unit"], one["peer"] or "–",
-             ", ".join(f"{key} {_shown(value)}" for key, value in one["detail"].items()))
+             ", ".join(f"{key} {_shown(value)}" for key, value in one["detail"].items()), one["commit"][:7],
+             str(one["load"]))
             for one in measured["figures"]]
-    return _table(("figure", "value", "unit", "beside", "detail"), rows)
+    return _table(("figure", "value", "unit", "beside", "detail", "commit", "load"), rows)
 
 
 def _shown(value: Any) -> str:

@@ -6,7 +6,9 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
+from agentsdpo.files import write_text
 from agentsdpo.provenance import cores, cpu_name, git_commit
 from agentsdpo.types import Json
 
@@ -54,7 +56,8 @@ def run_all(doc: str, measures: dict[str, Measure], arguments: list[str] | None 
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=list(measures), help="these parts")
     parser.add_argument("--json", action="store_true", help="one JSON list, after the last part")
-    parser.add_argument("--out", help="also write the JSON list with machine and commit to this file")
+    parser.add_argument("--out", type=Path, help="also write them to this file, with commit and load; figures of parts "
+                                                 "that are not run now stay in it")
     args = parser.parse_args(arguments)
     figures: list[Figure] = []
     for name in args.only or measures:
@@ -65,9 +68,14 @@ def run_all(doc: str, measures: dict[str, Measure], arguments: list[str] | None 
     if args.json:
         print(json.dumps(rows))  # noqa: T201
     if args.out:
-        about = {"commit": git_commit(), "machine": cpu_name(),
-                 "cores": cores(),
-                 "load": os.getloadavg()[0], "figures": rows}
-        with open(args.out, "w", encoding="utf-8") as file:
-            json.dump(about, file, indent=2)
-            file.write("\n")
+        _keep(args.out, rows)
+
+
+def _keep(path: Path, rows: list[Json]) -> None:
+    """Put figures into a file of results, in the place of older ones of the same names."""
+    have = json.loads(path.read_text(encoding="utf-8"))["figures"] if path.exists() else []
+    known = {row["name"]: row for row in have}
+    now = {"commit": git_commit(), "load": round(os.getloadavg()[0], 1)}
+    known |= {row["name"]: row | now for row in rows}
+    about = {"machine": cpu_name(), "cores": cores(), "figures": list(known.values())}
+    write_text(path, json.dumps(about, indent=2) + "\n")
