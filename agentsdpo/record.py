@@ -71,6 +71,7 @@ class Completion(Frozen):
 
     ``kept`` holds, per sampled token, the ascending ids it was drawn from; None when sampling was not truncated.
     ``finish_reason``: ``stop`` when the last id is an end-of-turn token, ``length`` when ``max_tokens`` ran out.
+    ``working_s``: seconds of the attempt that succeeded, without waiting for a slot; None where not measured.
     """
 
     token_ids: tuple[int, ...]
@@ -79,6 +80,7 @@ class Completion(Frozen):
     finish_reason: Literal["stop", "length", "abort", "error"] = "stop"
     kept: tuple[tuple[int, ...], ...] | None = None
     logprob_kind: Literal["processed", "tempered", "raw", "unknown", "none"] = "processed"
+    working_s: float | None = None
 
 
 class Call(Frozen):

@@ -3,8 +3,9 @@
 The token record (branches, calls, completions) stands in ``record.py`` and is importable from here.
 """
 
+from collections.abc import Awaitable
 from enum import StrEnum
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from pydantic import Field
 
@@ -22,9 +23,9 @@ from agentsdpo.record import (
 )
 
 __all__ = [
-    "Branch", "Budget", "Call", "Completion", "Criterion", "CriterionResult", "Env", "Episode", "ErrorKind", "Frozen",
-    "Grade", "Grader", "Hint", "Json", "ModelTurn", "Outcome", "Sampling", "StopReason", "Suite", "Task", "TokenKind",
-    "ToolCall", "ToolResult", "ToolSpec", "VersionSpan", "check_row", "span_bounds", "staleness",
+    "Branch", "Budget", "Call", "Closes", "Completion", "Criterion", "CriterionResult", "Env", "Episode", "ErrorKind",
+    "Frozen", "Grade", "Grader", "Hint", "Json", "ModelTurn", "Outcome", "Sampling", "StopReason", "Suite", "Task",
+    "TokenKind", "ToolCall", "ToolResult", "ToolSpec", "Usage", "VersionSpan", "check_row", "span_bounds", "staleness",
 ]
 
 
@@ -42,7 +43,9 @@ class StopReason(StrEnum):
     CONTEXT_OVERFLOW = "context_overflow"
     """The next prompt would not fit into the model's window."""
     ROLLOUT_TIMEOUT = "rollout_timeout"
-    """Wall time ran out."""
+    """Wall time or working time ran out."""
+    MAX_REPEAT = "max_repeat"
+    """The same call, again and again, changed nothing; only where the budget says ``max_repeat``."""
     PARSE_ERROR = "parse_error"
     """Too many turns in a row held nothing usable."""
     ENGINE_ERROR = "engine_error"
@@ -100,7 +103,11 @@ class ToolResult(Frozen):
 
 
 class Budget(Frozen):
-    """Limits of one episode; None is unlimited; the first one exhausted ends the episode and is recorded."""
+    """Limits of one episode; None is unlimited; the first one exhausted ends the episode and is recorded.
+
+    ``wall_s`` counts everything; ``working_s`` counts model calls (the attempt that succeeded, without queues, limits
+    of rate and back-off) and tools. ``max_repeat`` bounds a run of one and the same call that changes nothing.
+    """
 
     turns: int | None = 100
     tool_calls: int | None = 1000
@@ -108,6 +115,8 @@ class Budget(Frozen):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     wall_s: float | None = 10_800.0
+    working_s: float | None = None
+    max_repeat: int | None = None
 
 
 class Criterion(Frozen):
@@ -228,12 +237,24 @@ def staleness(learner_version: int, oldest_version: int) -> int:
 # ------------------------------------------------------------------------------------------------- agents, envs
 
 
+class Usage(Frozen):
+    """What one turn of a policy cost. ``working_s`` is None where nobody measured it: then the whole wait counts."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    finish_reason: str = ""
+    working_s: float | None = Field(default=None, description="seconds of the attempt that succeeded, queues left out")
+    retries: int = 0
+    cost_usd: float = 0.0
+
+
 class ModelTurn(Frozen):
-    """What a policy produced in one turn; ``completion`` and ``prompt_ids`` are None for scripted agents."""
+    """What a policy produced in one turn; ``completion`` and ``usage`` are None for scripted agents."""
 
     text: str
     calls: tuple[ToolCall, ...] = ()
     completion: Completion | None = None
+    usage: Usage | None = None
     malformed: tuple[ToolResult, ...] = Field(default=(), description="answers already owed to calls that do not parse")
 
 
@@ -268,16 +289,25 @@ class Env(Protocol):
         """Whether the agent has submitted."""
         ...
 
-    def snapshot(self) -> bytes:
-        """Everything needed to continue, as canonical bytes."""
+    def snapshot(self) -> bytes | Awaitable[bytes]:
+        """Everything needed to continue, as canonical bytes; a coroutine where the state lives behind a network."""
         ...
 
-    def restore(self, data: bytes) -> None:
-        """Continue from a snapshot."""
+    def restore(self, data: bytes) -> None | Awaitable[None]:
+        """Continue from a snapshot, in an environment that was reset for the same task."""
         ...
 
-    def outcome(self, answer: str | None) -> Outcome:
+    def outcome(self, answer: str | None) -> Outcome | Awaitable[Outcome]:
         """What the grader may see."""
+        ...
+
+
+@runtime_checkable
+class Closes(Protocol):
+    """An environment that holds something (a process, a connection) until its episode is over."""
+
+    async def close(self) -> None:
+        """The episode is over, however it ended; called once."""
         ...
 
 

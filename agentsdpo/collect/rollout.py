@@ -7,9 +7,9 @@ other one. Only what would break every episode alike (:data:`MISUSE`) is raised.
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from agentsdpo.collect.policy import Context, ContextOverflow, Policy, PromptBudget, Releases
 from agentsdpo.collect.turns import OPEN_CALL, check_call, printable, read_turn, refusal, unique_ids, visible
@@ -37,6 +37,7 @@ from agentsdpo.types import (
     ToolSpec,
 )
 
+T = TypeVar("T")
 MAX_UNUSABLE = 3
 """Turns in a row without anything usable after which an episode ends with ``parse_error``."""
 MISUSE = (ConfigError, ModelError, TokenizerMismatch, TrainForbidden, TruncatedSampling, JournalError)
@@ -139,7 +140,7 @@ async def run_episode(env: Env, policy: Policy, task: Task, *, seed: int, episod
         ctx.messages = list(await env.reset(task, seed=seed, episode_id=episode_id))
         run.tools = {tool.name: tool for tool in env.tools}
         stop = await _loop(run, policy)
-        outcome = env.outcome(run.answer)
+        outcome = await settled(env.outcome(run.answer))
     except MISUSE:
         raise
     except Exception as fault:  # noqa: BLE001 - anybody's code: its bugs cost this episode, not its neighbours
@@ -156,6 +157,11 @@ async def run_episode(env: Env, policy: Policy, task: Task, *, seed: int, episod
     return Rollout(stop_reason=stop, branches=branches, messages=tuple(ctx.messages), outcome=outcome,
                    answer=run.answer, counts=run.counts, wall_s=time.monotonic() - began, error=error,
                    tools=tuple(run.tools.values()))
+
+
+async def settled(value: Awaitable[T] | T) -> T:
+    """What an environment returned, waited for where it is a coroutine."""
+    return await value if isinstance(value, Awaitable) else value
 
 
 def describe(fault: Exception) -> str:
