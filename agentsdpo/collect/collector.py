@@ -118,23 +118,27 @@ class Collector:
     async def _one(self, gate: asyncio.Semaphore, split: str, index: int, *, attempt: int, group_size: int,
                    seed: int) -> Episode:
         async with gate:
-            task = self.suite.task(split, index)
-            own = mix(seed, split, index, attempt)
-            place = {"episode_id": self.episode_id(split, index, attempt, seed), "attempt": attempt,
-                     "group_size": group_size, "group_id": f"{self.stamp.run_id}/{split}/{index}/{seed}",
-                     "task_id": task.task_id, "train_allowed": task.train_allowed and not self.evaluate,
-                     "metadata": {"split": split, "index": index, "seed": own}, **self.stamp.model_dump()}
-            try:
-                env, policy = self.suite.env(), self.policy(task, own)
-            except MISUSE:
-                raise
-            except Exception as fault:  # noqa: BLE001 - it is recorded on the episode
-                run = Rollout.never_began(describe(fault))
-                episode = self._episode(run, *await self._judge(task, run), {**place, "env_id": ""})
-            else:
-                episode = await self._play(task, env, policy, {**place, "env_id": env.env_id})
+            episode = await self.collect_one(split, index, attempt=attempt, group_size=group_size, seed=seed)
             self.finished.append(episode)
             return episode
+
+    async def collect_one(self, split: str, index: int, *, attempt: int = 0, group_size: int = 1,
+                          seed: int = 0) -> Episode:
+        """Play and grade a single episode; arguments and faults as in :meth:`collect`."""
+        task = self.suite.task(split, index)
+        own = mix(seed, split, index, attempt)
+        place = {"episode_id": self.episode_id(split, index, attempt, seed), "attempt": attempt,
+                 "group_size": group_size, "group_id": f"{self.stamp.run_id}/{split}/{index}/{seed}",
+                 "task_id": task.task_id, "train_allowed": task.train_allowed and not self.evaluate,
+                 "metadata": {"split": split, "index": index, "seed": own}, **self.stamp.model_dump()}
+        try:
+            env, policy = self.suite.env(), self.policy(task, own)
+        except MISUSE:
+            raise
+        except Exception as fault:  # noqa: BLE001 - it is recorded on the episode
+            run = Rollout.never_began(describe(fault))
+            return self._episode(run, *await self._judge(task, run), {**place, "env_id": ""})
+        return await self._play(task, env, policy, {**place, "env_id": env.env_id})
 
     async def _play(self, task: Task, env: Env, policy: Policy, place: Json) -> Episode:
         """Play and grade one episode, under its journal; whatever cuts it off leaves the journal to recovery."""
