@@ -81,6 +81,20 @@ def merged_weights(model: Any) -> dict[str, Tensor]:
     return merged
 
 
+def adapter_weights(model: Any) -> dict[str, Tensor]:
+    """The factors alone, by the names peft gives them in ``adapter_model.safetensors``."""
+    return {f"base_model.model.{name}.lora_{side}.weight": getattr(layer, f"lora_{side}")[STUDENT].weight.detach()
+            for name, layer in _layers(model).items() for side in "AB"}
+
+
+def adapter_config(model: Any) -> dict[str, Any]:
+    """What ``adapter_config.json`` says of the factors, for engines and peft; the same in every run of one setting."""
+    told = model.peft_config[STUDENT].to_dict()
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in told.items()}
+    return plain | {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None,
+                    "inference_mode": True}
+
+
 class AdapterOff:
     """The weights below the adapter: those the student started with, without a second copy of them."""
 

@@ -4,29 +4,50 @@
 
     policies/  LATEST                    the number of the latest version, replaced atomically
                000000000012/             model.safetensors, manifest.json; complete or absent, never changed
+               000000000013/             adapter_model.safetensors, adapter_config.json, manifest.json
+               served/                   what each inference server holds, see publish/served.py
                .tmp-*/  LOCK             a publish in progress, or what a killed one left behind
 
 A version is written to a temporary folder, synced, renamed, and only then announced in ``LATEST``. A writer that is
 killed anywhere in between leaves the old ``LATEST`` with its complete version; the next publish sweeps up. Readers
 need no lock. One program at a time publishes; a second one is refused.
+
+An adapter names the version of full weights it stands on. That one stays as long as the adapter does, and readers of
+weights get both, merged.
 """
 
 import fcntl
+import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from agentsdpo.errors import CorruptionError, RegistryError
 from agentsdpo.files import sync as _sync
-from agentsdpo.publish.manifest import MANIFEST, WEIGHTS, Manifest, file_sha256, read_manifest, verify_files
+from agentsdpo.publish import adapter as low_rank
+from agentsdpo.publish.manifest import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    MANIFEST,
+    WEIGHTS,
+    Manifest,
+    adapter_weights_id,
+    file_sha256,
+    read_manifest,
+    verify_files,
+)
+from agentsdpo.publish.served import in_use
 from agentsdpo.publish.tensors import dtype_of, read_tensors, untie, write_tensors
+from agentsdpo.types import Json
 
 _FOLDER = re.compile(r"\d{12}")
+_Fill = Callable[[Path], Json]
+"""Writes the files of a version into a folder and returns what its manifest says of them."""
 
 
 def behaviour_version(latest: int, *, staleness: int) -> int:
@@ -107,18 +128,41 @@ class PolicyRegistry:
     def load(self, version: int, *, framework: Literal["pt", "np"] = "pt") -> dict[str, Any]:
         """All tensors of one version, on the CPU, tied ones included, after every file's hash was compared.
 
+        Of an adapter, the full weights it stands for: those of its base with the products added.
+
         Args:
             version: an announced version.
             framework: ``pt`` for torch tensors, ``np`` for numpy arrays (numpy has no bfloat16).
 
         Raises:
-            RegistryError: no such version. CorruptionError: its bytes are not those that were published.
+            RegistryError: no such version. CorruptionError: its bytes, or those of its base, are not those that were
+                published.
         """
         folder = self.folder(version)
         manifest = read_manifest(folder)
         verify_files(folder, manifest)
-        tensors = read_tensors(folder / WEIGHTS, framework)
-        return tensors | {name: tensors[source] for name, source in manifest.tied.items()}
+        if manifest.base is None:
+            tensors = read_tensors(folder / WEIGHTS, framework)
+            return tensors | {name: tensors[source] for name, source in manifest.tied.items()}
+        found = self.manifest(manifest.base).weights_id
+        if found != manifest.base_weights_id:
+            raise CorruptionError(f"policy version {version} is an adapter on weights {manifest.base_weights_id}, but "
+                                  f"version {manifest.base} holds {found}", fix="restore both from one copy")
+        base = self.load(manifest.base, framework=framework)
+        config = json.loads((folder / ADAPTER_CONFIG).read_text())
+        return base | dict(low_rank.merge(base, read_tensors(folder / ADAPTER, framework), config))
+
+    def base(self) -> int | None:
+        """The version that adapters of the policy learnt here stand on.
+
+        That of the latest version when this is an adapter, else the latest itself when no step was taken yet; None when
+        there is no such version.
+        """
+        latest = self.latest()
+        if latest is None:
+            return None
+        manifest = self.manifest(latest)
+        return manifest.base if manifest.kind == "adapter" else latest if manifest.learner_step == 0 else None
 
     # ------------------------------------------------------------------------------------------------- writing
 
@@ -139,25 +183,52 @@ class PolicyRegistry:
         """
         if not weights:
             raise RegistryError("there are no tensors to publish", fix="pass the model's state dict")
-        with self._writing():
-            latest = self.latest()
-            version = self._first if latest is None else latest + 1
-            final = self._path(version)
-            temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=self.root))
-            try:
-                self._write(temporary, weights, version, learner_step, latest if parent is None else parent)
-            except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)  # half a version would keep a full disk full
-                raise
-            if final.exists():
-                shutil.rmtree(final)  # complete but never announced: its writer died just before it could be
-            temporary.rename(final)
-            _sync(self.root)
-            self._announce(version)
-        return version
+        def fill(folder: Path) -> Json:
+            stored, tied = untie(weights)
+            write_tensors(stored, folder / WEIGHTS)
+            digest = file_sha256(folder / WEIGHTS)
+            return {"weights_id": digest, "dtype": dtype_of(stored), "tied": tied, "files": {WEIGHTS: digest}}
+
+        return self._publish(fill, learner_step, parent)
+
+    def publish_adapter(self, factors: Mapping[str, Any], config: Mapping[str, Any], *, base: int, learner_step: int,
+                        parent: int | None = None) -> int:
+        """Write a low-rank adapter as the next version and announce it.
+
+        Args:
+            factors: tensors by peft's names, see ``publish/adapter.py``.
+            config: content of ``adapter_config.json``.
+            base: the version of full weights it was trained on.
+            learner_step, parent: see :meth:`publish`.
+
+        Returns:
+            The new version.
+
+        Raises:
+            RegistryError: vLLM could not serve it, it does not fit the base, or the base is itself an adapter or is not
+                there; what :meth:`publish` raises.
+        """
+        low_rank.refuse_unservable(config, factors)
+        below = self.manifest(base)
+        if below.kind != "full":
+            raise RegistryError(f"policy version {base} is an adapter itself, no base for one",
+                                fix=f"name the version it stands on, {below.base}")
+        low_rank.refuse_misfit(self._path(base) / WEIGHTS, factors)
+
+        def fill(folder: Path) -> Json:
+            write_tensors(factors, folder / ADAPTER)
+            (folder / ADAPTER_CONFIG).write_text(json.dumps(dict(config), indent=1, sort_keys=True) + "\n")
+            files = {name: file_sha256(folder / name) for name in (ADAPTER, ADAPTER_CONFIG)}
+            return {"kind": "adapter", "base": base, "base_weights_id": below.weights_id, "dtype": dtype_of(factors),
+                    "weights_id": adapter_weights_id(below.weights_id, files), "files": files}
+
+        return self._publish(fill, learner_step, parent)
 
     def prune(self, keep: int, *, staleness: int = 0, spare: Collection[int] = ()) -> list[int]:
-        """Delete old versions, oldest first; those a collector may still ask for always stay.
+        """Delete old versions, oldest first.
+
+        Those a collector may still ask for always stay, and those that a server holds, and the bases of adapters that
+        stay.
 
         Args:
             keep: newest versions to keep, at least 1.
@@ -172,7 +243,10 @@ class PolicyRegistry:
             return []
         with self._writing():
             first = min(latest - max(keep, 1) + 1, behaviour_version(latest, staleness=staleness))
-            old = [version for version in self.versions() if version < first and version not in spare]
+            known, spared = self.versions(), {*spare, *in_use(self.root)}
+            kept = [version for version in known if version >= first or version in spared]
+            kept += [base for base in map(self._base_of, kept) if base is not None]
+            old = [version for version in known if version not in kept]
             for version in old:
                 self._remove(version)
         return old
@@ -205,16 +279,35 @@ class PolicyRegistry:
         names = os.listdir(self.root) if self.root.is_dir() else []
         return sorted(int(name) for name in names if _FOLDER.fullmatch(name))
 
-    def _write(self, folder: Path, weights: Mapping[str, Any], version: int, step: int, parent: int | None) -> None:
-        """Weights and manifest into a folder, every byte synced."""
-        stored, tied = untie(weights)
-        write_tensors(stored, folder / WEIGHTS)
-        digest = file_sha256(folder / WEIGHTS)
-        manifest = Manifest(version=version, parent=parent, weights_id=digest, dtype=dtype_of(stored), tied=tied,
-                            learner_step=step, files={WEIGHTS: digest}, **self._stamp)
+    def _base_of(self, version: int) -> int | None:
+        return read_manifest(self._path(version)).base
+
+    def _publish(self, fill: _Fill, learner_step: int, parent: int | None) -> int:
+        """The next version from whatever writes its files; announced when every byte is on the disk."""
+        with self._writing():
+            latest = self.latest()
+            version = self._first if latest is None else latest + 1
+            final = self._path(version)
+            temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=self.root))
+            try:
+                self._seal(temporary, {**fill(temporary), "version": version, "learner_step": learner_step,
+                                       "parent": latest if parent is None else parent})
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)  # half a version would keep a full disk full
+                raise
+            if final.exists():
+                shutil.rmtree(final)  # complete but never announced: its writer died just before it could be
+            temporary.rename(final)
+            _sync(self.root)
+            self._announce(version)
+        return version
+
+    def _seal(self, folder: Path, about: Json) -> None:
+        """The manifest, then every byte synced."""
+        manifest = Manifest(**about, **self._stamp)
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n")
         folder.chmod(0o755)
-        for path in (folder / WEIGHTS, folder / MANIFEST, folder):
+        for path in (*(folder / name for name in manifest.files), folder / MANIFEST, folder):
             _sync(path)
 
     def _announce(self, version: int) -> None:
