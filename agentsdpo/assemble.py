@@ -1,10 +1,9 @@
 """Putting a run together from its configuration: model, engine, suite, store, learner, registry."""
 
 import hashlib
-import importlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,12 @@ from agentsdpo.chat import ChatFormat
 from agentsdpo.collect.collector import Collector
 from agentsdpo.collect.inprocess import InProcessEngine
 from agentsdpo.config import KEEPING, SEED_MODEL, RunConfig
-from agentsdpo.envs.desk import PRESETS, DeskSuite
 from agentsdpo.envs.desk.seed import seed_path
 from agentsdpo.errors import ConfigError, RunError, StoreError
 from agentsdpo.hint.sources import CriteriaSource
 from agentsdpo.learn.learner import Learner
 from agentsdpo.learn.load import load_chat, load_model
+from agentsdpo.learn.parallel import Ranks
 from agentsdpo.learn.trackers import check_trackers
 from agentsdpo.learn.tripwire import TripwireConfig
 from agentsdpo.learning import Learning
@@ -26,9 +25,9 @@ from agentsdpo.replay.sampling.index import SideIndex
 from agentsdpo.replay.sampling.sampler import Sampler
 from agentsdpo.replay.spool import Spool
 from agentsdpo.replay.store import ReplayStore
-from agentsdpo.replay.upkeep.maintain import evict
 from agentsdpo.replay.upkeep.recover import recover
 from agentsdpo.runfolder import open_run
+from agentsdpo.suites import make_suite as make_suite  # callers find it among the parts of a run
 from agentsdpo.types import Episode, Json, Suite
 
 TASKS_PER_SEED = 10_000_000
@@ -44,7 +43,6 @@ class Run(Learning):
     collector: Collector
     hinter: CriteriaSource
     spool: Spool
-    totals: dict[str, int] = field(default_factory=lambda: {"episodes": 0, "env_steps": 0, "tokens": 0})
 
     def state(self) -> Json:
         """What a checkpoint holds besides the learner."""
@@ -67,23 +65,6 @@ class Run(Learning):
             raise RunError(f"policy version {self.version} came out differently than before the run was stopped "
                            f"({error})", fix="resume on the same machine with the same number of threads, or start a "
                            "new run") from error
-
-    def count(self, episodes: list[Episode]) -> None:
-        """Add fresh episodes, their tool calls and sampled tokens to the totals."""
-        more = {"episodes": len(episodes), "env_steps": sum(e.metadata.get("calls", 0) for e in episodes),
-                "tokens": sum(b.n_sampled for e in episodes for b in e.branches)}
-        self.totals = {key: value + more[key] for key, value in self.totals.items()}
-
-    def tombstone(self) -> int:
-        """Hide what versions given up in a roll-back sampled from all later draws; how many branches are hidden anew.
-
-        One entry in the store's own log: nothing is deleted, and ``replay unevict`` shows them again.
-        """
-        void = self.tripwire.state.abandoned
-        rows = self.store.snapshot().rows.items() if void else ()
-        keys = [key for key, row in rows if any(low <= row.version_max <= high for low, high in void)]
-        reason = f"rolled back: policy versions {', '.join(f'{low} to {high}' for low, high in void)} were given up"
-        return len(evict(self.store, keys, reason=reason).keys) if keys else 0
 
     def stored(self, indices: Iterable[int]) -> dict[int, Episode]:
         """Whole training episodes the store has already, by task: an earlier life of the run may have played some."""
@@ -111,35 +92,21 @@ def run_id(config: RunConfig) -> str:
     >>> run_id(RunConfig(steps=5)) == run_id(RunConfig(steps=9)) != run_id(RunConfig(seed=1))
     True
     """
-    unnamed = {"steps", "replay", *KEEPING} | ({"tripwire"} if config.tripwire == TripwireConfig() else set())
+    unnamed = {"steps", "replay", "flow", *KEEPING} | ({"tripwire"} if config.tripwire == TripwireConfig() else set())
     settings = config.model_dump(mode="json", exclude=unnamed) | {"replay": config.replay.identity()}
     text = json.dumps(settings, sort_keys=True)
     return f"{config.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def make_suite(config: RunConfig) -> Suite:
-    """The suite a configuration names: a preset of the desk world, or ``package.module:factory`` of the user's own.
-
-    Raises:
-        ConfigError: no such preset, module or factory.
-    """
-    name = config.suite
-    if name in PRESETS:
-        world = config.desk
-        return DeskSuite(name, firm_seed=world.firm_seed, families=world.families, n=world.n, rows=world.rows,
-                         distractors=world.distractors, fault_rate=world.fault_rate,
-                         feedback_level=config.hint.level, hint_scope=config.hint.scope)
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)()
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise ConfigError(f"suite is {name!r}: {error}",
-                          fix=f"use {' or '.join(PRESETS)}, or package.module:factory without arguments") from error
-
-
 def model_path(config: RunConfig) -> Path | str:
     """Where the model to train is."""
     return seed_path() if config.model == SEED_MODEL else config.model
+
+
+def make_learner(config: RunConfig, ranks: Ranks | None = None) -> Learner:
+    """The learner of one process, from the model that the configuration names."""
+    ranks, path = ranks or Ranks(), model_path(config)
+    return Learner(load_model(path, load_chat(path)), config.learn, ranks=ranks, device=ranks.device)
 
 
 def check_request(config: RunConfig) -> tuple[Path | str, ChatFormat, Suite]:
@@ -159,7 +126,7 @@ def check_request(config: RunConfig) -> tuple[Path | str, ChatFormat, Suite]:
     return path, chat, suite
 
 
-def assemble(config: RunConfig, out: Path | str, *, resume: bool = False) -> Run:
+def assemble(config: RunConfig, out: Path | str, *, resume: bool = False, ranks: Ranks | None = None) -> Run:
     """Build every part of a run and its folder; nothing is sampled or trained yet.
 
     Whatever can be wrong with the request is found before the folder is made.
@@ -168,9 +135,8 @@ def assemble(config: RunConfig, out: Path | str, *, resume: bool = False) -> Run
         ModelError, TokenizerMismatch, ConfigError, RunError, StoreError: see the parts.
     """
     path, chat, suite = check_request(config)
-    student, behaviour = load_model(path, chat), load_model(path, chat)
-    learner = Learner(student, config.learn)
-    engine = InProcessEngine(behaviour, chat.eos_id, max_slots=config.collect.concurrency,
+    learner = make_learner(config, ranks)
+    engine = InProcessEngine(load_model(path, chat), chat.eos_id, max_slots=config.collect.concurrency,
                              window=config.collect.window)
     collector = Collector.of_engine(suite, engine, chat, config.collect, run_id=run_id(config), model_id=config.model)
     folder = open_run(out, config, resume=resume)

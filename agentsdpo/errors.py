@@ -64,6 +64,10 @@ class RegistryError(AgentSdpoError, OSError):
     """The policy registry lacks a version, or its folder cannot be read or written."""
 
 
+class PushError(AgentSdpoError, RuntimeError):
+    """A policy version could not be brought onto an inference server, or a server's answer to a probe is wrong."""
+
+
 class FormatError(AgentSdpoError, ValueError):
     """A file to import that is not in the format it should be in, or that would lose something on the way."""
 
@@ -90,6 +94,18 @@ class HintError(AgentSdpoError, ValueError):
 
 class LearnError(AgentSdpoError, RuntimeError):
     """The learner met a batch or a loss it must not train on (all masked, too stale, not finite)."""
+
+
+class NothingToLearn(LearnError):
+    """Nothing of one batch can be trained on (too stale, refused, masked, gated); the next batch may be another matter.
+
+    Args:
+        reason: ``refused`` (rows, before any forward) or ``gated`` (every loss token, masked or gated).
+    """
+
+    def __init__(self, what: str, *, reason: str, fix: str = "") -> None:
+        super().__init__(what, fix=fix)
+        self.reason = reason
 
 
 class NotFinite(LearnError):

@@ -39,7 +39,7 @@ def play(run: Run, wanted: list[tuple[str, str, int]], metrics: MetricsWriter, v
     """
     view.stage(f"evaluation of version {run.version} on {', '.join(dict.fromkeys(split for split, *_ in wanted))}")
     if run.tripwire.withheld(run.step) and run.step < run.config.steps:
-        run.engine.load_weights(run.learner.policy(), run.version)
+        run.engine.load_weights(run.together.policy(), run.version)
     else:
         run.load_policy(run.version)
     rows = []

@@ -1,7 +1,7 @@
 """What the learner turns over, with a collector beside it (``loop.py``) or alone on a store (``offline.py``)."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -9,29 +9,36 @@ import numpy as np
 
 from agentsdpo.chat import ChatFormat
 from agentsdpo.config import RunConfig
-from agentsdpo.errors import LearnError, RunError
+from agentsdpo.errors import LearnError, NothingToLearn, RunError
 from agentsdpo.hint.audit import hint_metrics
 from agentsdpo.hint.render import hint_ids
-from agentsdpo.learn.checkpoint import load_checkpoint, save_checkpoint, versions_kept
+from agentsdpo.learn.checkpoint import versions_kept
 from agentsdpo.learn.learner import Learner
 from agentsdpo.learn.rows import TrainRow
+from agentsdpo.learn.together import Together
 from agentsdpo.learn.trackers import tracking
 from agentsdpo.learn.tripwire import Tripwire
 from agentsdpo.publish.registry import PolicyRegistry
 from agentsdpo.replay.rows import Row
 from agentsdpo.replay.sampling.sampler import Sampler
 from agentsdpo.replay.store import ReplayStore
+from agentsdpo.replay.upkeep.maintain import evict
 from agentsdpo.runfolder import RunFolder
 from agentsdpo.track import MetricsWriter
-from agentsdpo.types import Branch, Json
+from agentsdpo.types import Branch, Episode, Json
 
 REDRAWS = 16
 """Draws without a single hint before a step is given up."""
+MAX_SKIPPED = 8
+"""Steps in a row with nothing to train on after which a run stops: then it is not chance."""
 
 
 @dataclass(kw_only=True)
 class Learning:
-    """Learner, store and registry of one run. ``version`` is the learner's policy version: of the newest publish."""
+    """Learner, store and registry of one run.
+
+    ``version`` is the learner's policy version: of the newest publish;
+    ``skipped`` counts the steps in a row, up to now, that had nothing to train on; ``totals`` what was collected."""
 
     config: RunConfig
     folder: RunFolder
@@ -42,6 +49,13 @@ class Learning:
     registry: PolicyRegistry
     tripwire: Tripwire = field(default_factory=Tripwire)
     version: int = 0
+    skipped: int = 0
+    totals: dict[str, int] = field(default_factory=lambda: {"episodes": 0, "env_steps": 0, "tokens": 0})
+
+    @property
+    def together(self) -> Together:
+        """The learner with those of the run's other processes: all that changes or gathers weights goes through it."""
+        return Together(self.learner)
 
     @property
     def step(self) -> int:
@@ -62,7 +76,7 @@ class Learning:
             LearnError: no checkpoint can be read. RunError: they are of a run on another store.
         """
         if any(self.folder.checkpoint.glob("step-*")):
-            saved = load_checkpoint(self.folder.checkpoint, self.learner)
+            saved = self.together.load(self.folder.checkpoint)
             self.version = saved.version
             self.registry.rewind(saved.version)
             self.load_state(saved.sampler)
@@ -78,17 +92,33 @@ class Learning:
     def checkpoint(self) -> None:
         """Save all that the next step depends on, then let go of versions nobody can ask for again."""
         config = self.config
-        save_checkpoint(self.folder.checkpoint, self.learner, version=self.version, sampler=self.state(),
-                        keep=config.checkpoint_keep, keep_every=config.checkpoint_keep_every,
-                        spare=self.tripwire.steps_kept())
+        self.together.save(self.folder.checkpoint, version=self.version, sampler=self.state(),
+                           keep=config.checkpoint_keep, keep_every=config.checkpoint_keep_every,
+                           spare=self.tripwire.steps_kept() | {step for step, _ in self.awaited()})
         spare = {old for version in versions_kept(self.folder.checkpoint, 2)  # should the newest turn out damaged
                  for old in range(version - config.staleness, version + 1)}
-        self.registry.prune(config.publish.keep, staleness=config.staleness, spare=spare)
+        self.registry.prune(config.publish.keep, staleness=config.staleness,
+                            spare=spare | {version for _, version in self.awaited()})
+
+    def awaited(self) -> list[tuple[int, int]]:
+        """Steps and versions that are being evaluated elsewhere: checkpoint and weights must stay."""
+        return []
+
+    def tombstone(self) -> int:
+        """Hide what versions given up in a roll-back sampled from all later draws; how many branches are hidden anew.
+
+        One entry in the store's own log: nothing is deleted, and ``replay unevict`` shows them again.
+        """
+        void = self.tripwire.state.abandoned
+        rows = self.store.snapshot().rows.items() if void else ()
+        keys = [key for key, row in rows if any(low <= row.version_max <= high for low, high in void)]
+        reason = f"rolled back: policy versions {', '.join(f'{low} to {high}' for low, high in void)} were given up"
+        return len(evict(self.store, keys, reason=reason).keys) if keys else 0
 
     def state(self) -> Json:
         """What a checkpoint holds besides the learner."""
         return {"store": self.store.about["store_id"], "sampler": self.sampler.state_dict(),
-                "tripwire": self.tripwire.state_dict()}
+                "tripwire": self.tripwire.state_dict(), "skipped": self.skipped}
 
     def load_state(self, saved: Json) -> None:
         """Put :meth:`state` back.
@@ -101,10 +131,17 @@ class Learning:
                            f"{self.store.about['store_id']}", fix="go on with the store and verb it was started with")
         self.sampler.load_state_dict(saved["sampler"])
         self.tripwire.load_state_dict(saved["tripwire"])
+        self.skipped = saved["skipped"]
+
+    def count(self, episodes: Sequence[Episode]) -> None:
+        """Add fresh episodes, their tool calls and sampled tokens to the totals."""
+        more = {"episodes": len(episodes), "env_steps": sum(e.metadata.get("calls", 0) for e in episodes),
+                "tokens": sum(b.n_sampled for e in episodes for b in e.branches)}
+        self.totals = {key: value + more[key] for key, value in self.totals.items()}
 
     def publish(self, *, parent: int | None = None) -> None:
         """Make the learner's weights the next policy version."""
-        self.version = self.registry.publish(self.learner.policy(), learner_step=self.step, parent=parent)
+        self.version = self.registry.publish(self.together.policy(), learner_step=self.step, parent=parent)
         self.announce()
 
     def announce(self) -> None:
@@ -149,24 +186,50 @@ class Learning:
 
 
 def update(run: Learning) -> Json:
-    """Draw rows, take one optimiser step and publish.
+    """Draw rows, take one optimiser step and publish; a batch with nothing to train on is skipped and counted.
 
     Returns:
-        Numbers of the step, as ``metrics.jsonl`` takes them.
+        Numbers of the step, as ``metrics.jsonl`` takes them; without ``learn/loss`` when it was skipped.
 
     Raises:
-        LearnError: nothing can be drawn or trained on, or the step is not finite; nothing was updated.
+        LearnError: no row with a hint can be drawn, or :data:`MAX_SKIPPED` batches in a row had nothing to train on.
+        NotFinite: loss or gradient is not; nothing was updated.
     """
-    config, wire, began = run.config, run.tripwire, time.monotonic()
+    began = time.monotonic()
     drawn = run.hinted()
-    run.learner.restrain(lr_factor=wire.lr_factor(run.step), hold_teacher=wire.withheld(run.step))
-    report = run.learner.step(run.rows(drawn), run.version)
-    updated = time.monotonic()
-    if (run.step % config.publish.every == 0 or run.ends) and not wire.withheld(run.step):
+    about = {**hint_metrics(run.chat, drawn), **run.sampler.metrics()}
+    run.together.restrain(lr_factor=run.tripwire.lr_factor(run.step), hold_teacher=run.tripwire.withheld(run.step))
+    try:
+        report = run.together.step(run.rows(drawn), run.version)
+    except NothingToLearn as error:
+        about |= skip(run, error)
+    else:
+        run.skipped = 0
+        about |= {**report.metrics, "learn/rows": report.n_trained, "learn/tokens": report.n_tokens}
+        about |= publish_due(run)
+    return {**about, "version": run.version, "learn/step_s": time.monotonic() - began}
+
+
+def publish_due(run: Learning) -> Json:
+    """Publish the learner's weights where it is time for it and no alarm holds them back."""
+    began = time.monotonic()
+    if (run.step % run.config.publish.every == 0 or run.ends) and not run.tripwire.withheld(run.step):
         run.publish()
-    return {**hint_metrics(run.chat, drawn), **report.metrics, **run.sampler.metrics(), "version": run.version,
-            "learn/rows": report.n_trained, "learn/tokens": report.n_tokens,
-            "publish/lag_s": time.monotonic() - updated, "learn/step_s": time.monotonic() - began}
+    return {"publish/lag_s": time.monotonic() - began}
+
+
+def skip(run: Learning, error: NothingToLearn) -> Json:
+    """Count a step as taken that had nothing to train on.
+
+    Raises:
+        LearnError: too many in a row.
+    """
+    run.skipped += 1
+    if run.skipped >= MAX_SKIPPED:
+        raise LearnError(f"{run.skipped} steps in a row had nothing to train on; the last: {error.what}",
+                         fix=error.fix) from error
+    run.together.count(run.step + 1)
+    return {f"learn/skipped/{error.reason}": 1.0, "learn/rows": 0, "learn/tokens": 0}
 
 
 @contextmanager

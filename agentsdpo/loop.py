@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from agentsdpo import console
-from agentsdpo.assemble import TASKS_PER_SEED, Run, assemble
+from agentsdpo.assemble import TASKS_PER_SEED, Run, assemble, make_learner
 from agentsdpo.collect.metrics import collect_metrics
 from agentsdpo.config import RunConfig
 from agentsdpo.errors import EngineError
 from agentsdpo.evaluate import evaluate
+from agentsdpo.learn.parallel import join_ranks
+from agentsdpo.learn.together import obey
 from agentsdpo.learning import recording, update
 from agentsdpo.signals import uninterrupted
 from agentsdpo.types import Episode
@@ -38,9 +40,13 @@ def train(config: RunConfig, *, out: Path | str, resume: bool = False, mode: str
         EngineError: no episode of a step could be scored.
         KeyboardInterrupt: stopped; everything finished is on disk, this step's episodes included.
     """
-    run = assemble(config, out, resume=resume)
+    ranks = join_ranks(config.learn.parallel)
+    if ranks.rank:  # one of several processes of the learner: the first one runs the loop
+        obey(make_learner(config, ranks))
+    run = assemble(config, out, resume=resume, ranks=ranks)
     try:
-        turn_over(run, resume=resume, mode=mode)
+        with run.together.led():
+            turn_over(run, resume=resume, mode=mode)
         run.folder.finish()
     finally:
         run.folder.release()
@@ -100,11 +106,12 @@ def learn(run: Run, episodes: list[Episode]) -> dict[str, Any]:
         This step's line of ``metrics.jsonl``.
 
     Raises:
-        LearnError: nothing can be drawn or trained on, or the step is not finite; nothing was updated.
+        LearnError: nothing can be drawn or trained on. NotFinite: loss or gradient is not; nothing was updated.
     """
     run.sampler.refresh(only={e.episode_id for e in episodes})
     row = update(run)
     run.count(episodes)
     row = {**collect_metrics(episodes), **run.hinter.metrics(), **row, **run.tripwire.metrics(run.step), **run.totals}
-    run.tripwire.learnt(row)
+    if "learn/loss" in row:  # not skipped
+        run.tripwire.learnt(row)
     return row

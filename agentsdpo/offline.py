@@ -1,6 +1,8 @@
-"""The learner alone, on a replay store that others fill: draw, learn, publish; nothing is collected or evaluated.
+r"""The learner alone, on a replay store that others fill: draw, learn, publish; nothing is collected or evaluated.
 
     agentsdpo learn CONFIG.toml --store URI
+    accelerate launch --multi_gpu --num_processes 2 -m agentsdpo.cli learn CONFIG.toml --store URI \
+        --set learn.parallel.ranks=2
 
 The store is read, never written. Staleness is counted against the learner's own policy version, which starts at the
 newest version in the store and grows with every publish: without fresh episodes all rows are too stale one day, and the
@@ -14,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from agentsdpo import console
-from agentsdpo.assemble import model_path
+from agentsdpo.assemble import make_learner, model_path
 from agentsdpo.chat import ChatFormat
 from agentsdpo.config import RunConfig
 from agentsdpo.errors import LearnError, StoreNotFound, TokenizerMismatch
-from agentsdpo.learn.learner import Learner
-from agentsdpo.learn.load import load_chat, load_model
+from agentsdpo.learn.load import load_chat
+from agentsdpo.learn.parallel import Ranks, join_ranks
+from agentsdpo.learn.together import obey
 from agentsdpo.learn.trackers import check_trackers
 from agentsdpo.learning import REDRAWS, Learning, recording, update
 from agentsdpo.publish.registry import PolicyRegistry
@@ -95,9 +98,13 @@ def learn_alone(config: RunConfig, store: Path | str, *, out: Path | str, resume
         TokenizerMismatch: the store was collected with another tokenizer or template.
         KeyboardInterrupt: stopped; all steps up to the newest checkpoint are on disk.
     """
-    run = assemble_alone(config, store, out, resume=resume)
+    ranks = join_ranks(config.learn.parallel)
+    if ranks.rank:
+        obey(make_learner(config, ranks))
+    run = assemble_alone(config, store, out, resume=resume, ranks=ranks)
     try:
-        summary = turn_over(run, resume=resume, mode=mode)
+        with run.together.led():
+            summary = turn_over(run, resume=resume, mode=mode)
         run.folder.finish()
     finally:
         run.folder.release()
@@ -121,12 +128,14 @@ def turn_over(run: Offline, *, resume: bool, mode: str) -> Json:
                     run.refresh()
             rows.append(row)
             view.step(row)
+        trained = [row for row in rows if "learn/loss" in row]
         return {"run": str(run.folder.path), "store": run.store.storage.uri, "steps": run.step, "version": run.version,
                 "rows": sum(row["learn/rows"] for row in rows), "tokens": sum(row["learn/tokens"] for row in rows),
-                "loss": rows[-1]["learn/loss"] if rows else None, "wall_s": round(metrics.wall_s, 3)}
+                "loss": trained[-1]["learn/loss"] if trained else None, "wall_s": round(metrics.wall_s, 3)}
 
 
-def assemble_alone(config: RunConfig, uri: Path | str, out: Path | str, *, resume: bool = False) -> Offline:
+def assemble_alone(config: RunConfig, uri: Path | str, out: Path | str, *, resume: bool = False,
+                   ranks: Ranks | None = None) -> Offline:
     """Build the parts and the run folder; whatever can be wrong with the request is found before that is made.
 
     Raises:
@@ -138,7 +147,7 @@ def assemble_alone(config: RunConfig, uri: Path | str, out: Path | str, *, resum
     newest = max((row.version_max for row in store.snapshot().rows.values()), default=0)
     if not resume:
         refuse_unfit(make_sampler(config, store, chat), max(newest, 0), store.storage.uri, config)
-    learner = Learner(load_model(path, chat), config.learn)
+    learner = make_learner(config, ranks)
     folder = open_run(out, config, resume=resume)
     registry = PolicyRegistry(folder.policies, base_model=config.model, tokenizer_sha256=chat.tokenizer_sha256,
                               chat_template_sha256=chat.template_sha256, first=max(newest, 0))

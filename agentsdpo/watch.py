@@ -8,8 +8,9 @@ from agentsdpo.console import View
 from agentsdpo.errors import LearnError, NotFinite
 from agentsdpo.evaluate import play, probes
 from agentsdpo.learn.alarms import Probe
-from agentsdpo.learn.checkpoint import folder_of, load_checkpoint
+from agentsdpo.learn.checkpoint import folder_of
 from agentsdpo.learn.tripwire import MAX_ROLLBACKS, Decision, Point
+from agentsdpo.learning import Learning
 from agentsdpo.publish.registry import behaviour_version
 from agentsdpo.signals import uninterrupted
 from agentsdpo.track import MetricsWriter
@@ -38,7 +39,7 @@ def watch(run: Run, evaluations: list[Json], metrics: MetricsWriter, view: View,
         played = play(run, probes(run.config), metrics, view)
         decision = wire.judge(run.step, run.version, _probe(run, played), asked=True)
     with uninterrupted():
-        _act(run, decision, metrics, view, broken)
+        act(run, decision, metrics, view, broken=broken)
 
 
 def _probe(run: Run, rows: list[Json]) -> Probe | None:
@@ -59,13 +60,17 @@ def going_back(run: Run, metrics: MetricsWriter, view: View) -> Iterator[None]:
         watch(run, [], metrics, view, broken=True)
 
 
-def _act(run: Run, decision: Decision, metrics: MetricsWriter, view: View, broken: bool) -> None:
-    """Carry the decision out and write it down."""
+def act(run: Learning, decision: Decision, metrics: MetricsWriter, view: View, *, broken: bool = False) -> None:
+    """Carry a decision out and write it down.
+
+    Raises:
+        LearnError: a hard alarm after three roll-backs.
+    """
     about: Json = {"action": "publish nothing, hold the teacher, half the lr, staleness 1 at most, for 20 steps"}
     if decision.good is not None:
         about = _roll_back(run, decision.good, steps=run.step + broken)
     elif decision.level == "clear" and decision.probe is not None:
-        run.learner.teacher.probed(run.learner.model, decision.probe.score, length_safe=True)
+        run.together.probed(decision.probe.score)
     if decision.keep:
         run.checkpoint()
     if decision.level == "clear":
@@ -79,7 +84,7 @@ def _act(run: Run, decision: Decision, metrics: MetricsWriter, view: View, broke
                          fix="start a new run with a lower learn.lr or learn.max_staleness, or with preset robust")
 
 
-def _roll_back(run: Run, point: Point, *, steps: int) -> Json:
+def _roll_back(run: Learning, point: Point, *, steps: int) -> Json:
     """Go back, remember it in a checkpoint, and only then hide branches: a resumed run finds the store as it was."""
     gone = run.version
     go_back(run, point, steps=steps)
@@ -89,17 +94,17 @@ def _roll_back(run: Run, point: Point, *, steps: int) -> Json:
             "good_step": point.step, "good_version": point.version, "tombstoned": run.tombstone()}
 
 
-def go_back(run: Run, point: Point, *, steps: int) -> None:
+def go_back(run: Learning, point: Point, *, steps: int) -> None:
     """Weights, optimiser, clipper, teacher and generators of a good state, published under a new number.
 
     The count of steps goes on: the tasks of the steps given up are not played again.
     """
-    load_checkpoint(folder_of(run.folder.checkpoint, point.step), run.learner)
-    run.learner.step_count = steps
+    run.together.load(folder_of(run.folder.checkpoint, point.step))
+    run.together.count(steps)
     run.publish(parent=point.version)
 
 
-def _write(run: Run, metrics: MetricsWriter, decision: Decision, more: Json) -> None:
+def _write(run: Learning, metrics: MetricsWriter, decision: Decision, more: Json) -> None:
     """One line per step, not again after a resume."""
     if any(row["kind"] == "tripwire" and row["step"] == decision.step for row in metrics.rows):
         return

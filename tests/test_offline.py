@@ -94,6 +94,67 @@ def later(store: Path, by: int, **changes: Any) -> list[Episode]:
 # ------------------------------------------------------------------------------------------------------------- learning
 
 
+def far(store: Path, by: float) -> list[Episode]:
+    """Episodes of a store whose behaviour log-probs are so many nats lower than they were."""
+    found = []
+    for episode in later(store, 0):
+        branches = tuple(branch.model_copy(update={"logprobs": branch.logprobs - np.float32(by)})
+                         for branch in episode.branches)
+        found.append(episode.model_copy(update={"episode_id": f"{episode.episode_id}-far", "branches": branches}))
+    return found
+
+
+def test_a_batch_of_which_every_token_is_gated_is_skipped_and_counted(played: Path, tmp_path: Path) -> None:
+    ReplayStore.open(tmp_path / "store").append([*later(played, 0)[:4], *far(played, 5.0)])
+    found = config("learn.batch=1", "learn.gate=k3", "publish.every=1", steps=6)
+    summary = learn_alone(found, tmp_path / "store", out=tmp_path / "run", mode="none")
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    skipped = [row for row in rows if row.get("learn/skipped/gated")]
+    trained = [row for row in rows if "learn/loss" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert skipped
+    assert trained
+    assert len(skipped) + len(trained) == 6
+    assert all(row["learn/rows"] == row["learn/tokens"] == 0 for row in skipped)
+    assert summary["version"] == 1 + len(trained), "a step without an update publishes nothing"
+
+
+def test_too_many_of_them_end_the_run(played: Path, tmp_path: Path) -> None:
+    ReplayStore.open(tmp_path / "store").append(far(played, 5.0))
+    found = config("learn.gate=k3", steps=20)
+    with pytest.raises(LearnError, match=r"8 steps in a row had nothing to train on; the last: all \d+ loss tokens of "
+                                         r"step 8 are masked .* lower learn.max_staleness"):
+        learn_alone(found, tmp_path / "store", out=tmp_path / "run", mode="none")
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["learn/skipped/gated"] for row in rows] == [1.0] * 7
+    assert len(PolicyRegistry(tmp_path / "run" / "policies").versions()) == 1, "nothing was published but the start"
+
+
+@pytest.mark.slow
+def test_accelerate_launch_learns_as_one_process_does(whole: tuple[Path, Json], played: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(config().to_toml())
+    done = launch(tmp_path, "--store", str(played), "--out", str(tmp_path / "two"), "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    mine, theirs = json.loads(done.stdout), whole[1]
+    assert {key: mine[key] for key in ("steps", "version", "rows", "tokens")} == {
+        key: theirs[key] for key in ("steps", "version", "rows", "tokens")}
+    assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    for name, tensor in weights(whole[0]).items():
+        np.testing.assert_allclose(weights(tmp_path / "two")[name], tensor, rtol=1e-3, atol=2e-4, err_msg=name)
+    refused = launch(tmp_path, "--store", str(tmp_path), "--out", str(tmp_path / "none"))
+    assert refused.returncode != 0
+    assert refused.stderr.count("is not a replay store") == 1, "said once, and no process is left waiting"
+
+
+def launch(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """``learn`` on two processes."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "agentsdpo.cli",
+               "learn", str(folder / "c.toml"), *arguments, "--set", "learn.parallel.ranks=2"]
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, timeout=300)
+
+
 def test_it_learns_from_the_store_and_leaves_it_as_it_was(
         whole: tuple[Path, Json], played: Path, tmp_path: Path) -> None:
     out, summary = whole

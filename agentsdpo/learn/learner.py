@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from agentsdpo.errors import LearnError, NotFinite
+from agentsdpo.errors import LearnError, NotFinite, NothingToLearn
 from agentsdpo.learn.adapters import add_adapter, merged_weights
 from agentsdpo.learn.batch import MicroBatch
 from agentsdpo.learn.clipper import AdvantageClip
@@ -98,15 +98,15 @@ class Learner:
             version: the learner's policy version, for staleness.
 
         Raises:
-            LearnError: no row is left, every token is masked or gated; NotFinite: loss or gradient is not. Weights,
-                optimiser, clipper and teacher are then as before.
+            NothingToLearn: no row is left, or every token is masked or gated. NotFinite: loss or gradient is not.
+                Weights, optimiser, clipper and teacher are then as before.
             TrainForbidden, TokenizerMismatch, HintError: see :func:`~agentsdpo.learn.rows.admit` and ``batch.py``.
         """
         found = self.admit(rows, version)
         if not found.rows:
-            raise LearnError(f"none of {len(rows)} rows can be trained on: {found.evicted} evicted as staler than "
-                             f"{self.config.max_staleness}, refused {dict(found.refused)}",
-                             fix="collect fresh episodes, raise learn.max_staleness, or mend what refuses the rows")
+            raise NothingToLearn(f"none of {len(rows)} rows can be trained on: {found.evicted} evicted as staler than "
+                                 f"{self.config.max_staleness}, refused {dict(found.refused)}", reason="refused",
+                                 fix="collect fresh episodes, raise learn.max_staleness, or mend what refuses the rows")
         share = self.ranks.share(found.rows, self.config, self.cost, self.device)
         self.model.eval()
         control = self._control(found.rows)
@@ -207,9 +207,10 @@ class Learner:
     def _update(self, stats: TokenStats) -> dict[str, float]:
         """Clip and step; the gradient norms before clipping."""
         if not (stats.gate & stats.mask).any():
-            raise LearnError(f"all {len(stats.gap)} loss tokens of step {self.step_count + 1} are masked "
-                             f"({int((~stats.mask).sum())}) or gated ({int((~stats.gate).sum())}), nothing was updated",
-                             fix="the rows are too far from the student: lower learn.max_staleness or learn.lr")
+            raise NothingToLearn(f"all {len(stats.gap)} loss tokens of step {self.step_count + 1} are masked "
+                                 f"({int((~stats.mask).sum())}) or gated ({int((~stats.gate).sum())}), nothing was "
+                                 "updated", reason="gated",
+                                 fix="the rows are too far from the student: lower learn.max_staleness or learn.lr")
         norms = component_norms(self.model)
         norm = float(whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)))
         if norm != norm or norm == float("inf"):

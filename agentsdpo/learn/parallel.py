@@ -15,8 +15,10 @@ run inside the root module that the weights are gathered for, head and loss incl
     save_checkpoint(folder, learner, version=version)        # everywhere; the first process writes
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from datetime import timedelta
 from hashlib import sha256
 from typing import Any, TypeVar
 
@@ -59,10 +61,11 @@ class Ranks:
     Args:
         group: all processes; None for one alone.
         sequence: processes share every row instead of being dealt rows.
+        device: of this process's learner.
     """
 
-    def __init__(self, group: Any = None, *, sequence: bool = False) -> None:
-        self.group, self.sequence = group, sequence
+    def __init__(self, group: Any = None, *, sequence: bool = False, device: torch.device | str = "cpu") -> None:
+        self.group, self.sequence, self.device = group, sequence, device
         self.size: int = group.size() if group else 1
         self.rank: int = group.rank() if group else 0
 
@@ -189,25 +192,32 @@ class Inside(nn.Module):
         return compute()
 
 
-def join_ranks(config: ParallelConfig, device: torch.device | str = "cpu") -> Ranks:
+_PATIENCE = timedelta(days=1)
+"""How long a process waits for the others: the first one may be collecting episodes."""
+
+
+def join_ranks(config: ParallelConfig, device: torch.device | str | None = None) -> Ranks:
     """Join the processes that ``torchrun`` or ``accelerate launch`` started.
 
     Args:
         config: what was asked for.
-        device: a CPU's processes speak gloo, a GPU's NCCL.
+        device: a CPU's processes speak gloo, a GPU's NCCL; None takes a GPU where there is one.
 
     Raises:
         LearnError: there are more or fewer processes than were asked for, or they are not connected.
     """
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if config.ranks == 1 and os.environ.get("WORLD_SIZE", "1") == "1":
+        return Ranks(device=where)
     from accelerate.state import PartialState  # one second to import
     from accelerate.utils import DistributedType
 
-    cpu = torch.device(device).type == "cpu"
-    state = PartialState(cpu=cpu)  # without cpu=True, processes on a machine without GPU are not connected
+    cpu = where.type == "cpu"
+    state = PartialState(cpu=cpu, timeout=_PATIENCE)  # without cpu=True, processes without GPU are not connected
     several = DistributedType.MULTI_CPU if cpu else DistributedType.MULTI_GPU
     check_launch(config, processes=state.num_processes, kind=state.distributed_type.value,
                  wanted=(DistributedType.NO if config.ranks == 1 else several).value)
-    return Ranks(dist.group.WORLD if config.ranks > 1 else None, sequence=config.sequence)
+    return Ranks(dist.group.WORLD if config.ranks > 1 else None, sequence=config.sequence, device=state.device or where)
 
 
 def check_launch(config: ParallelConfig, *, processes: int, kind: str, wanted: str) -> None:
@@ -223,7 +233,8 @@ def check_launch(config: ParallelConfig, *, processes: int, kind: str, wanted: s
     if processes != config.ranks or kind != wanted:
         there = f"there {'is 1 process' if processes == 1 else f'are {processes} processes'}"
         raise LearnError(f"learn.parallel.ranks is {config.ranks} but {there}, connected as {kind}, not {wanted}",
-                         fix="start as many with torchrun --nproc-per-node, or set learn.parallel.ranks to theirs")
+                         fix="start as many with accelerate launch --multi_gpu --num_processes (without it, and on a CPU "
+                             "with --cpu, it starts one), or set learn.parallel.ranks to theirs")
 
 
 def shard(models: list[Any], ranks: Ranks) -> Inside:
