@@ -182,20 +182,30 @@ def parse_calls(text: str, turn: int) -> tuple[list[ToolCall], dict[str, str]]:
 
 def _read_call(body: str) -> tuple[str, Json | str, str]:
     """Name, arguments and problem of one call body; arguments stay text when there is a problem."""
-    try:
-        data = json.loads(body)
-        json.dumps(data, allow_nan=False, ensure_ascii=False).encode()  # json reads NaN, 1e999 and lone surrogates too
-        deep = _depth(data) > _DEPTH
-    except (ValueError, RecursionError) as error:
-        return "", body, f"the call is not valid JSON: {error}"
-    if deep:
-        return "", body, f"the call is nested more than {_DEPTH} levels deep"
+    data, problem = read_json(body)
+    if problem:
+        return "", body, f"the call is {problem}"
     if not isinstance(data, dict) or not isinstance(data.get("name"), str):
         return "", body, 'the call must be an object with "name" and "arguments"'
     arguments = data.get("arguments", {})
     if not isinstance(arguments, dict):
         return data["name"], body, '"arguments" must be an object'
     return data["name"], arguments, ""
+
+
+def read_json(text: str) -> tuple[Any, str]:
+    """The value of a JSON text of a model, and what is wrong with it: nothing passes that cannot be written again.
+
+    >>> read_json('{"x": 1}'), read_json("NaN")[0], read_json("{")[1][:14]
+    (({'x': 1}, ''), None, 'not valid JSON')
+    """
+    try:
+        data = json.loads(text)
+        json.dumps(data, allow_nan=False, ensure_ascii=False).encode()  # json reads NaN, 1e999 and lone surrogates too
+        deep = _depth(data) > _DEPTH
+    except (ValueError, RecursionError) as error:
+        return None, f"not valid JSON: {error}"
+    return (None, f"nested more than {_DEPTH} levels deep") if deep else (data, "")
 
 
 def _depth(value: Any) -> int:

@@ -1,7 +1,11 @@
 """Fixtures every room may use: a tokenizer and a model small enough to be made in the test itself."""
 
+import json
 import os
 import signal
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -110,3 +114,62 @@ def make_tiny_model(vocab_size: int, *, seed: int = 0) -> Any:
 def tiny_model(tiny_tokenizer: Any) -> Any:
     """A fresh :func:`make_tiny_model` for :func:`tiny_tokenizer`; a test may train it."""
     return make_tiny_model(len(tiny_tokenizer))
+
+
+def chat_answer(text: str = "", *, calls: list[dict[str, Any]] | None = None, tokens: tuple[int, int] = (9, 3)) -> Any:
+    """A chat completion as OpenAI's API answers it."""
+    message = {"role": "assistant", "content": text, "tool_calls": calls}
+    return {"id": "c", "object": "chat.completion", "created": 1, "model": "m",
+            "choices": [{"index": 0, "finish_reason": "tool_calls" if calls else "stop", "message": message}],
+            "usage": {"prompt_tokens": tokens[0], "completion_tokens": tokens[1], "total_tokens": sum(tokens)}}
+
+
+class ChatServer:
+    """An OpenAI-compatible server on loopback whose answers a test writes.
+
+    ``answer`` takes the request's body and returns what is sent: text or JSON, or ``(status, either, headers)``.
+    ``seen`` holds the bodies so far, ``keys`` their authorization headers.
+    """
+
+    say = staticmethod(chat_answer)
+
+    def __init__(self) -> None:
+        self.answer: Callable[[Any], Any] = lambda body: chat_answer("hello")
+        self.seen: list[Any] = []
+        self.keys: list[str] = []
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                owner.seen.append(body)
+                owner.keys.append(self.headers.get("authorization", ""))
+                said = owner.answer(body)
+                status, said, headers = said if isinstance(said, tuple) else (200, said, {})
+                data = (said if isinstance(said, str) else json.dumps(said)).encode()
+                self.send_response(status)
+                fields = {"content-type": "application/json", "content-length": str(len(data)), **headers}
+                for name, value in fields.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data)
+                self.close_connection = int(fields["content-length"]) != len(data)
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+
+
+@pytest.fixture
+def chat_server() -> Iterator[ChatServer]:
+    """A fresh :class:`ChatServer`; ``chat_server.say`` makes an answer."""
+    server = ChatServer()
+    yield server
+    server.server.shutdown()
+    server.server.server_close()
