@@ -117,7 +117,7 @@ def open_run(path: Path | str, config: RunConfig, *, resume: bool = False) -> Ru
     ours = folder.path.resolve() in _HELD
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
-        _lock(folder.path)
+        hold(folder.path)
         _prepare(folder, config, resume)
     except (OSError, RunError) as error:
         if not ours:
@@ -182,7 +182,7 @@ _HELD: dict[Path, int] = {}
 """File handles of this process's locks: what it holds it may open again, as after an interrupt in a notebook."""
 
 
-def _lock(path: Path) -> None:
+def hold(path: Path) -> None:
     """Hold ``LOCK`` until the process ends or lets go; the kernel frees it even if the process is killed."""
     lock, held = path / "LOCK", _HELD.get(path.resolve())
     if held is not None and lock.exists() and os.path.samestat(os.fstat(held), lock.stat()):

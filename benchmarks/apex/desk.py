@@ -4,11 +4,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from agentsdpo.benchmarks.apex.taskset import check_tasks, tasks_sha256
+from agentsdpo.collect.collector import PolicyFactory
 from agentsdpo.envs.desk import DeskSuite
+from agentsdpo.envs.desk.agents import RandomAgent, Scattergun, greedy, guesser, oracle
 from agentsdpo.types import Env, Grader, Task
 
 VERSION = "1"
 """Raised whenever the same settings would give other tasks or other grades."""
+FIRST = 8
+"""Tasks that are hashed: the set has no end, and runs of 20 and of 200 of its tasks are of one set."""
 
 
 class DeskTasks:
@@ -43,7 +47,8 @@ class DeskTasks:
         self.name, self.split = preset, split
         self.tasks: Sequence[Task] = tuple(self._task(split, index) for index in range(count))
         check_tasks(self.tasks, f"{preset} {split}")
-        self.sha256 = tasks_sha256(self.tasks, version=VERSION, firm_seed=firm_seed)
+        first = [self._task(split, index) for index in range(FIRST)]
+        self.sha256 = tasks_sha256(first, version=VERSION, firm_seed=firm_seed)
 
     def _task(self, split: str, index: int) -> Task:
         task = self.suite.task(split, index)
@@ -56,3 +61,11 @@ class DeskTasks:
     def grader(self, task: Task) -> Grader:
         """The grader of this firm, without feedback."""
         return self.suite.grader()
+
+    def agents(self) -> dict[str, PolicyFactory]:
+        """The scripted agents of the world: who knows the rules, who guesses them, who shoots at everything."""
+        firm = self.suite.firm
+        return {"oracle": lambda task, seed: oracle(task, firm), "greedy": lambda task, seed: greedy(task),
+                "random": lambda task, seed: RandomAgent(task, seed=seed),
+                "guesser": lambda task, seed: guesser(task, seed=seed),
+                "scattergun": lambda task, seed: Scattergun(task)}

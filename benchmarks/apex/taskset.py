@@ -1,16 +1,17 @@
 """What a benchmark is to the runner: tasks, an environment and a grader for each, a name and a hash.
 
-A layout (APEX v1, Harbor, a task file, the desk world) is a class that fulfils :class:`TaskSet`. Two more are optional
-and found by asking: a grader that uses a judge says which one (:class:`Judges`), an environment that holds something
-outside the process lets go of it (:class:`Closes`).
+A layout (APEX v1, Harbor, a task file, the desk world) is a class that fulfils :class:`TaskSet`. More is optional and
+found by asking: a grader that uses a judge says which one (:class:`Judges`), an environment that holds something
+outside the process lets go of it (:class:`agentsdpo.types.Closes`), a set may bring agents (:class:`Scripted`).
 """
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
+from agentsdpo.collect.policy import Policy
 from agentsdpo.errors import FormatError
 from agentsdpo.types import Env, Grader, Json, Task
 
@@ -52,17 +53,17 @@ class TaskSet(Protocol):
 class Judges(Protocol):
     """A grader that asks a language model."""
 
-    def judge(self) -> Json:
+    def judged_by(self) -> Json:
         """Who judges: at least ``model`` and ``prompt_sha256``; stamped on the run, and agreed on in comparisons."""
         ...
 
 
 @runtime_checkable
-class Closes(Protocol):
-    """An environment that holds processes, connections or folders."""
+class Scripted(Protocol):
+    """A task set with agents of its own that need no model: the scale on which others are read."""
 
-    async def close(self) -> None:
-        """Let go of them; called once after every attempt, whatever became of it."""
+    def agents(self) -> Mapping[str, Callable[[Task, int], Policy]]:
+        """Makers of a policy by name, from task and seed. ``oracle`` solves every task; others must not."""
         ...
 
 
