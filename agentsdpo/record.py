@@ -71,6 +71,8 @@ class Completion(Frozen):
 
     ``kept`` holds, per sampled token, the ascending ids it was drawn from; None when sampling was not truncated.
     ``finish_reason``: ``stop`` when the last id is an end-of-turn token, ``length`` when ``max_tokens`` ran out.
+    ``untrusted``: why the engine does not stand by what its server said (a reason of the store's table): such tokens
+    are kept and never trained on.
     ``working_s``: seconds of the attempt that succeeded, without waiting for a slot; None where not measured.
     """
 
@@ -81,6 +83,7 @@ class Completion(Frozen):
     kept: tuple[tuple[int, ...], ...] | None = None
     logprob_kind: Literal["processed", "tempered", "raw", "unknown", "none"] = "processed"
     working_s: float | None = None
+    untrusted: str | None = None
 
 
 class Call(Frozen):
