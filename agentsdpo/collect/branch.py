@@ -13,6 +13,9 @@ from agentsdpo.types import Branch, Call, Completion, Json, Sampling, TokenKind
 ForkReason = Literal["compaction", "template_rewrite", "retokenised", "subagent", "retry"]
 
 _KIND_REASONS = {"raw": "kind_raw", "unknown": "kind_unknown", "none": "no_logprobs"}
+_MASKED = {"greedy", "kept_set_missing", "kept_set_mismatch", "token_outside_kept_set", "kind_tempered_filtered",
+           "kind_raw", "version_unknown"}
+"""Reasons that leave the log-prob a number worth keeping: such tokens are masked, others are without one."""
 
 
 def untrainable(completion: Completion, sampling: Sampling) -> str | None:
@@ -23,7 +26,11 @@ def untrainable(completion: Completion, sampling: Sampling) -> str | None:
     'greedy'
     >>> untrainable(Completion(**Tokens), Sampling(top_p=0.9))
     'kept_set_missing'
+    >>> untrainable(Completion(**Tokens, untrusted="no_token_ids"), Sampling())
+    'no_token_ids'
     """
+    if completion.untrusted:
+        return completion.untrusted
     if len(completion.logprobs) != len(completion.token_ids):
         return "length_mismatch" if completion.logprobs else "no_logprobs"
     if not all(-1000.0 < lp <= 1e-4 for lp in completion.logprobs):
@@ -34,9 +41,22 @@ def untrainable(completion: Completion, sampling: Sampling) -> str | None:
         return _KIND_REASONS[completion.logprob_kind]
     if completion.logprob_kind == "tempered" and sampling.truncated:
         return "kind_tempered_filtered"
-    if sampling.truncated and completion.kept is None:
+    if sampling.truncated:
+        problem = _kept_problem(completion)
+        if problem:
+            return problem
+    return "version_unknown" if any(span.version < 0 for span in completion.versions) else None
+
+
+def _kept_problem(completion: Completion) -> str | None:
+    """What is wrong with the sets the tokens were drawn from; None when they say what they should."""
+    kept = completion.kept
+    if kept is None or len(kept) != len(completion.token_ids) or not all(kept):
         return "kept_set_missing"
-    return None
+    if not all(token in ids for token, ids in zip(completion.token_ids, kept, strict=True)):
+        return "token_outside_kept_set"
+    alone = [logp for logp, ids in zip(completion.logprobs, kept, strict=True) if len(ids) == 1]
+    return "kept_set_mismatch" if any(logp < -1e-4 for logp in alone) else None
 
 
 class BranchBuilder:
@@ -81,14 +101,14 @@ class BranchBuilder:
             raise EngineError(f"version spans end at {completion.versions[-1:]} but {n} tokens were sampled",
                               fix="give one span per policy version, up to the completion's length")
         reason = untrainable(completion, sampling)
-        masked = reason in ("greedy", "kept_set_missing", "kind_tempered_filtered", "kind_raw")
-        kind = TokenKind.SAMPLED if reason is None else TokenKind.MASKED if masked else TokenKind.UNUSABLE
+        kind = (TokenKind.SAMPLED if reason is None else
+                TokenKind.MASKED if reason in _MASKED else TokenKind.UNUSABLE)
         call = Call(call_id=f"b{self.branch_id}t{turn}", turn=turn, start=start, end=start + n,
                     prompt_sha256=self._hash.hexdigest(), finish_reason=completion.finish_reason, sampling=sampling,
                     versions=completion.versions, logprob_kind=completion.logprob_kind, untrainable_reason=reason)
         logps = [np.nan] * n if kind == TokenKind.UNUSABLE else list(completion.logprobs)
         self._append(completion.token_ids, kind, logps)
-        self._kept += completion.kept or [()] * n
+        self._kept += (completion.kept if reason is None else None) or [()] * n  # what is wrong serves nobody
         self._calls.append(call)
         return call
 
