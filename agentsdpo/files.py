@@ -26,19 +26,26 @@ def write_text(path: Path, text: str) -> Path:
     >>> write_text(folder / "a.txt", "new").read_text(), [p.name for p in folder.iterdir()]
     ('new', ['a.txt'])
     """
+    return write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> Path:
+    """:func:`write_text` for bytes; without ``durable`` it survives the death of the process, not a power cut."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     temporary = Path(name)
     try:
-        with open(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with open(handle, "wb") as file:
+            file.write(data)
             file.flush()
             os.fchmod(handle, 0o644)
-            os.fsync(handle)
+            if durable:
+                os.fsync(handle)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync(path.parent)
+    if durable:
+        sync(path.parent)
     return path
 
 

@@ -88,10 +88,16 @@ class BranchBuilder:
 
     def context(self, ids: Sequence[int], kind: TokenKind) -> None:
         """Append tokens the agent did not sample."""
-        self._append(ids, kind, [np.nan] * len(ids))
+        self._append(ids, [int(kind)] * len(ids), [np.nan] * len(ids))
 
-    def completion(self, completion: Completion, sampling: Sampling, *, turn: int) -> Call:
+    def completion(self, completion: Completion, sampling: Sampling, *, turn: int, masked: bool = False) -> Call:
         """Append what one call sampled; exact rows are trainable, others say why not.
+
+        Args:
+            completion: as sampled.
+            sampling: how it was asked for.
+            turn: of the episode.
+            masked: keep it out of the loss though it could be trained on (a summary nobody used).
 
         Raises:
             EngineError: version spans do not cover the completion.
@@ -101,20 +107,20 @@ class BranchBuilder:
             raise EngineError(f"version spans end at {completion.versions[-1:]} but {n} tokens were sampled",
                               fix="give one span per policy version, up to the completion's length")
         reason = untrainable(completion, sampling)
-        kind = (TokenKind.SAMPLED if reason is None else
-                TokenKind.MASKED if reason in _MASKED else TokenKind.UNUSABLE)
+        known = reason is None or reason in _MASKED
+        kind = TokenKind.UNUSABLE if not known else TokenKind.MASKED if reason or masked else TokenKind.SAMPLED
         call = Call(call_id=f"b{self.branch_id}t{turn}", turn=turn, start=start, end=start + n,
                     prompt_sha256=self._hash.hexdigest(), finish_reason=completion.finish_reason, sampling=sampling,
                     versions=completion.versions, logprob_kind=completion.logprob_kind, untrainable_reason=reason)
         logps = [np.nan] * n if kind == TokenKind.UNUSABLE else list(completion.logprobs)
-        self._append(completion.token_ids, kind, logps)
+        self._append(completion.token_ids, [int(kind)] * n, logps)
         self._kept += (completion.kept if reason is None else None) or [()] * n  # what is wrong serves nobody
         self._calls.append(call)
         return call
 
-    def _append(self, ids: Sequence[int], kind: TokenKind, logps: list[float]) -> None:
+    def _append(self, ids: Sequence[int], kinds: Sequence[int], logps: Sequence[float]) -> None:
         self.ids += ids
-        self._kinds += [int(kind)] * len(ids)
+        self._kinds += kinds
         self._logps += logps
         self._hash.update(np.asarray(ids, "<i4").tobytes())
 
@@ -151,6 +157,16 @@ class BranchBuilder:
                           self._logps[told.ids:], self._calls[told.calls:], self._kept[told.kept:]))
         self._told = _Told(self.branch_id, len(self.ids), len(self._calls), len(self._kept))
         return [growth for growth in new if len(growth.token_ids) or growth.calls]
+
+    def regrow(self, grown: Sequence[Growth]) -> None:
+        """Append what :meth:`grown` once told: the record of an earlier process, token for token."""
+        for growth in grown:
+            if growth.branch_id > self.branch_id:
+                self._close()
+                self._header = {"branch_id": growth.branch_id, **growth.fork}
+            self._append(growth.token_ids, growth.token_kind, growth.logprobs)
+            self._calls += growth.calls
+            self._kept += [tuple(ids) for ids in growth.kept]
 
     def finish(self) -> tuple[Branch, ...]:
         """Close the open branch and return all of them, in order."""

@@ -6,6 +6,7 @@ the same rule encodes everything again under the new weights. Numpy only.
 """
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,13 +22,15 @@ PATIENCE = 64
 
 @dataclass
 class Request:
-    """One call in flight: prompt int64[P], its sampling, its session, and who waits for the completion."""
+    """One call in flight: prompt int64[P], its sampling, its session, who waits for the completion, and since when (a
+    monotonic time) it has had a slot."""
 
     prompt: np.ndarray
     sampling: Sampling
     session: str
     future: "asyncio.Future[Completion]"
     kept: list[tuple[int, ...]] = field(default_factory=list)
+    seated: float = 0.0
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
@@ -119,6 +122,7 @@ class SlotTable:
         self.sampling.temperature[slot] = sampling.temperature
         self.sampling.top_k[slot], self.sampling.top_p[slot] = sampling.top_k, sampling.top_p
         self.requests[slot], self.active[slot] = request, True
+        request.seated = time.monotonic()
         self.used[slot] = self.clock
 
     def best_source(self, slot: int) -> tuple[int, int]:
@@ -153,7 +157,8 @@ class SlotTable:
         completion = Completion(
             token_ids=tuple(self.tokens[slot, span].tolist()), logprobs=tuple(self.logps[slot, span].tolist()),
             versions=version_spans(self.versions[slot, span]), finish_reason="stop" if stopped else "length",
-            kept=tuple(request.kept) if request.kept else None, logprob_kind="raw" if greedy else "processed")
+            kept=tuple(request.kept) if request.kept else None, logprob_kind="raw" if greedy else "processed",
+            working_s=time.monotonic() - request.seated)
         return request, completion
 
     def drop(self, slot: int) -> None:
