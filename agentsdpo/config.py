@@ -25,7 +25,7 @@ from agentsdpo.learn.presets import PRESETS, TOY, resolve
 from agentsdpo.learn.trackers import TrackConfig
 from agentsdpo.learn.tripwire import TripwireConfig
 from agentsdpo.publish.config import PublishConfig
-from agentsdpo.replay.config import ReplayConfig
+from agentsdpo.replay.config import FlowConfig, ReplayConfig
 from agentsdpo.settings import Settings
 from agentsdpo.settings_io import Setting, build, read_toml, to_toml, with_sets
 from agentsdpo.settings_io import describe as _describe
@@ -91,6 +91,7 @@ class RunConfig(Settings):
     desk: DeskConfig = DeskConfig()
     collect: CollectConfig = CollectConfig()
     replay: ReplayConfig = ReplayConfig()
+    flow: FlowConfig = FlowConfig()
     hint: HintConfig = HintConfig()
     learn: LearnConfig = resolve("robust", TOY["robust"])
     publish: PublishConfig = PublishConfig()

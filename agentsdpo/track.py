@@ -52,19 +52,21 @@ class MetricsWriter:
         self._began = time.monotonic()
         self._file, self._mirror = path.open("a", encoding="utf-8"), mirror
 
-    def write(self, kind: Kind, step: int, values: Mapping[str, Any]) -> None:
+    def write(self, kind: Kind, step: int, values: Mapping[str, Any], *, wall_s: float | None = None) -> None:
         """Append one line.
 
         Args:
             kind: ``step``, ``eval`` or ``tripwire``.
             step: optimiser steps done.
             values: metric keys of :data:`agentsdpo.metrics.TABLE` and the kind's plain fields.
+            wall_s: seconds of the run that the line is about, where that is not now.
 
         Raises:
             ConfigError: a key is not in the table.
         """
         check_keys(values, kind)
-        row = {"kind": kind, "step": step, "wall_s": round(self.wall_s, 3), **{k: _plain(v) for k, v in values.items()}}
+        at = self.wall_s if wall_s is None else wall_s
+        row = {"kind": kind, "step": step, "wall_s": round(at, 3), **{k: _plain(v) for k, v in values.items()}}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         if self._mirror is not None:

@@ -81,6 +81,32 @@ class ReplayConfig(Settings):
                 if name in _FIRST or value != type(self).model_fields[name].default}
 
 
+class FlowConfig(Settings):
+    """How far collectors and learner may run apart where they are programs of their own; see
+    :mod:`agentsdpo.replay.sampling.limiter`.
+
+    >>> FlowConfig().ahead is None
+    True
+    """
+
+    samples_per_insert: float | None = Field(
+        default=None, gt=0.0, le=10_000.0, description="mean draws of a unit that the learner may not exceed: it waits "
+                                                       "for fresh ones; none: learn.batch over episodes_per_step")
+    ahead: int | None = Field(
+        default=None, ge=0, le=1_000_000, description="optimiser steps' worth of units that collectors may be ahead, "
+                                                      "those in flight counted, before they pause; none: as many as "
+                                                      "learn.max_staleness lets through, 8 without a bound; 0: they "
+                                                      "never pause")
+
+    @model_validator(mode="after")
+    def _room(self) -> "FlowConfig":
+        """Refuse bounds within which both sides could wait for each other."""
+        if self.ahead == 1:
+            raise ConfigError("flow.ahead is 1: the learner could wait for a batch that collectors wait to begin",
+                              fix="set it to 2 or more, or to 0, which never pauses")
+        return self
+
+
 _FIRST = {"strategy", "unit", "max_uses"}
 _HEARD = {"uniform_iid": {"cooldown", "staleness_weight"},
           "prioritised": {"cooldown", "staleness_weight", "alpha", "beta", "beta_draws", "decay"}}

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("envs", "replay", "collect", "hint", "learn", "publish", "benchmarks")
+ROOMS = ("envs", "replay", "collect", "hint", "learn", "publish", "programs", "benchmarks")
 BASE = ("__init__", "record", "types", "errors", "chat", "files", "settings", "settings_io", "metrics")
-RANKS = {"envs": 1, "replay": 1, "collect": 2, "hint": 2, "learn": 2, "publish": 2, "loop": 4, "demo": 4, "cli": 5,
-         "benchmarks": 5, **dict.fromkeys(BASE, 0)}
+RANKS = {"envs": 1, "replay": 1, "collect": 2, "hint": 2, "learn": 2, "publish": 2, "loop": 4, "demo": 4,
+         "programs": 4, "cli": 5, "benchmarks": 5, **dict.fromkeys(BASE, 0)}
 BETWEEN = 3
 """Modules at the top of the package that are not named above (configuration, reports, ...): rooms below, loop above."""
 TORCH = ("learn/", "collect/inprocess.py", "collect/sampler.py", "collect/slots.py", "benchmarks/",

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from agentsdpo.errors import ConfigError
 from agentsdpo.verbs.base import Json, Sets, keeping
 
 
@@ -36,18 +37,32 @@ def train(
     sets: Sets = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/<name> when not given.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is in the folder.")] = False,
+    apart: Annotated[bool, typer.Option("--async", help="Collectors, hint writer, learner and evaluator as processes "
+                                                        "side by side: nobody waits for the slowest tool.")] = False,
+    collectors: Annotated[int | None, typer.Option(min=1, help="With --async: processes that collect; 1 for every "
+                                                               "server when not given.")] = None,
+    server: Annotated[list[str] | None, typer.Option(metavar="URL", help="With --async: an inference server to collect "
+                                                                         "from; may be repeated.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Collect, hint, learn and publish in one process, step by step; print what came of it."""
+    """Collect, hint, learn and publish, step by step in one process or side by side; print what came of it."""
     from agentsdpo import config as settings
 
+    if not apart and (collectors or server):
+        raise ConfigError("--collectors and --server are of --async", fix="add --async, or leave them out")
     resolved = settings.load(config, sets or ())  # before the slow imports: a mistyped key is refused at once
     folder = out or Path("runs") / resolved.name
     with keeping(folder, resume="--resume"):
-        from agentsdpo import loop
         from agentsdpo.demo import conclude
 
-        loop.train(resolved, out=folder, resume=resume)
+        if apart:
+            from agentsdpo.programs.side_by_side import train_async
+
+            train_async(resolved, out=folder, collectors=collectors or 1, servers=server or (), resume=resume)
+        else:
+            from agentsdpo import loop
+
+            loop.train(resolved, out=folder, resume=resume)
         summary = conclude(folder)
     _show(summary, folder, as_json)
 
@@ -59,19 +74,32 @@ def learn(
     out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/<name> when not given.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps of the whole run.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is in the folder.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Wait for fresh episodes, let what has a hint join at every "
+                                                          "step, and have evaluations played by `agentsdpo evaluate`."
+                                         )] = False,
     as_json: Json = False,
 ) -> None:
-    """Learn from a replay store that others fill, and publish policy versions; nothing is collected or evaluated."""
+    """Learn from a replay store that others fill, and publish policy versions; nothing is collected."""
     from agentsdpo import config as settings
 
     resolved = settings.load(config, [*(sets or ()), *([f"steps={steps}"] if steps else [])])
     folder = out or Path("runs") / resolved.name
     with keeping(folder, resume="--resume"):
-        from agentsdpo.offline import learn_alone
+        if follow:
+            from agentsdpo.programs.following import learn_following
+            from agentsdpo.programs.tether import stoppable
 
-        summary = learn_alone(resolved, store, out=folder, resume=resume)
+            stoppable()
+            summary = learn_following(resolved, store, out=folder, resume=resume)
+        else:
+            from agentsdpo.offline import learn_alone
+
+            summary = learn_alone(resolved, store, out=folder, resume=resume)
     if as_json:
         typer.echo(json.dumps(summary))
+    elif follow:
+        typer.echo(f"{summary['steps']} steps, {summary['episodes']} episodes joined: policy version "
+                   f"{summary['version']} in {folder / 'policies'}")
     else:
         typer.echo(f"{summary['steps']} steps on {summary['tokens']} tokens of {summary['rows']} rows: policy version "
                    f"{summary['version']} in {folder / 'policies'}")

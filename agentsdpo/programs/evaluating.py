@@ -1,0 +1,106 @@
+"""The evaluator as a program: plays what the learner of a run folder has asked to have evaluated.
+
+    agentsdpo evaluate RUN [--follow]
+
+Always the same tasks with the same seeds, as in the synchronous loop (:mod:`agentsdpo.evaluate`). It keeps no state:
+what is due stands in the run folder, and so do the answers.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from agentsdpo.assemble import check_request
+from agentsdpo.collect.collector import Collector
+from agentsdpo.collect.metrics import collect_metrics
+from agentsdpo.config import RunConfig, load
+from agentsdpo.errors import RegistryError, RunError
+from agentsdpo.evaluate import EVAL_SEED, scores
+from agentsdpo.learn.alarms import BEHAVIOUR
+from agentsdpo.programs.collecting import make_engine
+from agentsdpo.programs.owed import Owed, append_answer, key_of, read_answers, read_owed
+from agentsdpo.publish.registry import PolicyRegistry
+from agentsdpo.runfolder import RunFolder
+from agentsdpo.types import Json
+
+POLL_S = 0.5
+"""Seconds between two looks at what is due."""
+
+
+class Evaluator:
+    """Plays versions of one run's registry.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        say: told of every evaluation, in one line.
+
+    Raises:
+        ModelError, ConfigError: see the parts.
+    """
+
+    def __init__(self, config: RunConfig, folder: RunFolder, say: Callable[[str], None]) -> None:
+        path, self._chat, self._suite = check_request(config)
+        self.config, self.folder, self.say = config, folder, say
+        self._engine = make_engine("inprocess", config, path, self._chat)
+        self._registry, self._serving = PolicyRegistry(folder.policies), -1
+
+    def next(self) -> tuple[Owed, str, str, int] | None:
+        """The oldest evaluation that is due and was not played."""
+        have = {key_of(row) for row in read_answers(self.folder)}
+        return next(((owed, *one) for owed in read_owed(self.folder)
+                     for key, one in zip(owed.keys, owed.wanted, strict=True) if key not in have), None)
+
+    def play(self, owed: Owed, split: str, decoding: str, count: int) -> Json:
+        """Play one evaluation and write it down; returns its line.
+
+        Raises:
+            RegistryError: the version is not there any more.
+        """
+        if owed.version != self._serving:
+            self._engine.load_weights(self._registry.load(owed.version), owed.version)
+            self._serving = owed.version
+        sampling: Any = self.config.collect.model_copy(update={"temperature": 0.0} if decoding == "greedy" else {})
+        collector = Collector.of_engine(self._suite, self._engine, self._chat, sampling, evaluate=True)
+        episodes = collector.collect(split, range(count), seed=EVAL_SEED)
+        acts = {key: value for key, value in collect_metrics(episodes).items() if key in BEHAVIOUR}
+        row = {"step": owed.step, "version": owed.version, "split": split, "decoding": decoding, **scores(episodes),
+               **acts}
+        append_answer(self.folder, row)
+        self.say(f"version {owed.version} on {split}, {decoding}: pass {row.get('pass')} of {row['n']} episodes")
+        return row
+
+
+def evaluate_due(run: Path | str, *, follow: bool = False, say: Callable[[str], None] = lambda text: None) -> Json:
+    """Play what is due in a run folder.
+
+    Args:
+        run: the folder.
+        follow: go on with what becomes due later, until interrupted.
+        say: told of every evaluation, in one line.
+
+    Returns:
+        ``run`` and ``played``, how many evaluations.
+
+    Raises:
+        RunError: no such run. KeyboardInterrupt: interrupted; the evaluation under way is played again next time.
+    """
+    folder, played = RunFolder(Path(run)), 0
+    if not folder.config.is_file():
+        raise RunError(f"{folder.path} holds no run", fix="give the folder that `agentsdpo train` or `learn` writes")
+    evaluator = Evaluator(load(folder.config), folder, say)
+    while True:
+        job = evaluator.next()
+        if job is None:
+            if not follow:
+                return {"run": str(folder.path), "played": played}
+            time.sleep(POLL_S)
+            continue
+        try:
+            evaluator.play(*job)
+            played += 1
+        except RegistryError:  # the learner gave this version up since, and says so in what is due
+            if not follow:
+                raise
+            time.sleep(POLL_S)

@@ -1,0 +1,108 @@
+"""Verbs that run one program of a cluster: ``collect``, ``hint``, ``evaluate``; the learner is ``learn --follow``."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from agentsdpo.verbs.base import Json, Sets, stopped
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="Settings of the run: its RUN/config.toml.")]
+Store = Annotated[str, typer.Option(metavar="URI", help="Replay store: a folder or s3://bucket/prefix.")]
+
+
+def collect(
+    config: Config,
+    store: Store,
+    policies: Annotated[Path, typer.Option(metavar="DIR", help="Policy registry to follow: RUN/policies.")],
+    engine: Annotated[str, typer.Option(metavar="inprocess|URL", help="A model in this process, or an inference "
+                                                                      "server.")] = "inprocess",
+    episodes: Annotated[int | None, typer.Option(min=1, help="How many, those of earlier lives counted; no end when "
+                                                             "not given.")] = None,
+    number: Annotated[int, typer.Option(min=0, help="Which collector this is, from 0; no two of a run share one.")] = 0,
+    of: Annotated[int, typer.Option(min=1, help="How many collectors there are.")] = 1,
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Play episodes with the newest policy and append them to a store, until stopped."""
+    from agentsdpo import config as settings
+
+    resolved = settings.load(config, sets or ())
+    _prepare()
+    from agentsdpo.programs.collecting import collect as run
+
+    with _kept("finished episodes are in the store, begun ones in its journals"):
+        about = run(resolved, store, str(policies), engine=engine, episodes=episodes, number=number, of=of, say=_say)
+    _show(about, f"{about['episodes']} episodes in {about['store']}, the last with policy version {about['version']}",
+          as_json)
+
+
+def hint(
+    config: Config,
+    store: Store,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on with what is appended later.")] = False,
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Write a hint to every episode of a store that lacks one."""
+    from agentsdpo import config as settings
+
+    resolved = settings.load(config, sets or ())
+    _prepare()
+    from agentsdpo.programs.hinting import write_hints
+
+    with _kept("hints written so far are in the store"):
+        about = write_hints(resolved, store, follow=follow, say=_say)
+    _show(about, f"{about['written']} hints written, {about['silent']} episodes with nothing to say", as_json)
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run whose learner asks for evaluations.")],
+    follow: Annotated[bool, typer.Option("--follow", help="Go on with what becomes due later.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Play the evaluations that a learner has asked for."""
+    _prepare()
+    from agentsdpo.programs.evaluating import evaluate_due
+
+    with _kept("evaluations played so far are in the run folder"):
+        about = evaluate_due(run, follow=follow, say=_say)
+    _show(about, f"{about['played']} evaluations played in {about['run']}", as_json)
+
+
+def _prepare() -> None:
+    """Find modules in the folder this was called from, and stop when told to."""
+    from agentsdpo.programs.tether import stoppable
+
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)
+    stoppable()
+
+
+@contextmanager
+def _kept(words: str) -> Iterator[None]:
+    """On Ctrl-C, say what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        stopped(f"; {words}")
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _show(about: dict[str, Any], words: str, as_json: bool) -> None:
+    typer.echo(json.dumps(about) if as_json else words)
+
+
+def register(app: typer.Typer) -> None:
+    """Add these verbs."""
+    for verb in (collect, hint, evaluate):
+        app.command()(verb)
