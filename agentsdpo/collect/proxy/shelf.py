@@ -1,0 +1,260 @@
+"""Where conversations go when they have ended: into the replay store, or beside it where nobody may train on them.
+
+The store takes nothing that must not be trained on. Such conversations become one Parquet file each below
+``recordings/``, with the store's columns; nothing that reads a store looks there.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from agentsdpo.collect.proxy.feedback import grade_of, hint_of, label_of
+from agentsdpo.replay.canonical import canonical_json
+from agentsdpo.replay.formats.redact import Redactor
+from agentsdpo.replay.ids import Key, uuid7
+from agentsdpo.replay.journal import SUFFIX, Journal, try_lock
+from agentsdpo.replay.rows import to_rows
+from agentsdpo.replay.salvage import Salvage, salvage
+from agentsdpo.replay.segment import encode
+from agentsdpo.replay.spool import Spool, set_aside
+from agentsdpo.replay.storage import storage_for
+from agentsdpo.replay.store import ReplayStore
+from agentsdpo.replay.upkeep.recover import recover
+from agentsdpo.types import Episode, Json
+
+Clean = Callable[[Episode], Episode]
+"""Takes secrets out of an episode; the identity where nothing is to be redacted."""
+
+
+class Shelf(Protocol):
+    """Keeps the conversations of one tenant; ``identity`` is the same for as long as it exists."""
+
+    identity: str
+
+    def begin(self, about: Json) -> Journal:
+        """The journal of a conversation that begins. Raises JournalError, StoreError."""
+        ...
+
+    def put(self, episodes: Sequence[Episode]) -> None:
+        """Keep conversations that have ended, durably, and let go of their journals. Raises StoreError."""
+        ...
+
+    def attempts(self, episode_id: str) -> int:
+        """How often this conversation has ended before."""
+        ...
+
+    def say(self, episode_id: str, items: Sequence[Json]) -> bool:
+        """Attach what is said about a conversation that has ended; False when there is none. Raises StoreError."""
+        ...
+
+    def recover(self) -> int:
+        """Keep what a proxy that was killed left behind; how many conversations that were. Raises StoreError."""
+        ...
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        ...
+
+
+def finished(episode: Episode, clean: Clean) -> Episode:
+    """The episode with the hint and reward of what was said about it, without its secrets."""
+    items = episode.metadata.get("feedback", [])
+    return clean(episode.model_copy(update={"hint": hint_of(items), "grade": grade_of(items)}))
+
+
+class StoreShelf:
+    """The replay store of one tenant.
+
+    Args:
+        uri: of the store, made when it is not there. clean: see :data:`Clean`.
+        durability, spool: see :class:`agentsdpo.replay.spool.Spool`.
+    """
+
+    def __init__(self, uri: str, clean: Clean, *, durability: Any, spool: str, words: Callable[[str], str]) -> None:
+        self.store, self._clean, self._words = ReplayStore.open(uri), clean, words
+        self.identity: str = self.store.about["store_id"]
+        self._spool = Spool(self.store, durability, spool or None)
+
+    def begin(self, about: Json) -> Journal:
+        """See :meth:`Shelf.begin`."""
+        journal = self._spool.begin(about)
+        assert journal is not None  # there is one at every durability the proxy knows
+        return journal
+
+    def put(self, episodes: Sequence[Episode]) -> None:
+        """See :meth:`Shelf.put`."""
+        done = [finished(episode, self._clean) for episode in episodes]
+        self.store.append(done)
+        self._spool.seal(episode.episode_id for episode in episodes)
+        self._label(done)
+
+    def _label(self, episodes: Sequence[Episode]) -> None:
+        """Mark those that got a thumb."""
+        marks: dict[Any, str] = {e.episode_id: label for e in episodes
+                                 if (label := label_of(e.metadata.get("feedback", [])))}
+        if marks:
+            self.store.add_labels(marks, author="user")
+
+    def attempts(self, episode_id: str) -> int:
+        """See :meth:`Shelf.attempts`."""
+        rows, attempt = self.store.fold().rows, 0
+        while Key(episode_id, 0, attempt) in rows:
+            attempt += 1
+        return attempt
+
+    def say(self, episode_id: str, items: Sequence[Json]) -> bool:
+        """See :meth:`Shelf.say`: late values, which replace those that were there."""
+        view = self.store.snapshot()
+        keys = view.attempt(episode_id)
+        if not keys:
+            return False
+        items = [{**one, "text": self._words(one["text"])} for one in items]
+        hint, grade, label = hint_of(items, view.read(keys[:1])[0].hint), grade_of(items), label_of(items)
+        author = items[-1]["author"]
+        if hint is not None:
+            self.store.add_hints({episode_id: hint})
+        if grade is not None:
+            self.store.add_rewards({episode_id: grade}, author=author)
+        if label is not None:
+            self.store.add_labels({episode_id: label}, author=author)
+        return True
+
+    def recover(self) -> int:
+        """See :meth:`Shelf.recover`: hints and redaction first, then the store's own recovery for the rest."""
+        folder = self._spool.folder / self.store.about["store_id"]
+        found = sum(_settle(path, self._salvaged) for path in sorted(folder.glob(f"*/*{SUFFIX}")))
+        recover(self.store, spool=self._spool.folder)
+        return found
+
+    def _salvaged(self, left: Salvage) -> None:
+        episode = left.episode
+        if episode is not None and self.attempts(episode.episode_id) <= episode.attempt:
+            self.store.append([finished(episode, self._clean)], salvaged=True)
+            self._label([episode])
+
+    def close(self) -> None:
+        """See :meth:`Shelf.close`."""
+        self.store.close()
+
+
+class FolderShelf:
+    """Recordings that nobody may train on.
+
+    Args:
+        uri: folder or prefix that a store would have. clean: see :data:`Clean`.
+        sync: wait for the disk after every call. spool: folder for journals; "" is below ``uri``.
+    """
+
+    identity = "recordings"
+
+    def __init__(self, uri: str, clean: Clean, *, sync: bool, spool: str) -> None:
+        self._storage, self._clean, self._sync = storage_for(uri), clean, sync
+        self._spool = Path(spool) if spool else _beside(uri)
+        self._writer = uuid7()
+        self._held: dict[str, Journal] = {}
+
+    def begin(self, about: Json) -> Journal:
+        """See :meth:`Shelf.begin`."""
+        journal = Journal.open(self._spool, "recordings", self._writer, about["episode_id"], about, sync=self._sync)
+        self._held[about["episode_id"]] = journal
+        return journal
+
+    def put(self, episodes: Sequence[Episode]) -> None:
+        """See :meth:`Shelf.put`."""
+        for episode in episodes:
+            self._write(episode)
+            journal = self._held.pop(episode.episode_id, None)
+            if journal is not None:
+                journal.seal()
+
+    def _write(self, episode: Episode) -> None:
+        data, _ = encode(to_rows([finished(episode, self._clean)], self._writer))
+        try:
+            self._storage.create(self._path(episode.episode_id, episode.attempt), data)
+        except FileExistsError:  # written before a crash that came before its journal was deleted
+            return
+
+    def _path(self, episode_id: str, attempt: int) -> str:
+        return f"recordings/{episode_id}-{attempt:04d}.parquet"
+
+    def attempts(self, episode_id: str) -> int:
+        """See :meth:`Shelf.attempts`."""
+        attempt = 0
+        while self._storage.exists(self._path(episode_id, attempt)):
+            attempt += 1
+        return attempt
+
+    def say(self, episode_id: str, items: Sequence[Json]) -> bool:
+        """See :meth:`Shelf.say`: one more small file beside the recording."""
+        if not self.attempts(episode_id):
+            return False
+        said = {"episode_id": episode_id, "items": list(items)}
+        self._storage.create(f"recordings/feedback/{uuid7()}.json", canonical_json(said))
+        return True
+
+    def recover(self) -> int:
+        """See :meth:`Shelf.recover`."""
+        return sum(_settle(path, self._salvaged) for path in sorted((self._spool / "recordings").glob(f"*/*{SUFFIX}")))
+
+    def _salvaged(self, left: Salvage) -> None:
+        if left.episode is not None:
+            self._write(left.episode)
+
+    def close(self) -> None:
+        """See :meth:`Shelf.close`."""
+
+
+def _beside(uri: str) -> Path:
+    """Folder of journals below a local folder; for a bucket the one that stores of buckets use."""
+    scheme, found, _ = uri.partition("://")
+    if found and scheme != "file":
+        return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "agentsdpo" / "spool"
+    return Path(uri.removeprefix("file://")) / "spool"
+
+
+def _settle(path: Path, keep: Callable[[Salvage], None]) -> bool:
+    """Have a dead writer's journal kept, then delete it; False where its writer lives or nothing was in it.
+
+    One that cannot be read to its end is set aside once what can be believed of it is kept.
+    """
+    try:
+        handle = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        if not try_lock(handle) or not os.fstat(handle).st_nlink:
+            return False
+        left = salvage(path)
+        try:
+            keep(left)
+        except (ValueError, PermissionError):  # refused for what it is: kept for people to look at
+            set_aside(path)
+            return False
+        if left.lost and path.stat().st_size:
+            set_aside(path)
+        else:
+            path.unlink(missing_ok=True)
+        return left.episode is not None
+    finally:
+        os.close(handle)
+
+
+def make_shelf(uri: str, redactor: Redactor | None, *, train_allowed: bool, durability: Any, spool: str) -> Shelf:
+    """The shelf that a setting asks for.
+
+    Raises:
+        StoreError: the store cannot be opened or made.
+    """
+    clean: Clean = (lambda episode: redactor.episode(episode)[0]) if redactor else lambda episode: episode
+    if train_allowed:
+        return StoreShelf(uri, clean, durability=durability, spool=spool, words=_words(redactor))
+    return FolderShelf(uri, clean, sync=durability == "step", spool=spool)
+
+
+def _words(redactor: Redactor | None) -> Callable[[str], str]:
+    """Takes secrets out of a text."""
+    if redactor is None:
+        return lambda text: text
+    return lambda text: redactor.text(text, {}, Counter())
