@@ -1,0 +1,148 @@
+"""From a registry to running servers: one version once, or every new one as it comes.
+
+    agentsdpo publish RUN/policies --to http://127.0.0.1:8000 --follow
+
+Who follows asks each server every so often what it serves, and pushes where that is not the latest version: after a
+publish, after a server was restarted, after this program was killed in the middle of a push. Nothing is kept but one
+small record per server in the registry.
+"""
+
+import importlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from agentsdpo.config import SEED_MODEL
+from agentsdpo.envs.desk.seed import seed_path
+from agentsdpo.errors import ConfigError, CorruptionError, PushError, RegistryError
+from agentsdpo.learn.scoring import ModelScorer
+from agentsdpo.publish.push import BOUND, Outcome, Pusher, PushReport, Scorer
+from agentsdpo.publish.push_adapter import AdapterPusher, AutoPusher
+from agentsdpo.publish.push_full import ReloadPusher
+from agentsdpo.publish.registry import PolicyRegistry
+
+POLL_S = 0.5
+"""Seconds between two looks at registry and servers."""
+LONGEST_WAIT_S = 60.0
+"""Longest time between two tries of a push that fails; it grows from one look to this."""
+
+
+class RegistryScorer:
+    """Scores with versions of a registry; implements :class:`~agentsdpo.publish.push.Scorer`.
+
+    Args:
+        registry: where the weights are.
+        model: folder or hub name of the model they were trained from; the manifest's own when not given.
+    """
+
+    def __init__(self, registry: PolicyRegistry, model: str | None = None) -> None:
+        self._registry, self._name = registry, model
+        self._model: ModelScorer | None = None
+
+    @property
+    def prompt(self) -> Sequence[int]:
+        """See :class:`~agentsdpo.publish.push.Scorer`; after :meth:`load`."""
+        return self._loaded.prompt
+
+    def load(self, version: int) -> None:
+        """See :class:`~agentsdpo.publish.push.Scorer`."""
+        weights = self._registry.load(version)
+        if self._model is None:
+            name = self._name or self._registry.manifest(version).base_model
+            if not name:
+                raise ConfigError("the registry does not say which model its versions were trained from",
+                                  fix="name its folder: --model PATH")
+            self._model = ModelScorer(seed_path() if name == SEED_MODEL else name)
+        self._model.load(weights)
+
+    def logps(self, ids: Sequence[int], n: int) -> Sequence[float]:
+        """See :class:`~agentsdpo.publish.push.Scorer`."""
+        return self._loaded.logps(ids, n)
+
+    @property
+    def _loaded(self) -> ModelScorer:
+        if self._model is None:
+            raise RegistryError("no version was loaded to score with", fix="call load first")
+        return self._model
+
+
+def make_pusher(how: str, registry: PolicyRegistry, *, bound: float = BOUND, keep: int = 4, stem: str | None = None,
+                model: str | None = None) -> Pusher:
+    """The pusher a word names.
+
+    Args:
+        how: ``auto``, ``reload``, ``adapter``, or ``module:function``, which is called with a scorer and the bound.
+        bound: largest mean absolute difference of log-probs, nats.
+        keep: adapters that stay loaded per server.
+        stem: of their names, see :class:`~agentsdpo.publish.push_adapter.AdapterPusher`.
+        model: see :class:`RegistryScorer`.
+
+    Raises:
+        ConfigError: there is no such way.
+    """
+    scorer: Scorer = RegistryScorer(registry, model)
+    full, adapter = ReloadPusher(scorer, bound=bound), AdapterPusher(scorer, bound=bound, keep=keep, stem=stem)
+    if how in ("auto", "reload", "adapter"):
+        return {"auto": AutoPusher(full, adapter), "reload": full, "adapter": adapter}[how]
+    module, _, name = how.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)(scorer, bound)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise ConfigError(f"--with is {how!r}: {error}", fix="use auto, reload, adapter, or module:function") from error
+
+
+def newest(registry: PolicyRegistry) -> int:
+    """The latest version.
+
+    Raises:
+        RegistryError: nothing was published there.
+    """
+    version = registry.latest()
+    if version is None:
+        raise RegistryError(f"no policy version was published in {registry.root}",
+                            fix="give the folder of a registry, as RUN/policies of a run is")
+    return version
+
+
+def follow(registry: PolicyRegistry, pusher: Pusher, servers: Sequence[str], *,
+           sleep: Callable[[float], None] = time.sleep, clock: Callable[[], float] = time.monotonic
+           ) -> Iterator[PushReport]:
+    """Push every new version, and the latest one to servers that lack it; one report per try, without end.
+
+    What fails is tried again after a growing pause, at once when there is a new version or other servers lack it.
+    """
+    failed: tuple[int, frozenset[str]] | None = None
+    again, pause = 0.0, POLL_S
+    while True:
+        version = registry.latest()
+        lacking = [] if version is None else [url for url in servers if not _serves(pusher, registry, version, url)]
+        if version is not None and lacking:
+            now = version, frozenset(lacking)
+            if now != failed or clock() >= again:
+                report = _try(pusher, registry, version, lacking)
+                pause = POLL_S if report.ok or now != failed else min(2 * pause, LONGEST_WAIT_S)
+                failed, again = (None if report.ok else now), clock() + pause
+                yield report
+        sleep(POLL_S)
+
+
+def _serves(pusher: Pusher, registry: PolicyRegistry, version: int, url: str) -> bool:
+    try:
+        return pusher.serves(registry, version, url)
+    except (PushError, RegistryError, CorruptionError):
+        return False  # the push finds out why, and says it
+
+
+def _try(pusher: Pusher, registry: PolicyRegistry, version: int, servers: Sequence[str]) -> PushReport:
+    """A push whose version may be at fault: that is a report too, for a later one may be good."""
+    try:
+        return pusher.push(registry, version, servers)
+    except (PushError, RegistryError, CorruptionError) as error:
+        return PushReport(version, "none", tuple(Outcome(url, ok=False, error=str(error)) for url in servers))
+
+
+def registry_at(folder: Path | str) -> PolicyRegistry:
+    """The registry in a folder, or in ``policies`` below it when a run's own folder is given."""
+    path = Path(folder)
+    of_run = (path / "config.toml").is_file() or (path / "policies").is_dir()
+    return PolicyRegistry(path / "policies" if of_run else path)
