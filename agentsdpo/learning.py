@@ -1,7 +1,7 @@
 """What the learner turns over, with a collector beside it (``loop.py``) or alone on a store (``offline.py``)."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ from agentsdpo.errors import LearnError, NothingToLearn, RunError
 from agentsdpo.hint.audit import hint_metrics
 from agentsdpo.hint.render import hint_ids
 from agentsdpo.learn.checkpoint import versions_kept
-from agentsdpo.learn.learner import Learner
+from agentsdpo.learn.learner import Learner, StepReport
 from agentsdpo.learn.rows import TrainRow
 from agentsdpo.learn.together import Together
 from agentsdpo.learn.trackers import tracking
@@ -175,14 +175,16 @@ class Learning:
                           fix="start a run with a larger learn.max_staleness or episodes_per_step, or with hint.scope "
                               "'all'")
 
-    def rows(self, drawn: list[Row]) -> list[TrainRow]:
-        """Store rows as the learner takes them."""
+    def rows(self, drawn: list[Row], weights: Iterable[float]) -> list[TrainRow]:
+        """Store rows as the learner takes them; ``weights`` make up for an uneven draw."""
         told = self.chat.marks_calls or self.config.learn.tool_weight != 1.0  # the latter asks for what it cannot have
-        return [TrainRow(branch=row.branch, hint_ids=hint_ids(self.chat, row.hint) if row.hint else None,
+        return [TrainRow(branch=row.branch, weight=float(weight),
+                         hint_ids=hint_ids(self.chat, row.hint) if row.hint else None,
                          episode_id=row.key.episode_id, train_allowed=row.train_allowed,
                          tokenizer_sha256=row.tokenizer_sha256, chat_template_sha256=row.chat_template_sha256,
                          score=row.reward, group=row.group_id, source=row.hint.source if row.hint else "",
-                         tool=tool_tokens(self.chat, row.branch) if told else None) for row in drawn]
+                         tool=tool_tokens(self.chat, row.branch) if told else None)
+                for row, weight in zip(drawn, weights, strict=True)]
 
 
 def update(run: Learning) -> Json:
@@ -199,15 +201,23 @@ def update(run: Learning) -> Json:
     drawn = run.hinted()
     about = {**hint_metrics(run.chat, drawn), **run.sampler.metrics()}
     run.together.restrain(lr_factor=run.tripwire.lr_factor(run.step), hold_teacher=run.tripwire.withheld(run.step))
+    rows = run.rows(drawn, run.sampler.weights)
     try:
-        report = run.together.step(run.rows(drawn), run.version)
+        report = run.together.step(rows, run.version)
     except NothingToLearn as error:
         about |= skip(run, error)
     else:
         run.skipped = 0
         about |= {**report.metrics, "learn/rows": report.n_trained, "learn/tokens": report.n_tokens}
+        remember(run, dict(zip(map(id, rows), drawn, strict=True)), report)
         about |= publish_due(run)
     return {**about, "version": run.version, "learn/step_s": time.monotonic() - began}
+
+
+def remember(run: Learning, drawn: Mapping[int, Row], report: StepReport) -> None:
+    """Tell prioritised replay how far teacher and student are apart on each row; ``drawn`` by identity of its row."""
+    if run.config.replay.strategy == "prioritised":
+        run.sampler.update_priorities({drawn[id(row)].key: gap for row, gap in report.gaps})
 
 
 def publish_due(run: Learning) -> Json:

@@ -130,6 +130,16 @@ def test_too_many_of_them_end_the_run(played: Path, tmp_path: Path) -> None:
     assert len(PolicyRegistry(tmp_path / "run" / "policies").versions()) == 1, "nothing was published but the start"
 
 
+def test_prioritised_replay_goes_by_the_gap(played: Path, tmp_path: Path) -> None:
+    found = config("replay.strategy=prioritised", "learn.batch=12", steps=1)
+    learn_alone(found, played, out=tmp_path / "run", mode="none")
+    saved = json.loads((tmp_path / "run" / "checkpoint" / "step-00000001" / "state.json").read_text())
+    units = saved["sampler"]["sampler"]["units"]
+    priorities = {remembered[-1] for remembered in units.values()}
+    assert len(priorities) == 12, "each branch has its own, from the gap of its tokens"
+    assert 0 < min(priorities) < max(priorities) < 5
+
+
 @pytest.mark.slow
 def test_accelerate_launch_learns_as_one_process_does(whole: tuple[Path, Json], played: Path, tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text(config().to_toml())

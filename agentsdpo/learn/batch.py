@@ -54,6 +54,7 @@ def loss_weights(rows: list[LossRow], config: LearnConfig) -> list[np.ndarray]:
     weight = shares(config.normaliser, turn=turn, branch=np.repeat(np.arange(len(rows)), counts),
                     episode=np.repeat([episodes[row.row.episode_id] for row in rows], counts),
                     loss_tokens=config.loss_tokens or 1)
+    weight = weight * np.repeat([row.row.weight for row in rows], counts)
     if config.tool_weight != 1.0:
         weight = weight * span_factor(np.concatenate([_tool(row) for row in rows]), config.tool_weight)
     if config.skip_first:

@@ -35,7 +35,8 @@ _log = logging.getLogger(__name__)
 class StepReport:
     """What one step did: ``n_trained`` rows and ``n_tokens`` loss tokens trained, rows refused by reason and evicted.
 
-    ``metrics`` holds plain floats under ``learn/`` and ``replay/`` keys; ``step`` counts from 1.
+    ``metrics`` holds plain floats under ``learn/`` and ``replay/`` keys; ``step`` counts from 1; ``gaps`` holds the
+    trained rows with the mean ``|gap|`` of each in nats: what prioritised replay goes by.
     """
 
     step: int
@@ -45,6 +46,7 @@ class StepReport:
     n_tokens: int
     refused: dict[str, int]
     evicted: int
+    gaps: tuple[tuple[TrainRow, float], ...]
 
 
 class Learner:
@@ -127,7 +129,8 @@ class Learner:
             metrics["teacher/refreshes"] = float(self.teacher.copies)
         metrics |= {f"replay/refused/{reason}": float(count) for reason, count in found.refused.items()}
         return StepReport(step=self.step_count, version=version, metrics=metrics, n_trained=len(found.rows),
-                          n_tokens=len(stats.gap), refused=dict(found.refused), evicted=found.evicted)
+                          n_tokens=len(stats.gap), refused=dict(found.refused), evicted=found.evicted,
+                          gaps=_gaps(share.rows, stats.gap))
 
     def admit(self, rows: list[TrainRow], version: int) -> Admission:
         """Rows this learner may train on at this version, and why not the others."""
@@ -226,6 +229,12 @@ class Learner:
             self.teacher.after_step(self.model)
         if self.clipper is not None:
             self.clipper.update(float(stats.gap.abs().sum()), len(stats.gap))
+
+
+def _gaps(rows: list[LossRow], gap: Tensor) -> tuple[tuple[TrainRow, float], ...]:
+    """Mean |gap| of each row."""
+    each = gap.detach().abs().split([len(row.position) for row in rows])
+    return tuple((row.row, float(own.mean())) for row, own in zip(rows, each, strict=True))
 
 
 def _per_token(rows: list[LossRow], name: str, like: Tensor) -> Tensor:

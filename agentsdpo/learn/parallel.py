@@ -233,8 +233,8 @@ def check_launch(config: ParallelConfig, *, processes: int, kind: str, wanted: s
     if processes != config.ranks or kind != wanted:
         there = f"there {'is 1 process' if processes == 1 else f'are {processes} processes'}"
         raise LearnError(f"learn.parallel.ranks is {config.ranks} but {there}, connected as {kind}, not {wanted}",
-                         fix="start as many with accelerate launch --multi_gpu --num_processes (without it, and on a CPU "
-                             "with --cpu, it starts one), or set learn.parallel.ranks to theirs")
+                         fix="start as many with accelerate launch --multi_gpu --num_processes (with --cpu it starts "
+                             "one), or set learn.parallel.ranks to theirs")
 
 
 def shard(models: list[Any], ranks: Ranks) -> Inside:

@@ -28,6 +28,7 @@ class TrainRow:
         group: attempts at one task share it (advantage ``grpo``).
         tool: bool[T], tokens of the agent's tool calls, None where they cannot be told.
         source: of the hint, for the numbers of a step.
+        weight: on the row's share of the step, 1 unless the draw was not even (prioritised replay).
     """
 
     branch: Branch
@@ -41,6 +42,7 @@ class TrainRow:
     group: str = ""
     tool: np.ndarray | None = None
     source: str = ""
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,14 @@ def test_normalisers_share_the_step_between_equals(make_row: Callable[..., Train
     assert shares(normaliser="constant", loss_tokens=50) == [[near(1 / 50)]] * 3
 
 
+def test_the_weight_of_a_draw_is_on_all_tokens_of_its_row(make_row: Callable[..., TrainRow]) -> None:
+    rows = ragged(make_row)
+    even = loss_weights(admitted(rows), CONFIG)
+    drawn = loss_weights(admitted([replace(row, weight=0.5 if i == 2 else 1.0) for i, row in enumerate(rows)]), CONFIG)
+    for i, (mine, theirs) in enumerate(zip(drawn, even, strict=True)):
+        np.testing.assert_array_equal(mine, theirs * np.float32(0.5 if i == 2 else 1.0))
+
+
 def test_factors_known_beforehand_do_not_change_the_shares_of_others(make_row: Callable[..., TrainRow]) -> None:
     row = make_row(versions=(3, 1))
     tool = np.zeros(len(row.branch.token_ids), bool)
