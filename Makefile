@@ -2,11 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.agentsdpo-setup
+VLLM_STAMP := .venv-vllm/.agentsdpo-setup
 
-.PHONY: help setup demo test bench docs clean
+.PHONY: help setup demo test vllm test-vllm bench docs clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## make .venv and install the project with the pinned versions
 
@@ -24,6 +25,18 @@ test: setup  ## lint, types, tests, doctests and the wheel
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -n 2
+
+vllm: $(VLLM_STAMP)  ## make .venv-vllm: vLLM for CPUs, an environment of its own (minutes, 3.4 GB)
+
+# No resolver: the file names everything, and what it leaves out on purpose would be pulled in again.
+$(VLLM_STAMP): constraints-vllm.txt
+	@.venv-vllm/bin/python -m pip --version >/dev/null 2>&1 \
+	  || { echo "making .venv-vllm"; $(PYTHON) -m venv --clear .venv-vllm; }
+	.venv-vllm/bin/python -m pip install --quiet --no-deps --requirement constraints-vllm.txt
+	touch $@
+
+test-vllm: setup vllm  ## the tests that need a real vLLM server, one after the other
+	$(BIN)/python -m pytest -m vllm tests
 
 bench: setup  ## install the peers, measure the store and the start-up, write docs/results/perf-*.json
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,bench]'
