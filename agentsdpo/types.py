@@ -152,8 +152,9 @@ class CriterionResult(Frozen):
     id: str
     status: Literal["ok", "error", "skipped"] = "ok"
     score: float | None
-    rationale: str = ""
-    feedback: str = ""
+    rationale: str = Field(default="", description="for audit alone")
+    feedback: str = Field(default="", description="what may become a hint")
+    judge: Json | None = Field(default=None, description="model, prompt_sha256, usage and raw replies of a judge")
 
 
 class Grade(Frozen):

@@ -124,7 +124,7 @@ class HostedModel:
         return self.config.model
 
     async def ask(self, messages: Sequence[Json], *, tools: Sequence[ToolSpec] = (), salt: str = "",
-                  max_tokens: int | None = None) -> Reply:
+                  max_tokens: int | None = None, identity: Json | None = None) -> Reply:
         """Ask, from the cache where the same was asked before.
 
         Args:
@@ -132,6 +132,7 @@ class HostedModel:
             tools: the model may call.
             salt: tells apart calls that are to be answered anew although they are equal: attempts, retries.
             max_tokens: of this answer; the smaller of it and the configured one holds.
+            identity: what the answer is kept under in place of the messages, where those hold something random.
 
         Raises:
             ProviderError: no usable answer after all retries, or the request is refused.
@@ -140,7 +141,7 @@ class HostedModel:
             ConfigError: wrong key, no such model, unsupported settings.
         """
         body = self._body(messages, tools, max_tokens)
-        place = self._place(body, salt)
+        place = self._place(body if identity is None else {**body, "messages": identity}, salt)
         kept = _cached(place)
         if kept is not None:
             self.spent.cached += 1

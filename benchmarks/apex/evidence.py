@@ -1,0 +1,144 @@
+"""What a judge gets to see of an attempt: the answer and the files that changed, as plain harmless text.
+
+Agents write both, so nothing of it is trusted: characters that hide or reorder text are taken out, everything is cut
+to a length, documents are read without running anything in them.
+"""
+
+import io
+import unicodedata
+import zipfile
+from collections.abc import Iterator
+from xml.etree import ElementTree
+
+from agentsdpo.types import Frozen, Outcome
+
+ANSWER, FILE, ALL = 40_000, 20_000, 160_000
+"""Characters kept of the answer, of one file, and of all files together."""
+_UNPACKED = 32 << 20
+"""Bytes of one file that are read."""
+_FILES = "filesystem/"
+_OFFICE = {".docx": "word/document.xml", ".xlsx": "xl/worksheets/", ".pptx": "ppt/slides/slide"}
+
+
+class Change(Frozen):
+    """One file that is not as it was. ``text`` is what can be shown of it, empty for a removed one."""
+
+    path: str
+    kind: str
+    text: str = ""
+
+
+class Evidence(Frozen):
+    """What the agent left behind, fit to be shown."""
+
+    answer: str
+    changes: tuple[Change, ...] = ()
+
+
+def clean(text: str, most: int) -> str:
+    """The text without characters that are invisible, reorder their neighbours or control a terminal; the middle cut.
+
+    >>> clean("a\\u200bb\\u202ec\\x1b[0m\\td", 100), clean("0123456789", 4)
+    ('abc[0m\\td', '01\\n[6 characters left out]\\n89')
+    """
+    kept = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn"))
+    if len(kept) <= most:
+        return kept
+    half = most // 2
+    return f"{kept[:half]}\n[{len(kept) - 2 * half} characters left out]\n{kept[-half:]}"
+
+
+def gather(outcome: Outcome) -> Evidence:
+    """The answer, and the changes between both snapshots where those are archives."""
+    changes: list[Change] = []
+    room = ALL
+    for path, kind, data in _changes(outcome.initial, outcome.final):
+        text = clean(readable(path, data), min(FILE, room)) if data and room > 0 else ""
+        room -= len(text)
+        changes.append(Change(path=clean(path, 300), kind=kind, text=text))
+    return Evidence(answer=clean(outcome.answer or "", ANSWER), changes=tuple(changes))
+
+
+def _changes(initial: bytes, final: bytes) -> Iterator[tuple[str, str, bytes]]:
+    """``(path, kind, data)`` of every file that is not as it was, by path."""
+    before, after = _members(initial), _members(final)
+    for path in sorted(before.keys() | after.keys()):
+        old, new = before.get(path), after.get(path)
+        if new is None:
+            yield path, "removed", b""
+        elif old is None or (old.CRC, old.file_size) != (new.CRC, new.file_size):
+            with zipfile.ZipFile(io.BytesIO(final)) as archive, archive.open(new) as file:
+                yield path, "added" if old is None else "changed", file.read(_UNPACKED)
+
+
+def _members(state: bytes) -> dict[str, zipfile.ZipInfo]:
+    """Files of a snapshot: those of the file system by their path there; empty for a state that is no archive."""
+    if not state.startswith(b"PK"):
+        return {}
+    with zipfile.ZipFile(io.BytesIO(state)) as archive:
+        return {info.filename.removeprefix(_FILES): info for info in archive.infolist() if not info.is_dir()}
+
+
+def readable(path: str, data: bytes) -> str:
+    """What a file says: text as it is, paragraphs of a document, cells of a sheet, slides; else what it is.
+
+    >>> readable("a.txt", b"total 5"), readable("a.bin", bytes([0, 255]))
+    ('total 5', '[2 bytes that are no text]')
+    """
+    suffix = "." + path.rpartition(".")[2].lower()
+    try:
+        if suffix in _OFFICE:
+            return _office(suffix, data)
+        return data.decode("utf-8")
+    except (zipfile.BadZipFile, ElementTree.ParseError, KeyError, NotImplementedError, RuntimeError):
+        return f"[{len(data)} bytes that cannot be read as {suffix}]"
+    except UnicodeDecodeError:
+        return f"[{len(data)} bytes that are no text]"
+
+
+def _office(suffix: str, data: bytes) -> str:
+    """Text of an Office Open XML file. Entities of its XML are never followed; formulas show their stored values."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        inside, shared = archive.namelist(), []
+        names = sorted(name for name in inside if name.startswith(_OFFICE[suffix]) and name.endswith(".xml"))
+        if "xl/sharedStrings.xml" in inside:
+            shared = ["".join(item.itertext()) for item in _xml(archive, "xl/sharedStrings.xml")]
+        parts = [_cells(_xml(archive, name), shared) if suffix == ".xlsx" else _paragraphs(_xml(archive, name))
+                 for name in names]
+    return "\n\n".join(f"[{name.rpartition('/')[2]}]\n{part}" if len(parts) > 1 else part
+                       for name, part in zip(names, parts, strict=True))
+
+
+def _xml(archive: zipfile.ZipFile, name: str) -> ElementTree.Element:
+    with archive.open(name) as file:
+        text = file.read(_UNPACKED)
+    if b"<!DOCTYPE" in text or b"<!ENTITY" in text:
+        raise ElementTree.ParseError("a document type declaration")
+    return ElementTree.fromstring(text)
+
+
+def _tag(element: ElementTree.Element) -> str:
+    return element.tag.rpartition("}")[2]
+
+
+def _paragraphs(root: ElementTree.Element) -> str:
+    lines = ("".join(t.text or "" for t in p.iter() if _tag(t) == "t") for p in root.iter() if _tag(p) == "p")
+    return "\n".join(line for line in lines if line)
+
+
+def _cells(root: ElementTree.Element, shared: list[str]) -> str:
+    """One line per row that holds something: ``A1=12 | B1=total``."""
+    lines = []
+    for row in (element for element in root.iter() if _tag(element) == "row"):
+        cells = [f"{cell.get('r', '?')}={value}" for cell in row if (value := _value(cell, shared))]
+        lines.append(" | ".join(cells))
+    return "\n".join(line for line in lines if line)
+
+
+def _value(cell: ElementTree.Element, shared: list[str]) -> str:
+    if cell.get("t") == "inlineStr":
+        return "".join(t.text or "" for t in cell.iter() if _tag(t) == "t")
+    raw = next((v.text or "" for v in cell if _tag(v) == "v"), "")
+    if cell.get("t") == "s" and raw.isdecimal() and int(raw) < len(shared):
+        return shared[int(raw)]
+    return raw
