@@ -21,10 +21,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup  ## train the shipped model on the built-in world, minutes on a laptop
 	$(BIN)/agentsdpo demo
 
-test: setup  ## lint, types, tests, doctests and the wheel
+test: setup  ## lint, types, tests, doctests and the wheel; with .venv-vllm also against a real server
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m 'not vllm'
+	$(BIN)/python -m pytest -q -m vllm -rs tests/serving
 
 vllm: $(VLLM_STAMP)  ## make .venv-vllm: vLLM for CPUs, an environment of its own (minutes, 3.4 GB)
 
@@ -36,7 +37,7 @@ $(VLLM_STAMP): constraints-vllm.txt
 	touch $@
 
 test-vllm: setup vllm  ## the tests that need a real vLLM server, one after the other
-	$(BIN)/python -m pytest -m vllm tests
+	$(BIN)/python -m pytest -m vllm tests/serving
 
 bench: setup  ## install the peers, measure the store and the start-up, write docs/results/perf-*.json
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,bench]'

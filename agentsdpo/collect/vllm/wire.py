@@ -204,12 +204,14 @@ def joined(parts: Sequence[Completion]) -> Completion:
             else:
                 spans.append(VersionSpan(version=span.version, start=done + span.start, end=done + span.end))
         done += len(part.token_ids)
-    short = next((part.untrusted or "length_mismatch" for part in parts
-                  if part.untrusted or len(part.logprobs) != len(part.token_ids)), None)
+    kinds = {part.logprob_kind for part in parts}
+    flaws = [part.untrusted or "length_mismatch" for part in parts
+             if part.untrusted or len(part.logprobs) != len(part.token_ids)] + ["kind_unknown"] * (len(kinds) > 1)
     kept = [part.kept for part in parts if part.token_ids]
     return Completion(
-        token_ids=tuple(t for part in parts for t in part.token_ids), versions=tuple(spans), untrusted=short,
+        token_ids=tuple(t for part in parts for t in part.token_ids), versions=tuple(spans),
+        untrusted=flaws[0] if flaws else None,
         logprobs=tuple(logp for part in parts for logp in part.logprobs), finish_reason=parts[-1].finish_reason,
         kept=None if any(one is None for one in kept) else tuple(ids for one in kept for ids in one or ()),
         working_s=sum(part.working_s or 0.0 for part in parts),
-        logprob_kind=next((part.logprob_kind for part in parts if part.logprob_kind != "processed"), "processed"))
+        logprob_kind=parts[0].logprob_kind)
