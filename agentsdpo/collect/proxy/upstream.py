@@ -8,10 +8,10 @@ import asyncio
 import re
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
+from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
 from agentsdpo.collect.proxy.line import Sampled
 from agentsdpo.collect.proxy.reading import joined, read_choice, span_of
@@ -31,6 +31,28 @@ class Away(Exception):
     def __init__(self, what: str, status: int = 502) -> None:
         super().__init__(what)
         self.what, self.status = what, status
+
+
+class _Ask(NamedTuple):
+    """One call; the arguments are those of :meth:`Upstream.sample`, and the clock when it began."""
+
+    ids: list[int]
+    sampling: Sampling
+    model: str
+    salt: str
+    extra: Json
+    logprobs: int
+    call: str
+    began: float
+
+    def body(self, route: str) -> Json:
+        """The request of a route; every parameter is explicit, so that no default of the engine is in force."""
+        drawn: Json = {**self.sampling.model_dump(), "top_k": self.sampling.top_k or -1, "logprobs": self.logprobs,
+                       **self.extra}
+        named: Json = {"model": self.model, "cache_salt": self.salt, "request_id": self.call}
+        if route == GENERATE:
+            return {**named, "token_ids": self.ids, "sampling_params": drawn, "stream": False}
+        return {**named, "prompt": self.ids, **drawn, "return_token_ids": True, "skip_special_tokens": False}
 
 
 class Upstream:
@@ -118,50 +140,38 @@ class Upstream:
         began, parts, left = time.monotonic(), list[Sampled](), sampling.max_tokens
         while True:
             prompt = [*ids, *(token for part in parts for token in part.completion.token_ids)]
-            request = self._request(prompt, sampling.model_copy(update={"max_tokens": left}), model, salt, extra,
-                                    logprobs, f"{call}-{len(parts)}")
-            part = await self._attempts(request, began)
+            ask = _Ask(prompt, sampling.model_copy(update={"max_tokens": left}), model, salt, extra, logprobs,
+                       f"{call}-{len(parts)}", began)
+            part = await self._attempts(ask)
             left -= len(part.completion.token_ids)
             parts.append(part)
             if part.completion.finish_reason != "abort" or left < 1 or self._late(began):
                 return joined(parts)
 
-    def _request(self, ids: list[int], sampling: Sampling, model: str, salt: str, extra: Json, logprobs: int,
-                 call: str) -> Json:
-        drawn: Json = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or -1,
-                       "max_tokens": sampling.max_tokens, "seed": sampling.seed, "logprobs": logprobs, **extra}
-        if self.route == GENERATE:
-            return {"model": model, "token_ids": ids, "sampling_params": drawn, "cache_salt": salt, "stream": False,
-                    "request_id": call}
-        return {"model": model, "prompt": ids, **drawn, "cache_salt": salt, "return_token_ids": True,
-                "skip_special_tokens": False, "request_id": call}
-
-    async def _attempts(self, request: Json, began: float) -> Sampled:
+    async def _attempts(self, ask: "_Ask") -> Sampled:
         """Ask until there is an answer; only calls that gave no token are made again."""
         number = 0
         try:
             async for attempt in AsyncRetrying(
                     retry=retry_if_exception_type(Away), wait=wait_random_exponential(multiplier=0.2, max=2.0),
-                    stop=lambda state: self._given_up(state, began), reraise=True):
+                    stop=lambda state: time.monotonic() - ask.began >= self.retry_s, reraise=True):
                 with attempt:
                     number += 1
-                    return await self._once({**request, "request_id": f"{request['request_id']}-{number}"}, began)
+                    return await self._once(ask._replace(call=f"{ask.call}-{number}"))
         except Away as error:
             raise UpstreamError(error.status, f"the engine gave no answer: {error.what}", code="engine_away",
                                 fix="send the request again later", retry_after_s=5.0) from error
         raise AssertionError("tenacity returned without an answer")  # pragma: no cover
 
-    def _given_up(self, state: RetryCallState, began: float) -> bool:
-        return time.monotonic() - began >= self.retry_s
-
     def _late(self, began: float) -> bool:
         return time.monotonic() - began >= self.timeout_s
 
-    async def _once(self, request: Json, began: float) -> Sampled:
+    async def _once(self, ask: "_Ask") -> Sampled:
         """One attempt."""
-        before = self.label if self.route == GENERATE else await self._weights()
-        status, answer = await self._post(self.route, request, began)
-        if status in (403, 404, 405) and self.route == GENERATE and not _names_model(answer):
+        route = self.route
+        before = None if route == GENERATE else await self._weights()
+        status, answer = await self._post(route, ask.body(route), ask.began)
+        if status in (403, 404, 405) and route == GENERATE and not _names_model(answer):
             self.route = COMPLETIONS
             raise Away(f"it has no {GENERATE}")
         if status in (429, 500, 502, 503):
@@ -170,12 +180,12 @@ class Upstream:
             raise UpstreamError(status if status in (400, 404, 413, 422) else 502,
                                 f"the engine refused the call with status {status}: {_message(answer)}",
                                 code="engine_refused")
-        version = _adapter_version(request["model"])
-        if version is None and self.route == COMPLETIONS:
+        version = _adapter_version(ask.model)
+        if version is None and route == COMPLETIONS:
             version = span_of(before) if before == await self._weights() else -1
         try:
-            return read_choice(answer, kind=self.kind, version=version, model=request["model"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            return read_choice(answer, kind=self.kind, version=version, model=ask.model)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise UpstreamError(502, f"the engine's answer cannot be read ({type(error).__name__}: {error})",
                                 code="engine_answer") from error
 

@@ -1,0 +1,290 @@
+"""Engines, clients and disks that fail: no answer that is not recorded, nothing mislabelled, an error that helps."""
+
+import json
+import math
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from proxy_stack import Json, Stack, said
+
+from agentsdpo.replay.journal import Journal, JournalError
+
+
+def wrong(change: Callable[[Json], Any]) -> Callable[[Json], Json]:
+    """A fault of the engine's first choice."""
+    def made(answer: Json) -> Json:
+        change(answer["choices"][0])
+        return answer
+    return made
+
+
+def drop_logprob(choice: Json) -> None:
+    choice["logprobs"]["content"].pop()
+
+
+def sentinel(choice: Json) -> None:
+    choice["logprobs"]["content"][0]["logprob"] = -9999.0
+
+
+def not_a_number(choice: Json) -> None:
+    choice["logprobs"]["content"][0]["logprob"] = math.nan
+
+
+def other_ids(choice: Json) -> None:
+    choice["logprobs"]["content"][0]["token_id"] += 1
+
+
+def short_span(choice: Json) -> None:
+    choice["weight_versions"][0]["end"] -= 1
+
+
+def default_label(choice: Json) -> None:
+    choice["weight_versions"][0]["version"] = "default"
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    (drop_logprob, "length_mismatch"), (sentinel, "logprob_sentinel"), (not_a_number, "logprob_sentinel"),
+    (other_ids, "length_mismatch"), (short_span, "version_unknown"), (default_label, "version_unknown"),
+    (lambda choice: choice.pop("logprobs"), "no_logprobs"),
+    (lambda choice: choice.pop("weight_versions"), "version_unknown")])
+def test_what_cannot_be_trusted_is_kept_with_its_reason(stack: Stack, change: Any, reason: str) -> None:
+    stack.engine.faults = [wrong(change)]
+    stack.start()
+    first = stack.ask("Hi.", conversation="c")
+    assert first["choices"][0]["message"]["content"] == "reply 1"
+    stack.ask("Hi.", said(first), "More.", conversation="c")
+    stack.close("c")
+    (branch,) = stack.episodes()[0].branches
+    assert [call.untrainable_reason for call in branch.calls] == [reason, None]
+    assert branch.n_trainable == branch.calls[1].end - branch.calls[1].start
+    assert branch.n_sampled > branch.n_trainable
+
+
+def test_a_version_change_in_one_answer_is_two_spans(stack: Stack) -> None:
+    def split(choice: Json) -> None:
+        n = len(choice["token_ids"])
+        choice["weight_versions"] = [{"version": "3", "start": 0, "end": 2}, {"version": "4", "start": 2, "end": n}]
+    stack.engine.faults = [wrong(split)]
+    stack.start()
+    stack.ask("Hi.", conversation="c")
+    stack.close("c")
+    (branch,) = stack.episodes()[0].branches
+    assert [(s.version, s.start) for s in branch.calls[0].versions] == [(3, 0), (4, 2)]
+    assert branch.policy_versions == (3, 4)
+    assert branch.n_trainable
+
+
+def test_an_answer_cut_off_by_a_publisher_is_gone_on_with(stack: Stack) -> None:
+    def abort(choice: Json) -> None:
+        choice["token_ids"], choice["finish_reason"] = choice["token_ids"][:2], "abort"
+        choice["logprobs"]["content"] = choice["logprobs"]["content"][:2]
+        choice["weight_versions"][0]["end"] = 2
+        stack.engine.version = "1"
+    stack.engine.say = lambda prompt: "reply 1"[len(prompt.rpartition("assistant\n")[2]):]
+    stack.engine.faults = [wrong(abort)]
+    stack.start()
+    assert stack.ask("Hi.", conversation="c")["choices"][0]["message"]["content"] == "reply 1"
+    stack.close("c")
+    (branch,) = stack.episodes()[0].branches
+    assert [span.version for span in branch.calls[0].versions] == [0, 1]
+    assert branch.n_trainable == branch.n_sampled
+
+
+def test_no_ids_gives_an_answer_and_a_new_branch(stack: Stack) -> None:
+    def null(answer: Json) -> Json:
+        answer["choices"][0]["token_ids"] = None
+        return answer
+    stack.engine.generate = False
+    stack.start()
+    stack.ask("Warm.", conversation="w")  # the route is found out
+    stack.engine.faults = [null]
+    first = stack.ask("Hi.", conversation="c")
+    assert first["choices"][0]["message"]["content"] == "reply 1"
+    stack.ask("Hi.", said(first), "More.", conversation="c")
+    stack.close("c")
+    (episode,) = stack.episodes()
+    assert [branch.fork_reason for branch in episode.branches] == [None, "retokenised"]
+    assert [branch.calls[0].untrainable_reason for branch in episode.branches] == ["no_token_ids", None]
+    assert episode.branches[1].policy_versions == (0, 0)
+
+
+def test_completions_route_distrusts_a_change_of_weights(stack: Stack) -> None:
+    def publish(answer: Json) -> Json:
+        stack.engine.version = "9"
+        return answer
+    stack.engine.generate = False
+    stack.start()
+    stack.ask("Warm.", conversation="w")
+    stack.engine.faults = [publish]
+    stack.ask("Hi.", conversation="c")
+    stack.close("c")
+    (call,) = stack.episodes()[0].branches[0].calls
+    assert call.untrainable_reason == "version_unknown"
+
+
+@pytest.mark.parametrize("fault", [500, 503, 429, "cut", lambda answer: {"choices": []}])
+def test_a_stumbling_engine_is_asked_again(stack: Stack, fault: Any) -> None:
+    stack.engine.faults = [fault]
+    stack.start()
+    if callable(fault):
+        answer = stack.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi."}]})
+        assert answer.status_code == 502
+        assert "cannot be read" in answer.json()["error"]["message"]
+    else:
+        assert stack.ask("Hi.")["choices"][0]["message"]["content"] == "reply 1"
+        ids = [request["request_id"] for request in stack.engine.requests]
+        assert len(set(ids)) == 2
+
+
+def test_an_engine_that_stays_away_is_an_error_and_no_episode(stack: Stack) -> None:
+    stack.start(retry_s=0.3)
+    stack.run(stack.engine.stop())
+    answer = stack.post("/c/c/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi."}]})
+    assert answer.status_code == 503
+    assert answer.headers["Retry-After"]
+    stack.run(stack.engine.start())
+    stack.ask("Hi.", conversation="c")
+    stack.close("c")
+    (episode,) = stack.episodes()
+    assert len(episode.branches[0].calls) == 1
+    assert len(stack.episodes()) == 1
+
+
+def test_an_engine_that_hangs_is_a_timeout(stack: Stack) -> None:
+    stack.engine.faults = ["hang"]
+    stack.start(timeout_s=0.3)
+    answer = stack.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi."}]})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (504, "timeout_error")
+
+
+@pytest.mark.parametrize(("body", "param"), [
+    ({}, "messages"), ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0]"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0]"),
+    ({"messages": [{"role": "user", "content": "x"}], "n": 3}, "n"),
+    ({"messages": [{"role": "user", "content": "x"}], "temperature": "hot"}, "temperature"),
+    ({"messages": [{"role": "user", "content": "x"}], "max_tokens": 0}, "max_tokens"),
+    ({"messages": [{"role": "user", "content": "x"}], "top_p": 1.5}, "top_p"),
+    ({"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}, "tools[0]"),
+    ({"messages": [{"role": "user", "content": "x"}], "stop": [3]}, "stop")])
+def test_malformed_requests_name_the_field(stack: Stack, body: Json, param: str) -> None:
+    stack.start()
+    answer = stack.post("/v1/chat/completions", body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
+    assert not stack.engine.requests
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"\xff\xfe", b'{"messages": "\\ud800"}', b"[" * 100_000])
+def test_bodies_that_are_no_json_object(stack: Stack, raw: bytes) -> None:
+    stack.start()
+    answer = httpx.post(f"{stack.url}/v1/chat/completions", content=raw)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "bad_json")
+
+
+def test_a_body_of_100_mb_is_refused_unread(stack: Stack) -> None:
+    stack.start()
+    assert stack.proxy is not None
+    with socket.create_connection(("127.0.0.1", stack.proxy.port)) as raw:
+        raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 104857600\r\n\r\n" + b"x" * 9000)
+        assert b" 413 " in raw.recv(4096).split(b"\r\n", 1)[0]
+    chunked = httpx.post(f"{stack.url}/v1/chat/completions", content=iter([b"x" * (1 << 20)] * 9))
+    assert (chunked.status_code, chunked.json()["error"]["code"]) == (413, "too_long")
+    assert stack.ask("Still there?")
+
+
+def test_a_body_that_never_arrives_is_given_up(stack: Stack) -> None:
+    stack.start(body_s=0.2)
+    assert stack.proxy is not None
+    with socket.create_connection(("127.0.0.1", stack.proxy.port)) as raw:
+        raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        assert b" 408 " in raw.recv(4096).split(b"\r\n", 1)[0]
+
+
+def test_a_prompt_beyond_the_window_is_refused(stack: Stack) -> None:
+    stack.engine.window = 40
+    stack.start()
+    answer = stack.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "word " * 60}]})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert stack.ask("Hi.", max_tokens=4000)["usage"]["total_tokens"] <= 40
+
+
+def test_a_client_that_leaves_before_the_answer_loses_nothing_of_the_record(stack: Stack) -> None:
+    stack.engine.delay_s = 0.4
+    stack.start()
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{stack.url}/c/c/v1/chat/completions", timeout=0.1,
+                   json={"messages": [{"role": "user", "content": "Hi."}]})
+    stack.engine.delay_s = 0.0
+    again = stack.ask("Hi.", conversation="c")  # the client's own retry, while or after the first is answered
+    deadline = time.monotonic() + 10
+    while not stack.close("c") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (episode,) = stack.episodes()
+    assert sum(len(branch.calls) for branch in episode.branches) == 2
+    assert again["choices"][0]["message"]["content"] == "reply 1"
+
+
+def test_a_client_that_leaves_in_mid_stream(stack: Stack) -> None:
+    stack.engine.say = lambda prompt: "word " * 3000
+    stack.start()
+    body = json.dumps({"messages": [{"role": "user", "content": "Hi."}], "stream": True, "max_tokens": 4000}).encode()
+    assert stack.proxy is not None
+    with socket.create_connection(("127.0.0.1", stack.proxy.port)) as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+        raw.sendall(b"POST /c/c/v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                    b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+        assert b"data:" in raw.recv(600) + raw.recv(600)
+    assert stack.ask("Others?")
+    assert stack.close("c") == 1
+    assert stack.episodes()[0].branches[0].n_trainable > 1000
+
+
+def test_an_answer_that_cannot_be_recorded_is_not_given(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack.start()
+    first = stack.ask("One.", conversation="c")
+    real = Journal.step
+
+    def full(journal: Journal, *args: Any, **named: Any) -> None:
+        journal.close()
+        raise JournalError("no room", fix="free space")
+
+    monkeypatch.setattr(Journal, "step", full)
+    body = {"messages": [{"role": "user", "content": "One."}, said(first), {"role": "user", "content": "Two."}]}
+    refused = stack.post("/c/c/v1/chat/completions", body)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "not_recorded")
+    monkeypatch.setattr(Journal, "step", real)
+    deadline = time.monotonic() + 10
+    while stack.post("/c/c/v1/chat/completions", body).status_code == 503 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    stack.stop_proxy()
+    assert [episode.attempt for episode in stack.episodes()] == [0, 1]
+    assert stack.episodes()[1].messages[-1]["content"] == "reply 2"
+
+
+def test_many_at_once_and_no_two_mixed_up(stack: Stack) -> None:
+    stack.engine.say = lambda prompt: prompt.rpartition("user\n")[2].split("<|im_end|>")[0]
+    stack.start()
+
+    def play(name: str) -> None:
+        history: list[Json] = []
+        for i in range(3):
+            history.append({"role": "user", "content": f"{name} says {i}"})
+            answer = stack.ask(*history)
+            assert answer["choices"][0]["message"]["content"] == f"{name} says {i}"
+            history.append(said(answer))
+        names.append(answer["id"].split("-", 1)[1].rpartition(".")[0])
+
+    names: list[str] = []
+    threads = [threading.Thread(target=play, args=(f"agent{i}",)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(names)) == 8
+    stack.stop_proxy()
+    assert sorted(len(e.branches[0].calls) for e in stack.episodes()) == [3] * 8
