@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from agentsdpo.chat import ChatFormat
+from agentsdpo.collect.compaction import compactor
 from agentsdpo.collect.config import CollectConfig
 from agentsdpo.collect.engine import Engine
 from agentsdpo.collect.policy import EnginePolicy, Policy, mix
 from agentsdpo.collect.rollout import MISUSE, Rollout, describe, run_episode
 from agentsdpo.replay.ids import derived_uuid, uuid7
-from agentsdpo.types import Env, Episode, Frozen, Grade, Json, StopReason, Suite, Task
+from agentsdpo.types import Closes, Env, Episode, Frozen, Grade, Json, StopReason, Suite, Task
 
 if TYPE_CHECKING:
     from agentsdpo.replay.spool import Spool
@@ -60,7 +61,7 @@ class Collector:
         self.suite, self.policy, self.config = suite, policy, config
         self.stamp, self.evaluate, self.spool = stamp or Stamp(), evaluate, spool
         self.finished: list[Episode] = []
-        self._grader = suite.grader()
+        self._grader, self._compaction = suite.grader(), compactor(config.compaction)
 
     @classmethod
     def of_engine(cls, suite: Suite, engine: Engine, chat: ChatFormat, config: CollectConfig, *, run_id: str = "",
@@ -145,7 +146,9 @@ class Collector:
         journal = self.spool.begin(place) if self.spool is not None and place["train_allowed"] else None
         try:
             run = await run_episode(env, policy, task, seed=place["metadata"]["seed"], journal=journal,
-                                    episode_id=place["episode_id"], budget=self.config.budget(task.budget))
+                                    episode_id=place["episode_id"], budget=self.config.budget(task.budget),
+                                    compaction=self._compaction, final_turn=self.config.final_turn,
+                                    announce=self.config.announce)
             episode = self._episode(run, *await self._judge(task, run), place)
             if journal is not None:
                 ended = {"stop_reason", "grade", "metadata", "tools"}
@@ -154,7 +157,10 @@ class Collector:
             if journal is not None:
                 journal.close()
             raise
-        return episode
+        finally:
+            left_open = await _close(env)
+        metadata = {**episode.metadata, "left_open": left_open}
+        return episode.model_copy(update={"metadata": metadata}) if left_open else episode
 
     async def _judge(self, task: Task, run: Rollout) -> tuple[Grade | None, str]:
         """The grade and, when the machinery that makes it broke, what happened: unscored, never zero."""
@@ -174,12 +180,23 @@ class Collector:
         return derived_uuid(run, split, index, attempt, seed) if run else uuid7()
 
     def _episode(self, run: Rollout, grade: Grade | None, fault: str, place: Json) -> Episode:
-        metadata: Json = {**run.counts, "wall_s": round(run.wall_s, 6), **place["metadata"]}
+        metadata: Json = {**run.counts, "wall_s": round(run.wall_s, 6), "working_s": round(run.working_s, 6),
+                          **place["metadata"]}
         metadata |= {**({"error": fault} if fault else {}), **({} if run.answer is None else {"answer": run.answer})}
         stop = run.stop_reason if grade is not None else StopReason.ENGINE_ERROR
         return Episode(**{**place, "metadata": metadata}, branches=run.branches, stop_reason=stop,
                        grade=without_feedback(grade) if self.evaluate else grade, messages=run.messages,
                        tools=tuple(tool.openai() for tool in run.tools))
+
+
+async def _close(env: Env) -> str:
+    """Let an environment go of what it holds; what went wrong, which is no reason to lose a graded episode."""
+    try:
+        if isinstance(env, Closes):
+            await env.close()
+    except Exception as fault:  # noqa: BLE001 - it is recorded on the episode
+        return describe(fault)
+    return ""
 
 
 def without_feedback(grade: Grade | None) -> Grade | None:

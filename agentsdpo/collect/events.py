@@ -48,12 +48,12 @@ def heard_of(event: Json) -> Heard:
 
 def result_json(result: ToolResult) -> Json:
     """A tool's result as the agent was shown it."""
-    return result.model_dump(exclude_defaults=True)
+    return {"result": result.model_dump(exclude_defaults=True)}
 
 
 def result_of(event: Json) -> ToolResult:
     """The inverse of :func:`result_json`."""
-    return ToolResult(**{name: event[name] for name in ToolResult.model_fields if name in event})
+    return ToolResult(**event["result"])
 
 
 def compaction_json(change: Compacted) -> Json:

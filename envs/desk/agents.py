@@ -14,7 +14,19 @@ def guess(preset: str, rng: random.Random) -> dict[str, str]:
     return {slot: rng.choice(SLOTS[slot]) for slot in slots_of(preset)}
 
 
-class ScriptedAgent:
+class Scripted:
+    """What scripted agents share: each decides by what it has done so far, so after a restart it does that again."""
+
+    async def act(self, ctx: Any, tools: tuple[ToolSpec, ...]) -> ModelTurn:
+        """The next turn."""
+        raise NotImplementedError
+
+    async def recall(self, ctx: Any, tools: tuple[ToolSpec, ...], turn: ModelTurn) -> None:
+        """It took this turn before a restart."""
+        await self.act(ctx, tools)
+
+
+class ScriptedAgent(Scripted):
     """Follows a plan with the rules it believes; with ``epsilon`` it slips into a needless read and recovers.
 
     Args:
@@ -51,10 +63,14 @@ class ScriptedAgent:
 
     async def act(self, ctx: Any, tools: tuple[ToolSpec, ...]) -> ModelTurn:
         """One call a turn; reads the last tool message of ``ctx.messages``."""
-        last = ctx.messages[-1]
-        name, arguments = self.step(last["content"] if last["role"] == "tool" else None)
+        name, arguments = self.step(_observation(ctx.messages[-1]))
         self._turn += 1
         return ModelTurn(text="", calls=(ToolCall(id=f"call_{self._turn}_0", name=name, arguments=arguments),))
+
+
+def _observation(message: dict[str, Any]) -> str | None:
+    """What the last tool said, without what the loop may have added about the budget."""
+    return message["content"].partition("\n\n[Budget")[0] if message["role"] == "tool" else None
 
 
 def oracle(task: Task, firm: Firm, *, epsilon: float = 0.0, seed: int = 0) -> ScriptedAgent:
@@ -74,7 +90,7 @@ def greedy(task: Task) -> ScriptedAgent:
     return ScriptedAgent(task, {slot: SLOTS[slot][0] for slot in slots_of(task.metadata["preset"])})
 
 
-class RandomAgent:
+class RandomAgent(Scripted):
     """Valid calls with random arguments; submits with chance 1/8."""
 
     def __init__(self, task: Task, *, seed: int) -> None:
@@ -108,7 +124,7 @@ class NullAgent:
         return ModelTurn(text=self._text)
 
 
-class Scattergun:
+class Scattergun(Scripted):
     """Files in all folders and tells everybody, then submits: meets positive criteria, must fail all the same."""
 
     def __init__(self, task: Task) -> None:

@@ -1,6 +1,7 @@
 """A counter world: three tools, a target to reach, and a grader who looks at the total."""
 
 import json
+import random
 from typing import Any
 
 import pytest
@@ -135,10 +136,45 @@ class TextEngine:
         self.released.append(session)
 
 
+class SeededEngine:
+    """Engine whose completions follow from the seed of the call alone: calls good and bad, and summaries when asked."""
+
+    name, records_kept, version = "seeded", False, 3
+    context_window, vocab_size = 4000, 1000
+
+    def __init__(self, chat: Any, summary: str = "The total is known.") -> None:
+        self.chat, self.summary, self.eos_ids = chat, summary, (chat.eos_id,)
+        self.calls = 0
+
+    async def complete(self, prompt_ids: Any, sampling: Sampling, *, session: str) -> Completion:
+        self.calls += 1
+        rng = random.Random(sampling.seed)
+        text = rng.choice([write_call("add", {"n": rng.randrange(9)}), write_call("get", {}),
+                           write_call("note_add", {"key": rng.choice("abc"), "text": str(rng.randrange(99))}),
+                           "so " + write_call("get", {}) + write_call("add", {"n": "x"}), '<tool_call>{"name": "a'])
+        if "Write a summary" in self.chat.decode(prompt_ids[-120:]):
+            text = self.summary
+        ids = self.chat.encode(text) + ([] if text.endswith('"a') else [self.chat.eos_id])
+        return Completion(token_ids=tuple(ids), logprobs=tuple(-rng.random() for _ in ids),
+                          versions=(VersionSpan(version=3, start=0, end=len(ids)),),
+                          finish_reason="stop" if ids[-1] == self.chat.eos_id else "length")
+
+    def release(self, session: str) -> None:
+        pass
+
+
+class NotingEnv(CounterEnv):
+    """Counts, and keeps notes."""
+
+    tools = (*TOOLS, ToolSpec(name="note_add", description="Keep a note.", parameters={"type": "object"}),
+             ToolSpec(name="note_get", description="Read a note.", parameters={"type": "object"}, mutates=False))
+
+
 class World:
     """What the tests of this room share, in one fixture."""
 
     env, suite, script, text_engine = CounterEnv, CounterSuite, Script, TextEngine
+    seeded_engine, noting_env = SeededEngine, NotingEnv
 
     @staticmethod
     def task(**budget: Any) -> Task:
