@@ -1,0 +1,105 @@
+"""Making the folder of a new run, and opening that of an old one."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from agentsdpo.benchmarks.apex.agents import Agent, make_agent
+from agentsdpo.benchmarks.apex.config import BenchConfig
+from agentsdpo.benchmarks.apex.runfolder import BenchFolder
+from agentsdpo.benchmarks.apex.runner import Bench
+from agentsdpo.benchmarks.apex.suites import open_suite
+from agentsdpo.benchmarks.apex.taskset import Judges, TaskSet, canonical
+from agentsdpo.errors import RunError
+from agentsdpo.files import write_text
+from agentsdpo.provenance import cores, cpu_name, describe_environment
+from agentsdpo.runfolder import hold
+from agentsdpo.settings_io import build
+from agentsdpo.types import Json
+
+CHANGEABLE = ("concurrency", "retries", "url")
+"""Settings that may differ when a run is resumed; none of them changes a score."""
+
+
+def start(config: BenchConfig, out: Path | str) -> Bench:
+    """A new run, its folder made; nothing is played yet. Whatever can be asked for wrongly is found before that.
+
+    Raises:
+        RunError: the folder holds a run already, or another process runs in it.
+        ConfigError, ModelError, FormatError: see suites and agents.
+    """
+    folder = BenchFolder(Path(out))
+    if (folder.path / "run.json").exists():
+        raise RunError(f"{folder.path} holds a benchmark run", fix=f"choose another --out, or go on with it: agentsdpo "
+                       f"bench resume {folder.path}")
+    taskset = open_suite(config)
+    agent = make_agent(config, taskset)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    hold(folder.path)
+    about = describe(config, taskset, agent, folder.path.resolve().name)
+    write_text(folder.path / "run.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+    return Bench(config, taskset, agent, folder, about)
+
+
+def reopen(path: Path | str, changes: Mapping[str, Any] | None = None) -> Bench:
+    """A run that was stopped, or finished with unscored attempts.
+
+    Args:
+        path: its folder.
+        changes: settings of :data:`CHANGEABLE` to go on with; those that are None stay.
+
+    Raises:
+        RunNotFound: there is none. RunError: its tasks are no longer what they were, or another process runs there.
+    """
+    folder = BenchFolder.find(path)
+    about = folder.about()
+    new = {key: value for key, value in (changes or {}).items() if value is not None and key in CHANGEABLE}
+    judge = folder.grading().get("config")
+    config = build(BenchConfig, {**about["config"], **new, **({"judge": judge} if judge else {})})
+    taskset = open_suite(config)
+    check_dataset(about, taskset)
+    hold(folder.path)
+    grading = folder.grading()
+    return Bench(config, taskset, make_agent(config, taskset), folder, {**about, "judge": grading["judge"]},
+                 grading=grading["id"])
+
+
+def check_dataset(about: Json, taskset: TaskSet) -> None:
+    """Refuse to go on with a run whose tasks have changed since.
+
+    Raises:
+        RunError: names both hashes.
+    """
+    if about["dataset"]["sha256"] != taskset.sha256:
+        raise RunError(f"the run was made with {about['benchmark']} of sha256 {about['dataset']['sha256'][:12]}, what "
+                       f"is there now has {taskset.sha256[:12]}", fix="put the old files back, or start a new run")
+
+
+def describe(config: BenchConfig, taskset: TaskSet, agent: Agent, run_id: str) -> Json:
+    """``run.json``: everything that decides a score or a comparison, and what it ran on."""
+    rules = {**config.rules().model_dump(mode="json"), "announce": config.announce}
+    given = config.budget.model_dump(exclude_none=True)
+    return {
+        "run_id": run_id, "benchmark": f"{taskset.name}@{taskset.version}",
+        "dataset": {"name": taskset.name, "version": taskset.version, "sha256": taskset.sha256,
+                    "tasks": len(taskset.tasks), "worlds": len({task.world_id for task in taskset.tasks})},
+        "agent": {"name": agent.name, "engine": agent.engine, **agent.stamp},
+        "profile": {"name": config.profile, **rules},
+        "budgets": {"given": given, "sha256": hashlib.sha256(canonical([rules, given])).hexdigest()},
+        "judge": judge_of(taskset), "seed": config.seed, "attempts": config.attempts, "feedback_level": 0,
+        "train_allowed": all(task.train_allowed for task in taskset.tasks),
+        "config": config.model_dump(mode="json"), "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": {"cpu": cpu_name(), "cores": cores()}, "environment": describe_environment(),
+    }
+
+
+def judge_of(taskset: TaskSet) -> Json:
+    """The judge of a set: that of the first task that has one; ``model`` None where programs grade."""
+    for task in taskset.tasks:
+        grader = taskset.grader(task)
+        if isinstance(grader, Judges):
+            return grader.judged_by()
+    return {"model": None, "prompt_sha256": None}
