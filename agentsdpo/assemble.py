@@ -1,7 +1,5 @@
 """Putting a run together from its configuration: model, engine, suite, store, learner, registry."""
 
-import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +8,13 @@ from typing import Any
 from agentsdpo.chat import ChatFormat
 from agentsdpo.collect.collector import Collector
 from agentsdpo.collect.inprocess import InProcessEngine
-from agentsdpo.config import KEEPING, SEED_MODEL, RunConfig
-from agentsdpo.envs.desk.seed import seed_path
+from agentsdpo.config import RunConfig
 from agentsdpo.errors import ConfigError, RunError, StoreError
 from agentsdpo.hint.sources import CriteriaSource
 from agentsdpo.learn.learner import Learner
 from agentsdpo.learn.load import load_chat, load_model
 from agentsdpo.learn.parallel import Ranks
 from agentsdpo.learn.trackers import check_trackers
-from agentsdpo.learn.tripwire import TripwireConfig
 from agentsdpo.learning import Learning
 from agentsdpo.publish.registry import PolicyRegistry
 from agentsdpo.replay.sampling.index import SideIndex
@@ -27,11 +23,11 @@ from agentsdpo.replay.spool import Spool
 from agentsdpo.replay.store import ReplayStore
 from agentsdpo.replay.upkeep.recover import recover
 from agentsdpo.runfolder import open_run
-from agentsdpo.suites import make_suite as make_suite  # callers find it among the parts of a run
+from agentsdpo.suites import TASKS_PER_SEED as TASKS_PER_SEED  # callers find these among the parts of a run
+from agentsdpo.suites import make_suite as make_suite
+from agentsdpo.suites import model_path as model_path
+from agentsdpo.suites import run_id as run_id
 from agentsdpo.types import Episode, Json, Suite
-
-TASKS_PER_SEED = 10_000_000
-"""Training tasks of two seeds never meet."""
 
 
 @dataclass(kw_only=True)
@@ -84,23 +80,6 @@ class Run(Learning):
     def load_policy(self, version: int) -> None:
         """Serve one version of the registry, with an empty cache: what is played depends on the version alone."""
         self.engine.load_weights(self.registry.load(version), version)
-
-
-def run_id(config: RunConfig) -> str:
-    """Name and settings in one word: two runs of the same settings make the same episode ids, others never do.
-
-    >>> run_id(RunConfig(steps=5)) == run_id(RunConfig(steps=9)) != run_id(RunConfig(seed=1))
-    True
-    """
-    unnamed = {"steps", "replay", "flow", *KEEPING} | ({"tripwire"} if config.tripwire == TripwireConfig() else set())
-    settings = config.model_dump(mode="json", exclude=unnamed) | {"replay": config.replay.identity()}
-    text = json.dumps(settings, sort_keys=True)
-    return f"{config.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
-
-def model_path(config: RunConfig) -> Path | str:
-    """Where the model to train is."""
-    return seed_path() if config.model == SEED_MODEL else config.model
 
 
 def make_learner(config: RunConfig, ranks: Ranks | None = None) -> Learner:

@@ -1,11 +1,19 @@
-"""The suite a configuration names. Apart from the other parts of a run, since who only reads tasks needs no model."""
+"""What a configuration names: suite, model, and the run itself. Apart from the parts of a run, which need torch."""
 
+import hashlib
 import importlib
+import json
+from pathlib import Path
 
-from agentsdpo.config import RunConfig
+from agentsdpo.config import KEEPING, SEED_MODEL, RunConfig
 from agentsdpo.envs.desk import PRESETS, DeskSuite
+from agentsdpo.envs.desk.seed import seed_path
 from agentsdpo.errors import ConfigError
+from agentsdpo.learn.tripwire import TripwireConfig
 from agentsdpo.types import Suite
+
+TASKS_PER_SEED = 10_000_000
+"""Training tasks of two seeds never meet."""
 
 
 def make_suite(config: RunConfig) -> Suite:
@@ -26,3 +34,20 @@ def make_suite(config: RunConfig) -> Suite:
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ConfigError(f"suite is {name!r}: {error}",
                           fix=f"use {' or '.join(PRESETS)}, or package.module:factory without arguments") from error
+
+
+def run_id(config: RunConfig) -> str:
+    """Name and settings in one word: two runs of the same settings make the same episode ids, others never do.
+
+    >>> run_id(RunConfig(steps=5)) == run_id(RunConfig(steps=9)) != run_id(RunConfig(seed=1))
+    True
+    """
+    unnamed = {"steps", "replay", "flow", *KEEPING} | ({"tripwire"} if config.tripwire == TripwireConfig() else set())
+    settings = config.model_dump(mode="json", exclude=unnamed) | {"replay": config.replay.identity()}
+    text = json.dumps(settings, sort_keys=True)
+    return f"{config.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def model_path(config: RunConfig) -> Path | str:
+    """Where the model to train is."""
+    return seed_path() if config.model == SEED_MODEL else config.model

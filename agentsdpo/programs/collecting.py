@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
-from agentsdpo.assemble import TASKS_PER_SEED, run_id
 from agentsdpo.collect.collector import Collector
 from agentsdpo.collect.policy import mix
 from agentsdpo.config import RunConfig
@@ -27,6 +26,7 @@ from agentsdpo.publish.registry import PolicyRegistry, behaviour_version
 from agentsdpo.replay.spool import Spool
 from agentsdpo.replay.store import ReplayStore
 from agentsdpo.replay.upkeep.recover import recover
+from agentsdpo.suites import TASKS_PER_SEED, run_id
 from agentsdpo.types import Episode, Json
 
 POLL_S = 0.25
