@@ -1,0 +1,112 @@
+"""Feedback at any time: while a conversation goes on, after it has ended, after a restart; nothing about others."""
+
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from proxy_stack import Stack, said
+
+from agentsdpo.replay.store import ReplayStore
+
+
+def tell(stack: Stack, **body: Any) -> Any:
+    return stack.post("/v1/feedback", body)
+
+
+def test_while_it_goes_on(stack: Stack) -> None:
+    stack.start()
+    answer = stack.ask("Sum?", conversation="c")
+    told = tell(stack, conversation=answer["id"], text="Always in thousands.", author="ann")
+    assert told.json() == {"conversation": "c", "state": "open", "items": 1}
+    tell(stack, conversation="c", thumb="down")
+    stack.close("c")
+    (episode,) = stack.episodes()
+    assert episode.hint is not None
+    assert (episode.hint.text, episode.hint.author) == ("Always in thousands.", "ann")
+    assert episode.reward == 0.0
+    assert episode.metadata["feedback"][0]["turn"] == 0
+
+
+def test_after_it_ended_and_after_a_restart(stack: Stack) -> None:
+    stack.start()
+    first = stack.ask("Sum?", conversation="c")
+    stack.ask("Sum?", said(first), "Shorter.", conversation="c")
+    stack.close("c")
+    stack.stop_proxy()
+    stack.start()
+    assert tell(stack, conversation="c", text="Wrong year.").json()["state"] == "stored"
+    assert tell(stack, conversation="c", outcome={"reward": 0.25, "text": "Two of eight."}).status_code == 200
+    assert tell(stack, conversation="c", edit="It is 7.", turn=1, thumb="up").status_code == 200
+    (episode,) = stack.episodes()
+    assert episode.hint is not None
+    assert episode.hint.text.split("\n") == ["Shorter.", "Wrong year.", "Outcome: Two of eight.",
+                                             "The answer of turn 1 should have been:", "It is 7."]
+    assert episode.reward == 1.0  # the thumb came last
+    store = ReplayStore.open(stack.store, create=False)
+    assert [row.label for row in store.branches("label == 'thumb_up'")] == ["thumb_up"]
+    (row,) = store.branches("reward == 1.0")
+    assert row.hint == episode.hint
+
+
+def test_of_traffic_that_nobody_may_train_on(stack: Stack) -> None:
+    stack.start(train_allowed=False)
+    stack.ask("Sum?", conversation="c")
+    stack.close("c")
+    assert tell(stack, conversation="c", text="No.").json()["state"] == "stored"
+    assert not (stack.store / "STORE.json").exists()
+    (recording,) = (stack.store / "recordings").glob("*.parquet")
+    row = pq.read_table(recording).to_pylist()[0]
+    assert (row["train_allowed"], row["n_trainable"] > 0, row["task_id"]) == (False, True, "c")
+    assert not list(stack.store.rglob("*.arrows"))
+    assert len(list((stack.store / "recordings" / "feedback").glob("*.json"))) == 1
+
+
+@pytest.mark.parametrize("body", [
+    {}, {"text": ""}, {"thumb": "sideways"}, {"thumb": 2}, {"text": "x", "turn": -1}, {"outcome": "good"},
+    {"outcome": float("1e300")}, {"edit": {"role": "assistant"}}, {"text": 3}, {"text": "x" * 9000},
+    {"text": "x", "author": 1}])
+def test_feedback_that_says_nothing(stack: Stack, body: dict[str, Any]) -> None:
+    stack.start()
+    stack.ask("Sum?", conversation="c")
+    assert tell(stack, conversation="c", **body).status_code == 400
+    stack.close("c")
+    assert stack.episodes()[0].hint is None
+
+
+def test_of_no_conversation(stack: Stack) -> None:
+    stack.start()
+    assert tell(stack, conversation="nobody", text="x").status_code == 404
+    assert tell(stack, text="x").status_code == 400
+
+
+def test_switched_off(stack: Stack) -> None:
+    stack.start(auto_feedback=False)
+    first = stack.ask("Sum?", conversation="c")
+    stack.ask("Sum?", said(first), "No!", conversation="c")
+    stack.close("c")
+    assert stack.episodes()[0].hint is None
+
+
+SECRET = "sk-" + 40 * "a"
+
+
+@pytest.mark.parametrize("how", ["drop", "mask"])
+def test_secrets_are_taken_out_of_text_and_tokens(stack: Stack, how: str) -> None:
+    stack.start(redact=how)
+    first = stack.ask(f"Use {SECRET} please.", conversation="c")
+    stack.ask(f"Use {SECRET} please.", said(first), f"Not {SECRET}!", conversation="c")
+    stack.ask("Nothing here.", conversation="clean")
+    for name in ("c", "clean"):
+        stack.close(name)
+    tell(stack, conversation="c", text=f"And never {SECRET}.")
+    clean, leaky = sorted(stack.episodes(), key=lambda e: e.task_id != "clean")
+    assert clean.branches[0].n_trainable > 0
+    (branch,) = leaky.branches
+    assert branch.n_trainable == 0
+    assert {call.untrainable_reason for call in branch.calls} == {"redacted"}
+    assert SECRET not in stack.chat.decode(branch.token_ids.tolist())
+    assert len(branch.token_ids) == 0 if how == "drop" else branch.n_sampled > 0
+    assert leaky.hint is not None
+    assert SECRET not in leaky.model_dump_json(exclude={"branches"})
+    assert "redacted" in leaky.hint.text
+    assert not list(stack.store.rglob("*.arrows"))
