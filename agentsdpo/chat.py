@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from agentsdpo.errors import ModelError
@@ -121,6 +122,13 @@ class ChatFormat:
     def hint(self, text: str) -> list[int]:
         """The hint as one leading system message: the teacher's context is these ids, then the student's."""
         return self.encode(self._render([{"role": "system", "content": self.defuse(text)}], generate=False))
+
+    @cached_property
+    def header_ids(self) -> list[int]:
+        """Ids the template puts in front of what the agent writes."""
+        asked = [{"role": "user", "content": "u"}]
+        bare, open_ = (self._render(asked, generate=generate) for generate in (False, True))
+        return self.encode(open_.removeprefix(bare))
 
     def tool_messages(self, results: Sequence[ToolResult]) -> list[Json]:
         """Tool results as chat messages, in order."""

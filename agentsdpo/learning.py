@@ -1,7 +1,7 @@
 """What the learner turns over, with a collector beside it (``loop.py``) or alone on a store (``offline.py``)."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -11,7 +11,7 @@ from agentsdpo.chat import ChatFormat
 from agentsdpo.config import RunConfig
 from agentsdpo.errors import LearnError, NothingToLearn, RunError
 from agentsdpo.hint.audit import hint_metrics
-from agentsdpo.hint.render import hint_ids
+from agentsdpo.hint.render import Placed, place
 from agentsdpo.learn.checkpoint import versions_kept
 from agentsdpo.learn.learner import Learner, StepReport
 from agentsdpo.learn.rows import TrainRow
@@ -19,6 +19,7 @@ from agentsdpo.learn.together import Together
 from agentsdpo.learn.trackers import tracking
 from agentsdpo.learn.tripwire import Tripwire
 from agentsdpo.publish.registry import PolicyRegistry
+from agentsdpo.replay.ids import Key
 from agentsdpo.replay.rows import Row
 from agentsdpo.replay.sampling.sampler import Sampler
 from agentsdpo.replay.store import ReplayStore
@@ -175,16 +176,24 @@ class Learning:
                           fix="start a run with a larger learn.max_staleness or episodes_per_step, or with hint.scope "
                               "'all'")
 
-    def rows(self, drawn: list[Row], weights: Iterable[float]) -> list[TrainRow]:
-        """Store rows as the learner takes them; ``weights`` make up for an uneven draw."""
+    def rows(self, drawn: Row, weight: float = 1.0) -> list[TrainRow]:
+        """A store row as the learner takes it: once, and once more for every turn with a hint of its own.
+
+        Args:
+            drawn: as read.
+            weight: makes up for an uneven draw.
+        """
         told = self.chat.marks_calls or self.config.learn.tool_weight != 1.0  # the latter asks for what it cannot have
-        return [TrainRow(branch=row.branch, weight=float(weight),
-                         hint_ids=hint_ids(self.chat, row.hint) if row.hint else None,
-                         episode_id=row.key.episode_id, train_allowed=row.train_allowed,
-                         tokenizer_sha256=row.tokenizer_sha256, chat_template_sha256=row.chat_template_sha256,
-                         score=row.reward, group=row.group_id, source=row.hint.source if row.hint else "",
-                         tool=tool_tokens(self.chat, row.branch) if told else None)
-                for row, weight in zip(drawn, weights, strict=True)]
+        tool = tool_tokens(self.chat, drawn.branch) if told else None
+        placed = place(self.chat, drawn.hint, drawn.branch) if drawn.hint else []
+        return [self._row(drawn, one, tool, weight) for one in placed or [None]]
+
+    def _row(self, drawn: Row, hint: Placed | None, tool: np.ndarray | None, weight: float) -> TrainRow:
+        return TrainRow(branch=drawn.branch, hint_ids=hint.ids if hint else None, hint_at=hint.at if hint else 0,
+                        turns=hint.turns if hint else None, episode_id=drawn.key.episode_id,
+                        train_allowed=drawn.train_allowed, tokenizer_sha256=drawn.tokenizer_sha256,
+                        chat_template_sha256=drawn.chat_template_sha256, score=drawn.reward, group=drawn.group_id,
+                        source=drawn.hint.source if drawn.hint else "", tool=tool, weight=weight)
 
 
 def update(run: Learning) -> Json:
@@ -201,15 +210,16 @@ def update(run: Learning) -> Json:
     drawn = run.hinted()
     about = {**hint_metrics(run.chat, drawn), **run.sampler.metrics()}
     run.together.restrain(lr_factor=run.tripwire.lr_factor(run.step), hold_teacher=run.tripwire.withheld(run.step))
-    rows = run.rows(drawn, run.sampler.weights)
+    pairs = [(row, one) for one, weight in zip(drawn, run.sampler.weights, strict=True)
+             for row in run.rows(one, float(weight))]
     try:
-        report = run.together.step(rows, run.version)
+        report = run.together.step([row for row, _ in pairs], run.version)
     except NothingToLearn as error:
         about |= skip(run, error)
     else:
         run.skipped = 0
         about |= {**report.metrics, "learn/rows": report.n_trained, "learn/tokens": report.n_tokens}
-        remember(run, dict(zip(map(id, rows), drawn, strict=True)), report)
+        remember(run, {id(row): one for row, one in pairs}, report)
         about |= publish_due(run)
     return {**about, "version": run.version, "learn/step_s": time.monotonic() - began}
 
@@ -217,7 +227,11 @@ def update(run: Learning) -> Json:
 def remember(run: Learning, drawn: Mapping[int, Row], report: StepReport) -> None:
     """Tell prioritised replay how far teacher and student are apart on each row; ``drawn`` by identity of its row."""
     if run.config.replay.strategy == "prioritised":
-        run.sampler.update_priorities({drawn[id(row)].key: gap for row, gap in report.gaps})
+        found: dict[Key, float] = {}
+        for row, gap in report.gaps:  # of several rows of one branch the widest counts
+            key = drawn[id(row)].key
+            found[key] = max(found.get(key, 0.0), gap)
+        run.sampler.update_priorities(found)
 
 
 def publish_due(run: Learning) -> Json:

@@ -181,12 +181,19 @@ class Grade(Frozen):
 
 
 class Hint(Frozen):
-    """Privileged text only the teacher reads, and what it may speak of."""
+    """Privileged text only the teacher reads, and what it may speak of.
 
-    text: str
+    ``text`` speaks of the whole episode, ``turns`` of single turns. Each sampled token has one hint: that of its turn,
+    else the episode's, else none, and then it is not learnt from.
+    """
+
+    text: str = ""
+    turns: tuple[tuple[int, str], ...] = Field(default=(), description="(turn, counted from 0; its own text)")
     source: Literal["criteria", "feedback", "peer", "gold", "demo", "judge", "user", "next_step", "contrast"]
     author: str = Field(description="who wrote it: a grader's name or a model id")
-    placement: Literal["system_prefix", "last_user_suffix", "turn_local"] = "system_prefix"
+    placement: Literal["system_prefix", "last_user_suffix", "turn_local"] = Field(
+        default="system_prefix", description="of text: in front, or at the end of the last opening message; those of "
+                                             "turns stand in front of their turn")
     scope: Literal["episode", "turn"] = "episode"
     answer_bearing: bool = False
 

@@ -4,7 +4,7 @@
 target_sha256 (the row's ``content_sha256``), revision, value, author, t_created. The highest revision counts, between
 equal ones the later uuid7. ``value`` is canonical JSON:
 
-    hint       {"text", "source", "author", "placement", "scope", "answer_bearing"}
+    hint       {"text", "turns", "source", "author", "placement", "scope", "answer_bearing"}
     reward     {"reward", "status": final | provisional, "grade": {...}}
     label      a text
     relogprob  null; the trainer's log-probs stand in three more columns: policy_version, trainer_id, logprobs

@@ -86,7 +86,7 @@ def test_sampled_log_probs_are_those_of_one_learner_forward(tmp_path: Path) -> N
     collect(run)
     run.sampler.refresh()
     drawn = run.sampler.sample(6, 0)
-    found = admit(run.rows(drawn, run.sampler.weights), 0, config.learn, window=4096, vocab_size=1024)
+    found = admit([row for one in drawn for row in run.rows(one)], 0, config.learn, window=4096, vocab_size=1024)
     assert len(found.rows) == 6
     for row in found.rows:
         ids = torch.from_numpy(row.ids.astype(np.int64))[None]
@@ -94,7 +94,7 @@ def test_sampled_log_probs_are_those_of_one_learner_forward(tmp_path: Path) -> N
             logp = run.learner.model(input_ids=ids).logits[0].log_softmax(-1)
         own = logp[row.position - 1, ids[0, row.position]].numpy()
         np.testing.assert_allclose(own, row.behaviour_logp, atol=1e-4)
-    report = run.learner.step(run.rows(drawn, run.sampler.weights), 0)
+    report = run.learner.step([row for one in drawn for row in run.rows(one)], 0)
     assert report.metrics["learn/ratio/mean"] == pytest.approx(1.0, abs=1e-4)
     assert report.metrics["learn/mismatch/max"] < 1e-4
 

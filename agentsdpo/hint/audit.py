@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from agentsdpo.chat import ChatFormat
-from agentsdpo.hint.render import hint_ids
+from agentsdpo.hint.render import place
 from agentsdpo.types import Branch, Hint
 
 LEAK_NGRAM = 8
@@ -37,13 +37,13 @@ def hint_metrics(chat: ChatFormat, rows: Iterable[Hinted]) -> dict[str, float]:
         read (alarm: any); ``hint/tokens/mean``: length of the hint as the teacher reads it, in tokens.
 
     Raises:
-        HintError: a hint asks for a placement that is not built.
+        HintError: a branch does not have the place that its hint asks for.
     """
     hinted = [(row.hint, row.branch) for row in rows if row.hint is not None]
     if not hinted:
         return {}
     leaked = sum(leaks(chat, hint, branch) for hint, branch in hinted)
-    tokens = sum(len(hint_ids(chat, hint)) for hint, _ in hinted)
+    tokens = sum(len(one.ids) for hint, branch in hinted for one in place(chat, hint, branch))
     return {"hint/leak_frac": leaked / len(hinted), "hint/tokens/mean": tokens / len(hinted)}
 
 
@@ -54,7 +54,8 @@ def leaks(chat: ChatFormat, hint: Hint, branch: Branch) -> bool:
     looked for inside one completion at a time. A hint of fewer tokens cannot be told from chance: False.
     """
     said = [branch.token_ids[call.start:call.end].tolist() for call in branch.calls]
-    return has_run(chat.encode(hint.text), said, LEAK_NGRAM)
+    texts = [hint.text, *(text for _, text in hint.turns)]
+    return any(has_run(chat.encode(text), said, LEAK_NGRAM) for text in texts)
 
 
 def has_run(needle: Sequence[int], haystacks: Sequence[Sequence[int]], ngram: int) -> bool:

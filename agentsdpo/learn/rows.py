@@ -23,6 +23,7 @@ class TrainRow:
         episode_id: branches of one episode share it (normaliser).
         train_allowed: from the task's licence.
         hint_at: token index the hint is inserted at; 0 puts it in front.
+        turns: those that carry loss, None for all; a branch with hints of single turns is a row for each of them.
         tokenizer_sha256, chat_template_sha256: of the collecting engine; one value per step.
         score: grade of the episode, None when unscored; read by a mix with a policy gradient alone.
         group: attempts at one task share it (advantage ``grpo``).
@@ -43,6 +44,7 @@ class TrainRow:
     tool: np.ndarray | None = None
     source: str = ""
     weight: float = 1.0
+    turns: frozenset[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def admit(rows: list[TrainRow], version: int, config: LearnConfig, *, window: in
     credit = advantages(config.advantage, {row.episode_id: (row.group, row.score) for row in rows
                                            if row.score is not None}) if graded else {}
     for row in rows:
-        loss = loss_mask(row.branch)
+        loss = loss_mask(row.branch, row.turns)
         reason = refusal(row, loss, version, window) or (_ungraded(row, credit, config) if graded else None)
         if reason:
             found.refused[reason] += 1
@@ -143,9 +145,11 @@ def usable(call: Call) -> bool:
     return call.logprob_kind == "processed" or exact
 
 
-def loss_mask(branch: Branch) -> np.ndarray:
-    """Tokens that carry loss, bool[T]: those of kind 1."""
+def loss_mask(branch: Branch, turns: frozenset[int] | None = None) -> np.ndarray:
+    """Tokens that carry loss, bool[T]: those of kind 1, of all turns or of some."""
     loss = branch.token_kind == TokenKind.SAMPLED
+    for call in branch.calls if turns is not None else ():
+        loss[call.start:call.end] &= call.turn in turns
     if len(loss):
         loss[0] = False  # nothing stands before the first token, so nothing predicts it
     return loss

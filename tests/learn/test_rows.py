@@ -113,3 +113,14 @@ def test_one_batch_has_one_tokenizer_and_no_foreign_ids(make_row: Callable[..., 
         take([make_row(), replace(make_row(), tokenizer_sha256="b")])
     with pytest.raises(TokenizerMismatch, match="holds id 300"):
         take([make_row(hint=(300,))])
+
+
+def test_a_row_of_one_turn_is_scored_there_alone(make_row: Callable[..., TrainRow]) -> None:
+    row = make_row(seed=0, turns=((3, 2), (4, 1), (5, 0)), versions=(0, 0, 0))
+    (whole,), (second,) = (take([replace(row, turns=turns)]).rows for turns in (None, frozenset([1])))
+    call = row.branch.calls[1]
+    assert second.position.tolist() == list(range(call.start, call.end))
+    assert len(second.ids) == call.end, "nothing behind the turn is read"
+    assert set(second.turn.tolist()) == {1}
+    assert len(whole.position) == 12
+    assert take([replace(row, turns=frozenset([7]))]).refused == {"no_tokens": 1}

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from golden_store import GOLDEN, describe, make
@@ -13,6 +15,7 @@ from agentsdpo import __version__
 from agentsdpo.replay import ReplayStore, verify
 from agentsdpo.replay.upkeep.verification import Level
 
+FIELD = re.compile(r"[a-z_]+")  # of a record; rows and branches have ids and paths for keys
 RELEASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
 
 
@@ -21,8 +24,15 @@ def test_a_golden_store_reads_as_it_was_written(release: str) -> None:
     want = json.loads((GOLDEN / release / "expected.json").read_text())
     store = ReplayStore.open(GOLDEN / release / "STORE", create=False)
     got = json.loads(json.dumps(describe(store)))
-    assert {key: {name: row[name] for name in want["rows"][key]} for key, row in got["rows"].items()} == want["rows"]
-    assert {name: got[name] for name in want if name != "rows"} == {n: v for n, v in want.items() if n != "rows"}
+    assert known(got, want) == want, "fields that came later are left out"
+
+
+def known(got: Any, want: Any) -> Any:
+    """What was read, without the fields that the release did not have."""
+    if isinstance(want, dict):
+        return {key: known(value, want[key]) if key in want else value for key, value in got.items()
+                if key in want or not isinstance(key, str) or not FIELD.fullmatch(key)}
+    return [known(a, b) for a, b in zip(got, want, strict=True)] if isinstance(want, list) else got
 
 
 @pytest.mark.parametrize("release", RELEASES)
