@@ -8,8 +8,8 @@ import io
 import unicodedata
 import zipfile
 from collections.abc import Iterator
-from xml.etree import ElementTree
 
+from agentsdpo.envs.documents import readable
 from agentsdpo.types import Frozen, Outcome
 
 ANSWER, FILE, ALL = 40_000, 20_000, 160_000
@@ -17,7 +17,6 @@ ANSWER, FILE, ALL = 40_000, 20_000, 160_000
 _UNPACKED = 32 << 20
 """Bytes of one file that are read."""
 _FILES = "filesystem/"
-_OFFICE = {".docx": "word/document.xml", ".xlsx": "xl/worksheets/", ".pptx": "ppt/slides/slide"}
 
 
 class Change(Frozen):
@@ -77,68 +76,3 @@ def _members(state: bytes) -> dict[str, zipfile.ZipInfo]:
         return {}
     with zipfile.ZipFile(io.BytesIO(state)) as archive:
         return {info.filename.removeprefix(_FILES): info for info in archive.infolist() if not info.is_dir()}
-
-
-def readable(path: str, data: bytes) -> str:
-    """What a file says: text as it is, paragraphs of a document, cells of a sheet, slides; else what it is.
-
-    >>> readable("a.txt", b"total 5"), readable("a.bin", bytes([0, 255]))
-    ('total 5', '[2 bytes that are no text]')
-    """
-    suffix = "." + path.rpartition(".")[2].lower()
-    try:
-        if suffix in _OFFICE:
-            return _office(suffix, data)
-        return data.decode("utf-8")
-    except (zipfile.BadZipFile, ElementTree.ParseError, KeyError, NotImplementedError, RuntimeError):
-        return f"[{len(data)} bytes that cannot be read as {suffix}]"
-    except UnicodeDecodeError:
-        return f"[{len(data)} bytes that are no text]"
-
-
-def _office(suffix: str, data: bytes) -> str:
-    """Text of an Office Open XML file. Entities of its XML are never followed; formulas show their stored values."""
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        inside, shared = archive.namelist(), []
-        names = sorted(name for name in inside if name.startswith(_OFFICE[suffix]) and name.endswith(".xml"))
-        if "xl/sharedStrings.xml" in inside:
-            shared = ["".join(item.itertext()) for item in _xml(archive, "xl/sharedStrings.xml")]
-        parts = [_cells(_xml(archive, name), shared) if suffix == ".xlsx" else _paragraphs(_xml(archive, name))
-                 for name in names]
-    return "\n\n".join(f"[{name.rpartition('/')[2]}]\n{part}" if len(parts) > 1 else part
-                       for name, part in zip(names, parts, strict=True))
-
-
-def _xml(archive: zipfile.ZipFile, name: str) -> ElementTree.Element:
-    with archive.open(name) as file:
-        text = file.read(_UNPACKED)
-    if b"<!DOCTYPE" in text or b"<!ENTITY" in text:
-        raise ElementTree.ParseError("a document type declaration")
-    return ElementTree.fromstring(text)
-
-
-def _tag(element: ElementTree.Element) -> str:
-    return element.tag.rpartition("}")[2]
-
-
-def _paragraphs(root: ElementTree.Element) -> str:
-    lines = ("".join(t.text or "" for t in p.iter() if _tag(t) == "t") for p in root.iter() if _tag(p) == "p")
-    return "\n".join(line for line in lines if line)
-
-
-def _cells(root: ElementTree.Element, shared: list[str]) -> str:
-    """One line per row that holds something: ``A1=12 | B1=total``."""
-    lines = []
-    for row in (element for element in root.iter() if _tag(element) == "row"):
-        cells = [f"{cell.get('r', '?')}={value}" for cell in row if (value := _value(cell, shared))]
-        lines.append(" | ".join(cells))
-    return "\n".join(line for line in lines if line)
-
-
-def _value(cell: ElementTree.Element, shared: list[str]) -> str:
-    if cell.get("t") == "inlineStr":
-        return "".join(t.text or "" for t in cell.iter() if _tag(t) == "t")
-    raw = next((v.text or "" for v in cell if _tag(v) == "v"), "")
-    if cell.get("t") == "s" and raw.isdecimal() and int(raw) < len(shared):
-        return shared[int(raw)]
-    return raw
