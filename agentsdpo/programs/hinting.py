@@ -44,7 +44,7 @@ class HintWriter:
     def __init__(self, store: ReplayStore, source: CriteriaSource) -> None:
         self.store, self.source = store, source
         self.written = self.silent = 0
-        self._looked: set[str] = set()
+        self._looked: set[tuple[str, str]] = set()
         self._pinned = float("-inf")
 
     def look(self) -> int:
@@ -56,7 +56,7 @@ class HintWriter:
         while some := list(islice(names, AT_ONCE)):
             self._write(view, some)
             count += len(some)
-        self._looked.update(row.content_sha256 for row in fresh)
+        self._looked.update((row.content_sha256, row.status) for row in fresh)
         if fresh or time.monotonic() - self._pinned > TTL_S / 10:
             pin(self.store, HINTS, view, ttl_s=TTL_S, state={"episodes": episodes_in(view)})
             self._pinned = time.monotonic()
@@ -65,7 +65,7 @@ class HintWriter:
     def _fresh(self, view: Snapshot) -> Iterable[Located]:
         """Rows that were not looked at and have no late hint. What replaces a salvaged row is looked at anew."""
         return (row for key, row in view.rows.items()
-                if row.content_sha256 not in self._looked and Slot("hint", key) not in view.late.latest)
+                if (row.content_sha256, row.status) not in self._looked and Slot("hint", key) not in view.late.latest)
 
     def _write(self, view: Snapshot, names: list[tuple[str, int]]) -> None:
         hints: dict[Key | str, Hint] = {}

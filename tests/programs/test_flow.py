@@ -19,7 +19,7 @@ def test_bounds_follow_from_the_settings_of_the_run() -> None:
     config = from_mapping({}, ["learn.batch=32", "episodes_per_step=16", "learn.max_staleness=8", "publish.every=2"])
     bounds = limit(config)
     assert (bounds.samples_per_insert, bounds.min_size, bounds.min_diff) == (2.0, 16, 0.0)
-    assert bounds.max_diff == 8 * 2 * 32, "what begins now is drawn first max_staleness publishes from now at the latest"
+    assert bounds.max_diff == 8 * 2 * 32, "what begins now is drawn within max_staleness publishes"
     free = limit(from_mapping({}, ["flow.ahead=0", "flow.samples_per_insert=4"]))
     assert RateLimiter(free, inserts=10**9, size=10**9).may_insert(10**6)
     assert free.samples_per_insert == 4.0
