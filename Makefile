@@ -39,9 +39,10 @@ $(VLLM_STAMP): constraints-vllm.txt
 test-vllm: setup vllm  ## the tests that need a real vLLM server, one after the other
 	$(BIN)/python -m pytest -m vllm tests/serving
 
-bench: setup  ## install the peers, measure the store and the start-up, write docs/results/perf-*.json
+bench: setup  ## install the peers, measure store, start-up and learner, write docs/results/perf-*.json
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,bench]'
 	$(BIN)/python -m agentsdpo.benchmarks.perf.replay --out docs/results/perf-replay.json
+	$(BIN)/python -m agentsdpo.benchmarks.perf.learner --out docs/results/perf-learner.json
 
 docs: setup  ## write the reference pages from the code
 	$(BIN)/python docs/reference.py
