@@ -1,11 +1,16 @@
 """A real server with the seed model, one a session, and a fake one that replays what real ones got wrong."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests and fixtures share ``fake_vllm``
+
+from fake_vllm import FakeVllm
 
 from agentsdpo.envs.desk.seed import seed_path
 from agentsdpo.serve import VENV, ServeOptions, Server
@@ -30,3 +35,10 @@ def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     options = ServeOptions(str(seed_path()), port=0, adapters=4, max_rank=16)
     with Server.start(options, log=tmp_path_factory.mktemp("vllm") / "server.log") as server:
         yield server
+
+
+@pytest.fixture
+def fake_vllm() -> Iterator[FakeVllm]:
+    """A server that answers as vLLM does, until it is told to go wrong; see ``fake_vllm.py``."""
+    with FakeVllm() as fake:
+        yield fake
