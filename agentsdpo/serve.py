@@ -23,6 +23,7 @@ VENV = ".venv-vllm/bin/python"
 _MODULE = "vllm.entrypoints.openai.api_server"  # the distribution for CPUs has no working `vllm` command
 _CONTROL = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+_WORKER = Path(__file__).resolve().parent / "publish" / "in_vllm"
 _CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
@@ -98,6 +99,8 @@ def command(options: ServeOptions, vllm: Sequence[str], port: int) -> list[str]:
     if options.kept_sets:
         words.append("--return-sampling-mask")
     if not options.gpu:
+        # A reload of weights forgets a tied output layer: publish/in_vllm/agentsdpo_worker.py.
+        words += ["--worker-extension-cls", "agentsdpo_worker.TiedHead"]
         # In chunks, a prompt of a request with a seed ends the server: generators of CPUs cannot be wound back.
         words += ["--dtype", "float32", "--enforce-eager", "--no-enable-chunked-prefill",
                   "--max-num-batched-tokens", str(max(8192, options.window or 0))]
@@ -106,7 +109,8 @@ def command(options: ServeOptions, vllm: Sequence[str], port: int) -> list[str]:
 
 def environment(options: ServeOptions) -> dict[str, str]:
     """The server's environment: the caller's (with ``VLLM_API_KEY``, which so shows in no list of processes)."""
-    own = _CONTROL if options.gpu else _CONTROL | {key: os.environ.get(key, value) for key, value in _CPU.items()}
+    own = _CONTROL if options.gpu else _CONTROL | {"PYTHONPATH": str(_WORKER)} | {
+        key: os.environ.get(key, value) for key, value in _CPU.items()}
     # A virtual environment of the caller's must not leak into that of vLLM.
     return {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "PYTHONPATH")} | own
 

@@ -8,6 +8,7 @@ private network.
 import os
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -86,8 +87,18 @@ class VllmControl:
 
     def reload(self, folder: Path | str) -> None:
         """Replace the weights by those of a folder, as the server sees it; cache and label stay as they were."""
-        self._call("POST", "/collective_rpc",
-                   json={"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+        self._rpc("reload_weights", weights_path=str(folder))
+        if self.repacks:
+            self._rpc("repack_tied_layers")
+
+    @cached_property
+    def repacks(self) -> bool:
+        """Whether its workers can mend what a reload forgets on CPUs, see ``in_vllm/agentsdpo_worker.py``."""
+        config = self._call("GET", "/server_info", params={"config_format": "json"})["vllm_config"]
+        return str(config["parallel_config"].get("worker_extension_cls")).endswith("agentsdpo_worker.TiedHead")
+
+    def _rpc(self, method: str, **more: Any) -> None:
+        self._call("POST", "/collective_rpc", json={"method": method, "kwargs": more})
 
     def reset_cache(self, *, within_s: float = RESET_S) -> None:
         """Empty the prefix cache, which a reload leaves as it was: K/V of the old weights.
@@ -140,7 +151,7 @@ class VllmControl:
         return [float(row[str(token)]["logprob"]) for token, row in zip(ids[1:], rows, strict=True)]
 
     def _complete(self, model: str, prompt: Sequence[int], **more: Any) -> Json:
-        body = {"model": model, "prompt": list(prompt), "temperature": 1.0, "seed": 0, **more}
+        body = {"model": model, "prompt": list(prompt), "temperature": 1.0, **more}
         return self._call("POST", "/v1/completions", json=body)["choices"][0]
 
     # ---------------------------------------------------------------------------------------------------- transport

@@ -66,6 +66,7 @@ class ReloadPusher:
         with self._connect(url) as server, pushing_to(registry.root, server.url):
             record = read_served(registry.root, server.url)
             model, started_with = server.base()
+            _ = server.repacks  # asked for before the pause
             old = self._old(registry, server, record, model, started_with)
             if old.label == str(version) and old.logps is not None and record.pushing is None:
                 with suppress(PushError):  # the label is of another registry, or lies: push after all
@@ -92,7 +93,7 @@ class ReloadPusher:
             return _Old(*record.before, logps=None)
         server.sample(model, self.scorer.prompt, 1)  # into the prefix cache: one that outlived the push would show
         known = label.isdecimal() and int(label) in registry.versions()
-        folder = str(registry.folder(int(label)).resolve()) if known else "" if label.isdecimal() else started_with
+        folder = str(registry.folder(int(label)).resolve()) if known else started_with  # if wrong, a restore finds out
         return _Old(label, folder, server.score(model, self.scorer.prompt))
 
     def _replace(self, registry: PolicyRegistry, version: int, server: VllmControl, model: str, old: _Old,
@@ -142,8 +143,6 @@ class ReloadPusher:
         return f"it serves {old.label!r} as before", True
 
     def _put_back(self, server: VllmControl, model: str, old: _Old) -> None:
-        if not old.folder:
-            raise PushError(f"nobody knows where weights {old.label!r} are")
         server.pause()
         server.reload(old.folder)
         server.reset_cache()

@@ -36,7 +36,7 @@ class FakeVllm:
     def __init__(self, start: Path) -> None:
         self.start, self.faults, self.calls = start, dict[str, list[Any]](), list[str]()
         self.on_call: Callable[[str], None] = lambda path: None
-        self.alive, self.lock = True, Lock()
+        self.alive, self.lock, self.extension, self.methods = True, Lock(), "", list[str]()
         self.boot()
 
     def boot(self) -> None:
@@ -70,6 +70,9 @@ class FakeVllm:
     def do_is_paused(self, _: Any) -> tuple[int, Any]:
         return 200, {"is_paused": self.paused}
 
+    def do_server_info(self, _: Any) -> tuple[int, Any]:
+        return 200, {"vllm_config": {"parallel_config": {"worker_extension_cls": self.extension}}}
+
     def do_v1_models(self, _: Any) -> tuple[int, Any]:
         cards = [{"id": "pol", "root": str(self.start), "parent": None}]
         return 200, {"data": cards + [{"id": n, "root": r, "parent": "pol"} for n, r in self.adapters.items()]}
@@ -84,6 +87,9 @@ class FakeVllm:
         return 200, {"status": "resumed"}
 
     def do_collective_rpc(self, body: Any) -> tuple[int, Any]:
+        self.methods.append(body["method"])
+        if body["method"] == "repack_tied_layers":
+            return 200, {"results": [2]}
         folder = Path(body["kwargs"]["weights_path"])
         if not (folder / "model.safetensors").is_file():
             return 500, {"error": {"message": f"Cannot find any model weights with `{folder}`"}}

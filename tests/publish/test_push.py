@@ -49,6 +49,14 @@ def test_reload_in_the_required_order(registry: PolicyRegistry, fake: Any, reloa
     assert read_served(registry.root, URL) == Served(url=URL, version=2, holds=(2,))
 
 
+def test_workers_that_can_mend_a_tied_output_layer_are_asked_to(registry: PolicyRegistry, fake: Any,
+                                                                 reload: ReloadPusher) -> None:
+    reload.push(registry, 1, [URL])
+    fake.extension = "agentsdpo_worker.TiedHead"
+    reload.push(registry, 2, [URL])
+    assert fake.methods == ["reload_weights", "reload_weights", "repack_tied_layers"]
+
+
 def test_pushing_again_changes_nothing(registry: PolicyRegistry, fake: Any, reload: ReloadPusher) -> None:
     reload.push(registry, 1, [URL])
     fake.calls.clear()
