@@ -5,7 +5,7 @@ server when ``url`` is given, then ``seed`` or a folder as a model in this proce
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,8 @@ def make_agent(config: BenchConfig, taskset: TaskSet) -> Agent:
 
 
 def _guess(config: BenchConfig, scripts: Mapping[str, Agent]) -> str:
+    if config.hosted:
+        return "litellm"
     if config.model in scripts:
         return "script"
     if config.url:
@@ -107,11 +109,29 @@ def _inprocess(config: BenchConfig) -> Agent:
 
 
 def _vllm(config: BenchConfig) -> Agent:
-    raise ConfigError("", fix="")
+    """A model behind a server; ``model`` is where its tokenizer and chat template are."""
+    from agentsdpo.collect.vllm import VllmEngine
+    from agentsdpo.envs.desk.seed import seed_path
+    from agentsdpo.learn.load import load_chat
+
+    if not config.url:
+        raise ConfigError("engine is 'vllm' and url is empty", fix="give the address of the server: --url "
+                          "http://127.0.0.1:8000")
+    chat = load_chat(seed_path() if config.model == "seed" else config.model)
+    engine = VllmEngine(config.url, model=config.served or None, eos_ids=(chat.eos_id,), vocab_size=chat.vocab_size)
+    agent = _of_engine(config, engine, chat)
+    return replace(agent, stamp={**agent.stamp, "served": engine.model, "software": engine.facts.software})
 
 
 def _hosted(config: BenchConfig) -> Agent:
-    raise ConfigError("", fix="")
+    """A model at a provider, through litellm."""
+    from agentsdpo.collect.hosted import HostedConfig, HostedModel
+    from agentsdpo.collect.hosted_policy import HostedPolicy
+
+    about = config.hosted or HostedConfig(model=config.model, temperature=config.sampling.temperature,
+                                          max_tokens=config.sampling.max_tokens, concurrency=config.concurrency)
+    policy = HostedPolicy(HostedModel(about))
+    return Agent(about.model, "litellm", lambda task, seed: policy, {"hosted": about.model_dump(mode="json")})
 
 
 def _of_engine(config: BenchConfig, engine: Engine, chat: Any) -> Agent:

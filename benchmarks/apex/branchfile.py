@@ -65,7 +65,8 @@ def _branches(data: dict[str, np.ndarray]) -> list[Branch]:
     found, at = [], np.zeros(2, np.int64)
     for i, (head, calls) in enumerate(zip(data["heads"], data["calls"], strict=True)):
         low, high = data["offsets"][i:i + 2]
-        sizes, kept = data["kept_sizes"][i], dict[str, Any]()
+        sizes = data["kept_sizes"][i]
+        kept: dict[str, Any] = {}
         if sizes[0] >= 0:
             kept = {"kept_ids": data["kept_ids"][at[0]:at[0] + sizes[0]],
                     "kept_counts": data["kept_counts"][at[1]:at[1] + sizes[1]]}

@@ -63,6 +63,7 @@ class BenchConfig(Settings):
     engine: Literal["auto", "inprocess", "vllm", "litellm", "script"] = Field(
         default="auto", description="what answers; auto goes by the model's name and by url")
     url: str = Field(default="", description="address of a vLLM server, as in http://127.0.0.1:8000")
+    served: str = Field(default="", description="name the server knows the model by; empty: its base model")
     attempts: int = Field(default=4, ge=1, le=10_000, description="attempts per task")
     concurrency: int = Field(default=32, ge=1, le=10_000, description="attempts in flight at once")
     retries: int = Field(default=2, ge=0, le=100, description="more tries of an attempt that could not be scored")
@@ -71,6 +72,7 @@ class BenchConfig(Settings):
     announce: str = Field(default="off", pattern=f"^({ANNOUNCE})$", description=(
         "when the agent is told its budget: off, start, or every_5 and the like, in turns"))
     references: bool = Field(default=True, description="play scripted agents for scale, where the suite has some")
+    containers: tuple[str, ...] = Field(default=(), description="addresses of archipelago containers for the worlds")
     judge: HostedConfig | None = Field(default=None, description="the model that judges what no program can")
     hosted: HostedConfig | None = Field(default=None, description="the hosted model that plays, in place of model")
     budget: BudgetConfig = BudgetConfig()

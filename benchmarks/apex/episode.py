@@ -12,7 +12,7 @@ from pathlib import Path
 from agentsdpo.benchmarks.apex import branchfile, shapes
 from agentsdpo.benchmarks.apex.records import Attempt, opening_of
 from agentsdpo.benchmarks.apex.runfolder import BenchFolder, RunNotFound
-from agentsdpo.collect.episode_log import CHECKPOINTS, EVENTS
+from agentsdpo.collect.episode_log import CHECKPOINTS, EVENTS, EpisodeLog
 from agentsdpo.collect.rollout import Rollout
 from agentsdpo.errors import FormatError
 from agentsdpo.files import sync
@@ -53,14 +53,18 @@ def write_episode(folder: BenchFolder, task: Task, attempt: Attempt, run: Rollou
 
 
 def write_grade(folder: BenchFolder, attempt: Attempt, grade: Grade | None) -> None:
-    """Write ``grades.json``; that of an earlier grading is kept as ``grades-<grading>.json``."""
+    """Write ``grades.json``, and a line in the log; that of an earlier grading is kept as ``grades-<grading>.json``."""
     place = folder.episode(attempt.task_id, attempt.attempt)
     before = place / "grades.json"
     if before.is_file():
         earlier = int(json.loads(before.read_bytes())[shapes.OURS]["grading"])
         if earlier != attempt.grading:
             before.rename(place / f"grades-{earlier}.json")
-    write_files(place, {"grades.json": text(shapes.grades(attempt, grade))})
+    saved = shapes.grades(attempt, grade)
+    write_files(place, {"grades.json": text(saved)})
+    if (place / EVENTS).is_file():
+        told = {key: saved[shapes.OURS][key] for key in ("grading", "outcome", "passed")}
+        EpisodeLog(place).add("grade", {**told, "score": attempt.score, "criteria": attempt.criteria})
 
 
 def set_log_aside(place: Path) -> None:

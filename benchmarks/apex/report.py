@@ -149,12 +149,13 @@ def print_comparison(found: Json) -> None:
         if found[key]:
             console.print(Text(f"warning: the {what} of {len(found[key])} tasks differ", style="bold yellow"))
     table = Table(title=Text(visible(f"{found['a']} minus {found['b']}")), title_justify="left")
-    for name in ("metric", "difference", "95 % interval", "p", "detectable", "tasks", "flipped"):
+    for name in ("metric", "A - B, points", "95 %", "p", "detectable", "tasks", "flipped"):
         table.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
     for name in ("pass@1", "mean_score"):
         one = found[name]
-        table.add_row(name, points(one["estimate"]), f"[{points(one['low'])}, {points(one['high'])}]",
-                      f"{one['p_value']:.4f}", points(one["detectable"]), str(one["n"]), str(len(one["flipped"])))
+        ends = interval(Interval(one["estimate"], one["low"], one["high"]))
+        table.add_row(name, f"{100 * one['estimate']:+.1f}", ends, f"{one['p_value']:.4f}",
+                      f"{100 * one['detectable']:.1f}", str(one["n"]), str(len(one["flipped"])))
     console.print(table)
     for one in found["pass@1"]["flipped"][:10]:
         console.print(Text(visible(f"  {one['task_id']}: {percent(one['a'])} and {percent(one['b'])}")))

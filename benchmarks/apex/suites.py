@@ -54,5 +54,5 @@ def open_suite(config: BenchConfig) -> TaskSet:
                           fix=f"choose {' or '.join(PRESETS)}, or give the path of a benchmark or a task file")
     from agentsdpo.benchmarks.apex.layouts import open_layout
 
-    whole = open_layout(Path(config.suite), judge=config.judge)
+    whole = open_layout(Path(config.suite), judge=config.judge, containers=config.containers)
     return FirstTasks(whole, config.tasks) if config.tasks else whole
