@@ -112,7 +112,7 @@ async def execute(env: Env, run: Progress, calls: Sequence[ToolCall], limit: Out
 
 def _allowed(run: Progress, calls: Sequence[ToolCall]) -> float:
     """Seconds these calls may take."""
-    allowed, rest = sum(run.tools[call.name].timeout_s for call in calls), run.left_s()
+    allowed, rest = sum(run.tools[call.name].timeout_s for call in calls), run.left_s(working=True)
     return allowed if rest is None else min(allowed, rest)
 
 

@@ -115,9 +115,15 @@ class Progress:
         self.opening = self.tail_from = len(messages)
         self.ctx.messages, self.tools = list(messages), {tool.name: tool for tool in tools}
 
-    def left_s(self) -> float | None:
-        """Seconds the next act may take, None when unlimited."""
-        return left_s(self.budget, self.clock) if self.asked is None else max(0.0, self._deadline - self.clock.wall)
+    def left_s(self, *, working: bool) -> float | None:
+        """Seconds until the clock ends the turn, None when unlimited.
+
+        Args:
+            working: all of this time is work, as that of tools is; a policy may spend some of its time in queues.
+        """
+        if self.asked is not None:
+            return max(0.0, self._deadline - self.clock.wall)
+        return left_s(self.budget if working else self.budget.model_copy(update={"working_s": None}), self.clock)
 
     def hear(self, turn: ModelTurn, elapsed: float, growth: Sequence[Growth] = ()) -> Heard:
         """Make a policy's turn fit for the loop; nothing changes yet but the ids that are taken.

@@ -266,7 +266,7 @@ class _Loop:
         if self.compaction is None or run.compacted_at == run.ctx.turn:
             return True
         try:
-            async with asyncio.timeout(run.left_s()) as clock:
+            async with asyncio.timeout(run.left_s(working=False)) as clock:
                 await self._compact(self.compaction)
         except TimeoutError:
             if not clock.expired():
@@ -301,7 +301,7 @@ class _Loop:
         run.ctx.tokens_left = None if free else left(run.budget, "completion_tokens", run.counts["completion_tokens"])
         run.ctx.prompt_left = None if free else left(run.budget, "prompt_tokens", run.counts["prompt_tokens"])
         try:
-            async with asyncio.timeout(run.left_s()) as clock:
+            async with asyncio.timeout(run.left_s(working=False)) as clock:
                 turn = await self.policy.act(run.ctx, tuple(run.tools.values()))
         except ContextOverflow:
             run.stop = run.asked or StopReason.CONTEXT_OVERFLOW
