@@ -159,6 +159,9 @@ def _checked(config: RunConfig) -> RunConfig:
         raise ConfigError(f"collect.window is {config.collect.window} but learn.forward_tokens is "
                           f"{config.learn.forward_tokens}: an episode that fills the window could not be learnt from",
                           fix=f"set learn.forward_tokens to {config.collect.window} plus the longest hint, or more")
+    if config.publish.kind == "adapter" and not config.learn.adapter.rank:
+        raise ConfigError("publish.kind is 'adapter' but learn.adapter.rank is 0: full weights are trained",
+                          fix="set learn.adapter.rank, or publish.kind = \"auto\"")
     if config.collect.temperature == 0:
         raise ConfigError("collect.temperature is 0: greedy episodes have no behaviour log-probs to learn from",
                           fix="set it above 0; evaluations are played greedily as well in any case")

@@ -141,8 +141,14 @@ class Learning:
         self.totals = {key: value + more[key] for key, value in self.totals.items()}
 
     def publish(self, *, parent: int | None = None) -> None:
-        """Make the learner's weights the next policy version."""
-        self.version = self.registry.publish(self.together.policy(), learner_step=self.step, parent=parent)
+        """Make the learner's weights the next policy version: of an adapter the factors alone, once there is a base."""
+        low_rank = self.config.learn.adapter.rank and self.config.publish.kind != "full"
+        base = self.registry.base() if low_rank else None
+        trained = self.together.adapter() if base is not None else None
+        if base is None or trained is None:
+            self.version = self.registry.publish(self.together.policy(), learner_step=self.step, parent=parent)
+        else:
+            self.version = self.registry.publish_adapter(*trained, base=base, learner_step=self.step, parent=parent)
         self.announce()
 
     def announce(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from agentsdpo.errors import LearnError, NotFinite, NothingToLearn
-from agentsdpo.learn.adapters import add_adapter, merged_weights
+from agentsdpo.learn.adapters import adapter_config, adapter_weights, add_adapter, merged_weights
 from agentsdpo.learn.batch import MicroBatch
 from agentsdpo.learn.clipper import AdvantageClip
 from agentsdpo.learn.config import LearnConfig
@@ -153,6 +153,16 @@ class Learner:
         if self._root is None:
             return merged_weights(self.model)
         return gathered(self.model, merged_weights(self.model))
+
+    def adapter(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Factors and configuration of the adapter, as peft writes them; None where the full weights are trained.
+
+        Of sharded weights every process gets all, and every process must ask.
+        """
+        if not self.config.adapter.rank:
+            return None
+        factors = adapter_weights(self.model)
+        return factors if self._root is None else gathered(self.model, factors), adapter_config(self.model)
 
     def objective(self, batch: MicroBatch, bounds: Bounds) -> tuple[Tensor, TokenStats]:
         """Loss and statistics of one micro-batch; the teacher first, so that its activations are gone in time."""

@@ -45,6 +45,10 @@ class Together:
         """:meth:`Learner.policy`."""
         return self._do("policy")
 
+    def adapter(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """:meth:`Learner.adapter`."""
+        return self._do("adapter")
+
     def probed(self, score: float) -> None:
         """Tell the teacher how well the student's present weights act."""
         self._do("probed", score)
@@ -110,7 +114,7 @@ def _load(learner: Learner, folder: Path) -> Restored:
     return load_checkpoint(folder, learner)
 
 
-OWN = ("step", "restrain", "policy")
+OWN = ("step", "restrain", "policy", "adapter")
 OTHERS: Mapping[str, Callable[..., Any]] = {"probed": _probed, "count": _count, "save": _save, "load": _load}
 """With :data:`OWN`, the learner's own methods, all that the first process may ask for."""
 
