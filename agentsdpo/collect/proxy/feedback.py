@@ -137,11 +137,10 @@ def _line(one: Json) -> str:
     """One item as the teacher reads it: a user's words as they are."""
     if not one["text"]:
         return ""
-    place = "The answer" if one["turn"] is None else f"The answer of turn {one['turn']}"
-    return {"edit": f"{place} should have been:\n{one['text']}",
-            "tool_error": f"After it a tool failed: {one['text']}" if one["turn"] is None
-            else f"After turn {one['turn']} a tool failed: {one['text']}",
-            "outcome": f"Outcome: {one['text']}"}.get(one["kind"], one["text"])
+    place = "" if one["turn"] is None else f" of turn {one['turn']}"
+    before = {"edit": f"The answer{place} should have been:\n", "tool_error": f"After the answer{place} a tool failed: ",
+              "outcome": "Outcome: "}
+    return before.get(one["kind"], "") + one["text"]
 
 
 def grade_of(items: Sequence[Json]) -> Grade | None:

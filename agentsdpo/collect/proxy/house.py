@@ -9,7 +9,6 @@ from agentsdpo.chat import ChatFormat
 from agentsdpo.collect.proxy.config import ProxyConfig
 from agentsdpo.collect.proxy.conversation import Prompt
 from agentsdpo.collect.proxy.line import Sampled
-from agentsdpo.collect.proxy.reading import cut
 from agentsdpo.collect.proxy.refusals import Refused, UpstreamError
 from agentsdpo.collect.proxy.room import Room
 from agentsdpo.collect.proxy.shapes import (
@@ -22,7 +21,7 @@ from agentsdpo.collect.proxy.shapes import (
     text_logprobs,
 )
 from agentsdpo.collect.proxy.shelf import Shelf, make_shelf
-from agentsdpo.collect.proxy.upstream import Upstream
+from agentsdpo.collect.proxy.upstream import Upstream, cut
 from agentsdpo.errors import ConfigError, StoreError
 from agentsdpo.replay.formats.redact import Redactor
 from agentsdpo.replay.storage import storage_for
@@ -44,18 +43,20 @@ class House:
     def __init__(self, config: ProxyConfig, chat: ChatFormat, *, vocab_size: int = 0, tenants: bool = False,
                  upstream: Upstream | None = None) -> None:
         self.config, self.chat, self.tenants, self._vocab = config, chat, tenants, vocab_size
-        self.upstream = upstream or Upstream(config.upstream, timeout_s=config.timeout_s, retry_s=config.retry_s)
+        self.upstream = upstream or Upstream(config.upstream, eos_id=chat.eos_id, timeout_s=config.timeout_s,
+                                             retry_s=config.retry_s)
         self.rooms: dict[str, Room] = {}
         self._opening = asyncio.Lock()
         self.recovered = 0
 
     async def open(self) -> None:
-        """Recover what an earlier proxy left behind, then connect to the engine.
+        """Connect to the engine, then recover what an earlier proxy left behind.
 
         Raises:
-            StoreError: a store cannot be opened. UpstreamError: the engine is not there.
+            StoreError: a store cannot be opened. EngineError: the engine is not there.
             ConfigError: the folder holds the store of a proxy with tenants, or without, and this one is otherwise.
         """
+        await self.upstream.open()
         storage = storage_for(self.config.store)
         if self.tenants and storage.exists("STORE.json"):
             raise ConfigError(f"{self.config.store} is itself a store, tenants would have theirs below it",
@@ -64,17 +65,16 @@ class House:
                  or storage.exists(f"{name}/recordings")] if self.tenants else [""]
         for tenant in named:
             await self.room(tenant)
-        await self.upstream.open()
 
     @property
     def name(self) -> str:
         """Model name that clients are told."""
-        return self.config.name or self.upstream.model
+        return self.config.name or self.upstream.known.base
 
     @property
     def window(self) -> int:
         """Longest prompt plus answer, tokens; 0 where nobody says."""
-        both = [n for n in (self.config.window, self.upstream.window) if n]
+        both = [n for n in (self.config.window, self.upstream.known.window) if n]
         return min(both, default=0)
 
     async def room(self, tenant: str) -> Room:
@@ -112,7 +112,7 @@ class House:
     def serving(self, tenant: str) -> str:
         """Name of the model or adapter that the next call of a tenant goes to."""
         if not self.config.adapters:
-            return self.upstream.model
+            return self.upstream.known.base
         return self.upstream.newest(f"{self.config.adapters}-{tenant}" if tenant else self.config.adapters)
 
     # ---------------------------------------------------------------------------------------------------- a call
@@ -166,7 +166,9 @@ class House:
                 raise
             await self.upstream.look()
             sampled = await self._ask(room, prompt, asked, sampling)
-        return replace(sampled, reason=sampled.reason or asked.reason)
+        if asked.reason is None or sampled.completion.untrusted:
+            return sampled
+        return replace(sampled, completion=sampled.completion.model_copy(update={"untrusted": asked.reason}))
 
     async def _ask(self, room: Room, prompt: Prompt, asked: Asked, sampling: Sampling) -> Sampled:
         """One call under the weights that are the tenant's newest now; no other tenant shares its prefix cache."""

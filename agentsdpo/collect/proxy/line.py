@@ -24,14 +24,12 @@ class Sampled:
     """What the engine sampled for one call.
 
     Attributes:
-        completion: ids, log-probs, versions. reason: why it cannot be trained on, where the engine's answer is at
-            fault (:func:`agentsdpo.collect.branch.untrainable` finds the rest).
+        completion: ids, log-probs, versions.
         model: name of the model or adapter that sampled it. text: the engine's own text, where there are no ids.
         top: per token the likeliest alternatives ``(id, log-prob)``; () unless asked for.
     """
 
     completion: Completion
-    reason: str | None = None
     model: str = ""
     text: str | None = None
     top: tuple[tuple[tuple[int, float], ...], ...] = ()
@@ -78,7 +76,7 @@ class Line:
         """Append what one call sampled; what cannot be trusted is kept, with the reason."""
         completion, start = sampled.completion, len(self.ids)
         n = len(completion.token_ids)
-        reason = sampled.reason or untrainable(completion, sampling)
+        reason = untrainable(completion, sampling)
         kind = TokenKind.SAMPLED if reason is None else TokenKind.MASKED if _usable(completion, reason) else \
             TokenKind.UNUSABLE
         logps = [float("nan")] * n if kind == TokenKind.UNUSABLE else list(completion.logprobs)

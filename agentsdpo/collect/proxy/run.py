@@ -26,7 +26,7 @@ def serve(config: ProxyConfig, *, model: str, host: str, port: int, keys: Path |
         host, port: to listen on. keys: file of keys. say: for people.
 
     Raises:
-        ConfigError: keys or binding. ModelError: no tokenizer there. StoreError, UpstreamError, OSError: at the start.
+        ConfigError: keys or binding. ModelError: no tokenizer there. StoreError, EngineError, OSError: at the start.
     """
     known = read_keys(keys)
     check_binding(host, len(known))
@@ -46,9 +46,10 @@ async def _run(proxy: Proxy, host: str, port: int, say: Callable[[str], None]) -
         recovered = proxy.house.recovered
         say(f"listening on http://{host}:{proxy.port}/v1 for {proxy.house.name} at {proxy.config.upstream}"
             + (f"; {recovered} conversations of an earlier proxy recovered" if recovered else ""))
-        if proxy.house.upstream.kind != "processed":
-            say(f"the engine's log-probs are of kind {proxy.house.upstream.kind!r}: nothing can be trained on; start "
-                "it with --logprobs-mode processed_logprobs and VLLM_SERVER_DEV_MODE=1")
+        facts = proxy.house.upstream.known
+        if facts.kind != "processed":
+            say(f"the engine's log-probs are of kind {facts.kind!r}: nothing can be trained on; start it with "
+                "`agentsdpo serve`, or with --logprobs-mode processed_logprobs")
         await stop.wait()
         say("stopping: conversations are written to the store")
     finally:

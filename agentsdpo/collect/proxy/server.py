@@ -58,7 +58,7 @@ class Proxy:
         """Recover what an earlier proxy left, connect to the engine, listen; ``port`` 0 takes a free one.
 
         Raises:
-            StoreError, UpstreamError, OSError: see the parts.
+            StoreError, EngineError, OSError: see the parts.
         """
         await self.house.open()
         self._runner = web.AppRunner(self.app(), access_log=None, handle_signals=False, shutdown_timeout=10.0)

@@ -96,9 +96,10 @@ def test_litellm_whole_and_streamed(stack: Stack, monkeypatch: pytest.MonkeyPatc
     named: dict[str, Any] = {"model": "openai/any", "api_base": f"{stack.url}/c/l/v1", "api_key": KEY, "tools": [TOOL],
                              "num_retries": 0}
     messages: list[Any] = [{"role": "user", "content": "1+1?"}]
-    made = litellm.completion(messages=messages, **named).choices[0].message
+    complete: Any = litellm.completion
+    made = complete(messages=messages, **named).choices[0].message
     messages += [made.model_dump(), {"role": "tool", "tool_call_id": made.tool_calls[0].id, "content": "2"}]
-    parts = list(litellm.completion(messages=messages, stream=True, **named))
+    parts = list(complete(messages=messages, stream=True, **named))
     assert "".join(part.choices[0].delta.content or "" for part in parts) == script("<tool_response>")
     stack.stop_proxy()
     assert [len(branch.calls) for branch in stack.episodes()[0].branches] == [2]

@@ -49,7 +49,7 @@ def default_label(choice: Json) -> None:
 
 @pytest.mark.parametrize(("change", "reason"), [
     (drop_logprob, "length_mismatch"), (sentinel, "logprob_sentinel"), (not_a_number, "logprob_sentinel"),
-    (other_ids, "length_mismatch"), (short_span, "version_unknown"), (default_label, "version_unknown"),
+    (other_ids, "logprobs_misaligned"), (short_span, "version_unknown"), (default_label, "version_unknown"),
     (lambda choice: choice.pop("logprobs"), "no_logprobs"),
     (lambda choice: choice.pop("weight_versions"), "version_unknown")])
 def test_what_cannot_be_trusted_is_kept_with_its_reason(stack: Stack, change: Any, reason: str) -> None:
@@ -134,7 +134,7 @@ def test_a_stumbling_engine_is_asked_again(stack: Stack, fault: Any) -> None:
     if callable(fault):
         answer = stack.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi."}]})
         assert answer.status_code == 502
-        assert "cannot be read" in answer.json()["error"]["message"]
+        assert "cannot be used" in answer.json()["error"]["message"]
     else:
         assert stack.ask("Hi.")["choices"][0]["message"]["content"] == "reply 1"
         ids = [request["request_id"] for request in stack.engine.requests]
@@ -182,7 +182,7 @@ def test_malformed_requests_name_the_field(stack: Stack, body: Json, param: str)
 @pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"\xff\xfe", b'{"messages": "\\ud800"}', b"[" * 100_000])
 def test_bodies_that_are_no_json_object(stack: Stack, raw: bytes) -> None:
     stack.start()
-    answer = httpx.post(f"{stack.url}/v1/chat/completions", content=raw)
+    answer = stack.client.post(f"{stack.url}/v1/chat/completions", content=raw)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "bad_json")
 
 
@@ -192,7 +192,7 @@ def test_a_body_of_100_mb_is_refused_unread(stack: Stack) -> None:
     with socket.create_connection(("127.0.0.1", stack.proxy.port)) as raw:
         raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 104857600\r\n\r\n" + b"x" * 9000)
         assert b" 413 " in raw.recv(4096).split(b"\r\n", 1)[0]
-    chunked = httpx.post(f"{stack.url}/v1/chat/completions", content=iter([b"x" * (1 << 20)] * 9))
+    chunked = stack.client.post(f"{stack.url}/v1/chat/completions", content=iter([b"x" * (1 << 20)] * 9))
     assert (chunked.status_code, chunked.json()["error"]["code"]) == (413, "too_long")
     assert stack.ask("Still there?")
 
@@ -217,13 +217,14 @@ def test_a_client_that_leaves_before_the_answer_loses_nothing_of_the_record(stac
     stack.engine.delay_s = 0.4
     stack.start()
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{stack.url}/c/c/v1/chat/completions", timeout=0.1,
-                   json={"messages": [{"role": "user", "content": "Hi."}]})
+        stack.client.post(f"{stack.url}/c/c/v1/chat/completions", timeout=0.1,
+                          json={"messages": [{"role": "user", "content": "Hi."}]})
     stack.engine.delay_s = 0.0
     again = stack.ask("Hi.", conversation="c")  # the client's own retry, while or after the first is answered
     deadline = time.monotonic() + 10
-    while not stack.close("c") and time.monotonic() < deadline:
+    while (busy := stack.post("/v1/close", {"conversation": "c"})).status_code == 409 and time.monotonic() < deadline:
         time.sleep(0.05)
+    assert busy.json()["ended"] == 1
     (episode,) = stack.episodes()
     assert sum(len(branch.calls) for branch in episode.branches) == 2
     assert again["choices"][0]["message"]["content"] == "reply 1"
