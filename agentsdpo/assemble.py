@@ -10,7 +10,7 @@ from agentsdpo.collect.collector import Collector
 from agentsdpo.collect.inprocess import InProcessEngine
 from agentsdpo.config import RunConfig
 from agentsdpo.errors import ConfigError, RunError, StoreError
-from agentsdpo.hint.sources import CriteriaSource
+from agentsdpo.hint.hinter import Hinter, make_hinter
 from agentsdpo.learn.learner import Learner
 from agentsdpo.learn.load import load_chat, load_model
 from agentsdpo.learn.parallel import Ranks
@@ -37,7 +37,7 @@ class Run(Learning):
     suite: Suite
     engine: InProcessEngine
     collector: Collector
-    hinter: CriteriaSource
+    hinter: Hinter
     spool: Spool
 
     def state(self) -> Json:
@@ -72,7 +72,8 @@ class Run(Learning):
     def keep(self, episodes: list[Episode]) -> list[Episode]:
         """Give fresh episodes their hints and store those that were scored; returns these."""
         scored = [e for e in episodes if e.branches and e.grade is not None]
-        hinted = [e.model_copy(update={"hint": self.hinter.hint(e)}) for e in scored]
+        hints = self.hinter.hints(scored)
+        hinted = [e.model_copy(update={"hint": hint}) for e, hint in zip(scored, hints, strict=True)]
         self.store.append(hinted)
         self.spool.seal(e.episode_id for e in episodes)
         return hinted
@@ -129,7 +130,7 @@ def assemble(config: RunConfig, out: Path | str, *, resume: bool = False, ranks:
                       max_staleness=config.learn.max_staleness, chat_template_sha256=chat.template_sha256,
                       index=SideIndex(folder.uses, store.about["store_id"]))
     return Run(config=config, folder=folder, chat=chat, suite=suite, engine=engine, collector=collector,
-               hinter=CriteriaSource(config.hint, author=f"{suite.name} grader"), store=store, spool=collector.spool,
+               hinter=make_hinter(config.hint, suite), store=store, spool=collector.spool,
                sampler=sampler, learner=learner, registry=registry)
 
 

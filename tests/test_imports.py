@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("envs", "replay", "collect", "hint", "learn", "publish", "programs", "benchmarks")
 BASE = ("__init__", "record", "types", "errors", "chat", "files", "settings", "settings_io", "metrics")
-RANKS = {"envs": 1, "replay": 1, "collect": 2, "hint": 2, "learn": 2, "publish": 2, "loop": 4, "demo": 4,
+RANKS = {"envs": 1, "replay": 1, "collect": 2, "hint": 2.5, "learn": 2, "publish": 2, "loop": 4, "demo": 4,
          "programs": 4, "cli": 5, "benchmarks": 5, **dict.fromkeys(BASE, 0)}
 BETWEEN = 3
 """Modules at the top of the package that are not named above (configuration, reports, ...): rooms below, loop above."""
@@ -50,7 +50,7 @@ def home(name: str) -> str:
         ROOT / "agentsdpo" / f"{parts[1]}.py").is_file()) else "__init__"
 
 
-def rank(place: str) -> int:
+def rank(place: str) -> float:
     return RANKS.get(place, BETWEEN)
 
 

@@ -1,83 +1,139 @@
-"""Where hints come from. First source: the grader's feedback on the criteria of this very attempt.
+"""Where hints come from. Each source reads one episode and says what it knows about it, or nothing.
 
-A row whose hint cannot be made is dropped and counted, never given an empty hint: with nothing to read the teacher
-equals the student, the gap is zero, and the fault would hide in a healthy-looking loss.
+Rationales of a grader are for the audit and never become part of a hint.
 """
 
-from collections import Counter
+import json
+from collections.abc import Iterator
+from typing import Protocol
 
-from agentsdpo.errors import TrainForbidden
 from agentsdpo.hint.config import HintConfig
-from agentsdpo.types import Episode, Hint
-
-DROPS = ("forbidden", "unscored", "silent")
-"""Why an episode gets no hint: its task may not be trained on; it has no grade; its grade says too little."""
+from agentsdpo.types import Episode, Hint, Json, Suite, Task
 
 
-def criteria_hint(episode: Episode, config: HintConfig, *, author: str) -> Hint | None:
-    """The hint of one graded episode: the grader's own words, or None when they say too little.
+class Source(Protocol):
+    """Writes hints."""
 
-    Rationales are for the audit and never become part of a hint.
+    def see(self, episode: Episode) -> None:
+        """An episode exists; sources that learn from others remember it."""
+        ...
+
+    async def write(self, episode: Episode) -> Hint | None:
+        """The hint of one episode that may be trained on; None when there is nothing to say."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of what belongs to this event loop."""
+        ...
+
+
+class Alone:
+    """A source that goes by nothing but the episode."""
+
+    def see(self, episode: Episode) -> None:
+        """Nothing is remembered."""
+
+    async def close(self) -> None:
+        """Nothing is held."""
+
+
+class Criteria(Alone):
+    """The grader's own words on this attempt; level and scope were the grader's when it wrote them.
 
     Args:
-        episode: must be of a task that may be trained on.
-        config: the least length; level and scope were the grader's when it wrote the feedback.
-        author: the grader's name or the judge's model id, recorded in the hint.
-
-    Raises:
-        TrainForbidden: the episode's task does not allow training; a hint is training data.
-    """
-    if not episode.train_allowed:
-        raise TrainForbidden(f"a hint was asked for episode {episode.episode_id} of task {episode.task_id}, which has "
-                             "train_allowed=False", fix="train on a suite whose licence allows it")
-    text = episode.grade.feedback.strip() if episode.grade else ""
-    if len(text) < config.min_chars:
-        return None
-    return Hint(text=text, source="criteria", author=author)
-
-
-class CriteriaSource:
-    """Hints from criteria for a stream of episodes; keeps count of what it made and what it dropped.
-
-    An episode that already carries a hint keeps it: it was written when the attempt was graded.
-
-    Args:
-        config: the least length of a hint.
         author: the grader's name or the judge's model id.
 
+    >>> import asyncio
     >>> from agentsdpo.types import Grade, StopReason
     >>> episode = Episode(episode_id="e", task_id="t", env_id="desk", branches=(), stop_reason=StopReason.COMPLETED,
-    ...                   train_allowed=True, grade=Grade.of([], feedback="For tax work: unit k_usd."))
-    >>> source = CriteriaSource(HintConfig(), author="desk-grader")
-    >>> source.hint(episode).text
+    ...                   grade=Grade.of([], feedback="For tax work: unit k_usd."))
+    >>> asyncio.run(Criteria("desk grader").write(episode)).text
     'For tax work: unit k_usd.'
-    >>> source.hint(episode.model_copy(update={"train_allowed": False})) is None
-    True
-    >>> source.metrics()
-    {'hint/made': 1.0, 'hint/dropped_frac': 0.5, 'hint/novelty': 1.0}
     """
 
-    def __init__(self, config: HintConfig, *, author: str) -> None:
-        self.config, self.author = config, author
-        self.counts: Counter[str] = Counter()
-        self._texts: set[str] = set()
+    def __init__(self, author: str) -> None:
+        self.author = author
 
-    def hint(self, episode: Episode) -> Hint | None:
-        """The hint of one episode; None when it is dropped, with the reason counted (see :data:`DROPS`)."""
-        drop = "forbidden" if not episode.train_allowed else ""
-        hint = None if drop else episode.hint or criteria_hint(episode, self.config, author=self.author)
-        if hint is None:
-            self.counts[drop or ("silent" if episode.grade else "unscored")] += 1
+    async def write(self, episode: Episode) -> Hint | None:
+        """The feedback of the grade."""
+        text = episode.grade.feedback.strip() if episode.grade else ""
+        return Hint(text=text, source="criteria", author=self.author) if text else None
+
+
+class Feedback(Alone):
+    """What the environment itself complained about: each different error a tool answered with, and the call it met.
+
+    A tool's answer counts as an error when it begins with ``error``, as those of this package do.
+    """
+
+    def __init__(self, config: HintConfig) -> None:
+        self.config = config
+
+    async def write(self, episode: Episode) -> Hint | None:
+        """The errors, oldest first, as far as they fit."""
+        lines = [f"- {said} answered: {answer}" for said, answer in calls_of(episode) if answer.startswith("error")]
+        if not lines:
             return None
-        self.counts["made"] += 1
-        self._texts.add(hint.text)
-        return hint
+        text = fitted(["These calls failed, avoid them:", *dict.fromkeys(lines)], self.config.max_chars)
+        return Hint(text=text, source="feedback", author=episode.env_id)
 
-    def metrics(self, *, reset: bool = True) -> dict[str, float]:
-        """Counts since the last reset: hints made, share of episodes dropped, share of distinct texts."""
-        made, seen = self.counts["made"], sum(self.counts.values())
-        values = {"hint/made": float(made), "hint/dropped_frac": 1.0 - made / seen if seen else 0.0,
-                  "hint/novelty": len(self._texts) / made if made else 0.0}
-        if reset:
-            self.counts, self._texts = Counter(), set()
-        return values
+
+class Expert(Alone):
+    """What an expert knows about the task, whatever came of the attempt: the right answer, or a demonstration.
+
+    Args:
+        suite: has ``gold(task)`` or ``demo(task)``, which return a text; "" when there is none.
+        kind: ``gold`` or ``demo``.
+        config: the longest text.
+    """
+
+    def __init__(self, suite: Suite, kind: str, config: HintConfig) -> None:
+        self.suite, self.kind, self.config = suite, kind, config
+
+    async def write(self, episode: Episode) -> Hint | None:
+        """Answer-bearing by definition; None when the episode does not say which task of the suite it is of."""
+        task = self._task(episode)
+        text = getattr(self.suite, self.kind)(task).strip() if task else ""
+        if not text:
+            return None
+        head = "The right answer:" if self.kind == "gold" else "An expert did this task like this:"
+        return Hint(text=fitted([head, *text.splitlines()], self.config.max_chars), answer_bearing=True,
+                    source="gold" if self.kind == "gold" else "demo", author=f"{self.suite.name} expert")
+
+    def _task(self, episode: Episode) -> Task | None:
+        split, index = episode.metadata.get("split"), episode.metadata.get("index")
+        task = self.suite.task(split, index) if isinstance(split, str) and isinstance(index, int) else None
+        return task if task and task.task_id == episode.task_id else None
+
+
+def calls_of(episode: Episode) -> Iterator[tuple[str, str]]:
+    """Every tool call of an episode as text, with the answer it got."""
+    said: dict[str, str] = {}
+    for message in episode.messages:
+        for call in message.get("tool_calls") or ():
+            said[call["id"]] = call_text(call["function"])
+        if message["role"] == "tool":
+            yield said.get(message.get("tool_call_id", ""), "a call"), str(message["content"])
+
+
+def call_text(function: Json) -> str:
+    """One call in short.
+
+    >>> call_text({"name": "submit", "arguments": {"answer": "done"}}), call_text({"name": "f", "arguments": "{"})
+    ('submit {"answer": "done"}', 'f {')
+    """
+    arguments = function["arguments"]
+    return f"{function['name']} {arguments if isinstance(arguments, str) else json.dumps(arguments)}"
+
+
+def fitted(lines: list[str], limit: int) -> str:
+    """Whole lines from the first on, as many as ``limit`` characters hold; what is left out is said.
+
+    >>> fitted(["one", "two", "three hundred"], 14)
+    'one\\ntwo\\n[...]'
+    """
+    text = "\n".join(lines)
+    while len(text) > limit and len(lines) > 1:
+        lines = lines[:-1]
+        text = "\n".join([*lines, "[...]"])
+    return text[:limit]

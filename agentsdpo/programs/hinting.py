@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from agentsdpo.config import RunConfig
-from agentsdpo.hint.sources import CriteriaSource
+from agentsdpo.hint.hinter import Hinter, make_hinter
 from agentsdpo.programs.flow import HINTS, TTL_S, episodes_in
 from agentsdpo.replay.ids import Key
 from agentsdpo.replay.log import Located
@@ -35,14 +35,14 @@ class HintWriter:
 
     Args:
         store: read, and added to.
-        source: makes the hints.
+        hinter: makes the hints.
 
     Attributes:
         written, silent: hints written; episodes for which there is nothing to say.
     """
 
-    def __init__(self, store: ReplayStore, source: CriteriaSource) -> None:
-        self.store, self.source = store, source
+    def __init__(self, store: ReplayStore, hinter: Hinter) -> None:
+        self.store, self.hinter = store, hinter
         self.written = self.silent = 0
         self._looked: set[tuple[str, str]] = set()
         self._pinned = float("-inf")
@@ -68,13 +68,11 @@ class HintWriter:
                 if (row.content_sha256, row.status) not in self._looked and Slot("hint", key) not in view.late.latest)
 
     def _write(self, view: Snapshot, names: list[tuple[str, int]]) -> None:
-        hints: dict[Key | str, Hint] = {}
-        for episode in view.gather(names):
-            hint = None if episode.hint else self.source.hint(episode)
-            if hint is not None:
-                hints[episode.episode_id] = hint
-            self.silent += hint is None and episode.hint is None
+        bare = [episode for episode in view.gather(names) if not episode.hint]
+        found = zip(bare, self.hinter.hints(bare), strict=True)
+        hints: dict[Key | str, Hint] = {episode.episode_id: hint for episode, hint in found if hint}
         self.store.add_hints(hints)
+        self.silent += len(bare) - len(hints)
         self.written += len(hints)
 
 
@@ -96,7 +94,7 @@ def write_hints(config: RunConfig, uri: Path | str, *, follow: bool = False,
         KeyboardInterrupt: interrupted; all hints made are in the store.
     """
     store = ReplayStore.open(uri, create=False)
-    writer = HintWriter(store, CriteriaSource(config.hint, author=f"{make_suite(config).name} grader"))
+    writer = HintWriter(store, make_hinter(config.hint, make_suite(config)))
     told = 0.0
     try:
         while True:

@@ -1,13 +1,16 @@
 """Tasks of the desk world by split: who is seen in training, and which one axis each test split holds out."""
 
+import json
 from typing import Any
 
 from agentsdpo.envs.desk import families, text, world
+from agentsdpo.envs.desk.agents import oracle
 from agentsdpo.envs.desk.env import DeskEnv
 from agentsdpo.envs.desk.firm import Firm
 from agentsdpo.envs.desk.grade import DeskGrader, rubric
+from agentsdpo.envs.desk.tools import SPECS
 from agentsdpo.errors import ConfigError
-from agentsdpo.types import Budget, Task
+from agentsdpo.types import Budget, Json, Task, ToolCall
 
 SPLITS = ("train", "val", "test_world", "test_names", "test_period", "test_n", "test_firm")
 _FIRST_WORLD = {"train": (0, 1000), "val": (1_000, 100), "test_world": (10_000, 200), "test_names": (1_000, 100),
@@ -79,6 +82,34 @@ class DeskSuite:
         """A fresh desk."""
         return DeskEnv()
 
+    def gold(self, task: Task) -> str:
+        """What the expert's answer to the task is: where it files which figure and whom it tells."""
+        done = [step for step in self._expert(task) if SPECS[step[0]].mutates]
+        return "\n".join(call_line(name, arguments) for name, arguments in done)
+
+    def demo(self, task: Task) -> str:
+        """Every call of the expert, in order."""
+        return "\n".join(call_line(name, arguments) for name, arguments in self._expert(task))
+
+    def _expert(self, task: Task) -> list[families.Step]:
+        """The calls of an agent that knows the rules."""
+        env, agent, steps, answer = DeskEnv(), oracle(task, self.firm), list[families.Step](), None
+        env.start(task)
+        while not env.done():
+            steps.append(agent.step(answer))
+            name, arguments = steps[-1]
+            answer = env.apply(ToolCall(id="", name=name, arguments=arguments)).content
+        return steps
+
     def grader(self) -> DeskGrader:
         """The grader of this firm."""
         return DeskGrader(self.firm, level=self.feedback_level, scope=self.hint_scope)
+
+
+def call_line(name: str, arguments: Json) -> str:
+    """One call in short.
+
+    >>> call_line("submit", {"answer": "done"})
+    'submit {"answer": "done"}'
+    """
+    return f"{name} {json.dumps(arguments)}"

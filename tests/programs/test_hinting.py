@@ -11,7 +11,8 @@ import pytest
 
 from agentsdpo.errors import StoreError
 from agentsdpo.hint.config import HintConfig
-from agentsdpo.hint.sources import CriteriaSource
+from agentsdpo.hint.hinter import Hinter
+from agentsdpo.hint.sources import Criteria
 from agentsdpo.programs.flow import looked_at
 from agentsdpo.programs.hinting import HintWriter, write_hints
 from agentsdpo.replay.example import episode
@@ -33,7 +34,7 @@ def store(tmp_path: Path) -> ReplayStore:
 
 
 def writer(store: ReplayStore) -> HintWriter:
-    return HintWriter(store, CriteriaSource(HintConfig(), author="grader"))
+    return HintWriter(store, Hinter({"criteria": Criteria("grader")}, HintConfig()))
 
 
 def test_it_writes_what_is_missing_and_says_how_far_it_is(store: ReplayStore) -> None:
