@@ -19,14 +19,17 @@ class Engine(Protocol):
         context_window: longest prompt plus completion, in tokens.
         vocab_size: ids lie in ``[0, vocab_size)``.
         eos_ids: ids that end a completion; the id itself is part of the completion.
-        records_kept: whether truncated sampling (top-p, top-k) comes with its kept set.
     """
 
     name: str
     context_window: int
     vocab_size: int
     eos_ids: tuple[int, ...]
-    records_kept: bool
+
+    @property
+    def records_kept(self) -> bool:
+        """Whether truncated sampling comes with its kept set."""
+        ...
 
     @property
     def version(self) -> int:
