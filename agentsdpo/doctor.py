@@ -242,31 +242,42 @@ class _Patient:
         return f"the same weights were swapped in within {pause:.2f} s and answer as before ({off:.2g} nats)"
 
     def disk(self) -> str:
-        storage = storage_for(self.store)
-        for finding in examine_storage(storage):
-            if finding.needed and not finding.good:
-                raise _Bad(f"{self.store} cannot keep a store: {finding.what}", finding.fix)
         if "://" in self.store:
+            _demand(self.store, self.store)
             return f"{self.store} keeps what a store needs"
-        free, delay = shutil.disk_usage(self.store).free, _fsync_s(Path(self.store))
+        place = Path(self.store).resolve()
+        here = next(folder for folder in (place, *place.parents) if folder.is_dir())
+        try:
+            with tempfile.TemporaryDirectory(dir=here, prefix=".agentsdpo-doctor-") as inside:
+                _demand(inside, self.store)
+                free, delay = shutil.disk_usage(inside).free, _fsync_s(Path(inside))
+        except OSError as error:
+            raise _Bad(f"nothing can be written in {here}: {error.strerror}", "choose another folder for the store"
+                       ) from error
         if free < LITTLE_BYTES:
-            raise _Bad(f"{free / 2**20:.0f} MiB are free in {self.store}", "make room before episodes are collected")
+            raise _Bad(f"{free / 2**20:.0f} MiB are free in {here}", "make room before episodes are collected")
         if delay > SLOW_FSYNC_S:
-            raise _Bad(f"an fsync in {self.store} takes {delay * 1000:.0f} ms, and every turn of an episode waits for "
-                       "two", "keep the store on a local disk, or set replay.durability to episode")
-        return f"{free / 2**30:.0f} GiB free, fsync {delay * 1000:.1f} ms"
+            raise _Bad(f"an fsync in {here} takes {delay * 1000:.0f} ms, and every turn of an episode waits for two",
+                       "keep the store on a local disk, or set replay.durability to episode")
+        return f"{free / 2**30:.0f} GiB free in {here}, fsync {delay * 1000:.1f} ms"
+
+
+def _demand(place: str, store: str) -> None:
+    """Raise when a place breaks a promise that a store is built on."""
+    for finding in examine_storage(storage_for(place)):
+        if finding.needed and not finding.good:
+            raise _Bad(f"{store} cannot keep a store: {finding.what}", finding.fix)
 
 
 def _fsync_s(folder: Path) -> float:
     """Median seconds of an fsync of 64 KiB in a folder."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".agentsdpo-doctor-") as inside:
-        times = []
-        for i in range(7):
-            path = Path(inside) / str(i)
-            path.write_bytes(b"x" * 65536)
-            began = time.perf_counter()
-            sync(path)
-            times.append(time.perf_counter() - began)
+    times = []
+    for i in range(7):
+        path = folder / f"probe-{i}"
+        path.write_bytes(b"x" * 65536)
+        began = time.perf_counter()
+        sync(path)
+        times.append(time.perf_counter() - began)
     return statistics.median(times)
 
 

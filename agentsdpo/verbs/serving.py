@@ -39,7 +39,8 @@ def serve(
                            tuple(extra or ()))
     if host not in (LOOPBACK, "localhost", "::1"):
         typer.echo(f"agentsdpo: {host} is no loopback address: whoever reaches it can replace the weights", err=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # an end by a job controller must not orphan the server
+    for number in (signal.SIGINT, signal.SIGTERM):  # an end by a job controller must not orphan the server either
+        signal.signal(number, signal.default_int_handler)
     try:
         with Server.start(options, log=log, tell=_waiting(options.model)) as server:
             about = {"url": server.url, "model": name, "pid": server.pid, "log": str(server.log)}

@@ -145,7 +145,7 @@ class Asker:
 def unreachable(url: str, error: Exception) -> Passing:
     """The error of a connection that broke, or never was."""
     return Passing(f"{url} broke off or cannot be reached: {type(error).__name__} {error}".rstrip(),
-                   fix=f"start it, or look into its log; then: agentsdpo doctor {url}", lost=True)
+                   fix=f"start it with agentsdpo serve, or look into its log; agentsdpo doctor {url} tells more", lost=True)
 
 
 def decoded(address: str, status: int, data: bytes, retry_after: str) -> Any:
