@@ -124,13 +124,21 @@ class _Run:
         return loss, seen, hidden, head
 
     def _logits(self, teacher: bool = True) -> Iterator[tuple[slice, list[Tensor]]]:
-        """Chunk after chunk: its rows, and the logits of both sides in buffers that are used again and written over."""
-        n, side = len(self.tokens.tok), (self.student, self.teacher) if teacher else (self.student,)
-        buffers = [logits_buffer(min(self.chunk or n, n), head.hidden, head.weight) for head in side]
-        for start in range(0, n, self.chunk or n):
-            rows = slice(start, min(start + (self.chunk or n), n))
-            yield rows, [logits_into(buffer[:rows.stop - start], head.hidden[rows], head.weight)
-                         for head, buffer in zip(side, buffers, strict=True)]
+        """Chunk after chunk: its rows, and the logits of both sides in a buffer that is used again and written over.
+
+        Sides under one head share a product: twice the rows read the head once.
+        """
+        n, sides = len(self.tokens.tok), [self.student, self.teacher] if teacher else [self.student]
+        one = len(sides) == 2 and _same(self.student.weight, self.teacher.weight)
+        rows = min(self.chunk or n, n)
+        buffers = [logits_buffer(rows * (1 + one), head.hidden, head.weight) for head in sides[:2 - one]]
+        for start in range(0, n, rows):
+            own = slice(start, min(start + rows, n))
+            hidden = [head.hidden[own] for head in sides]
+            hidden = [torch.cat(hidden)] if one else hidden
+            found = [logits_into(buffer[:len(h)], h, head.weight)
+                     for buffer, h, head in zip(buffers, hidden, sides, strict=False)]
+            yield own, list(found[0].chunk(2)) if one else found
 
     def _blocks(self, rows: slice) -> list[slice]:
         return [slice(at, min(at + self.block, rows.stop)) for at in range(rows.start, rows.stop, self.block)]
@@ -139,7 +147,8 @@ class _Run:
                later: bool, needs_hidden: bool) -> TokenScores:
         """Scores of a block of rows; the gradient of its logits takes the place of the student's logits."""
         log_p, log_q = self._log_probs(rows, z_s), self._log_probs(rows, z_t)
-        seen, dz = self._scores(rows, log_p, log_q)
+        p, q = log_p.exp(), log_q.exp()
+        seen, dz = self._scores(rows, log_p, log_q, p, q)
         if not needs_hidden:
             return seen
         a = b = None
@@ -151,7 +160,7 @@ class _Run:
         if dz is not None:
             slopes.append(dz if a is None else dz.mul_(a[:, None]))
         if self.terms.token:
-            own = token_slope(log_p, self.tokens.tok[rows], _rows(self.tokens.kept, rows))
+            own = token_slope(log_p, self.tokens.tok[rows], _rows(self.tokens.kept, rows), p=p)
             slopes.append(own if b is None else own.mul_(b[:, None]))
         total = slopes[0] if len(slopes) == 1 else slopes[0].add_(slopes[1])
         z_s.copy_(total if self.tokens.temperature is None else total.div_(self.tokens.temperature[rows, None]))
@@ -163,18 +172,19 @@ class _Run:
             z = z.to(self.wide) / self.tokens.temperature[rows, None]
         return log_softmax(z)
 
-    def _scores(self, rows: slice, log_p: Tensor, log_q: Tensor) -> tuple[TokenScores, Tensor | None]:
+    def _scores(self, rows: slice, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor,
+                ) -> tuple[TokenScores, Tensor | None]:
         """What a block says about its tokens, and the gradient of its divergence where there is one."""
         tok, kept, terms = self.tokens.tok[rows], _rows(self.tokens.kept, rows), self.terms
         nothing = log_p.new_zeros(len(tok))
         value, dz, tail_s, tail_t = nothing, None, nothing, nothing
         if terms.divergence:
             value, dz, tail_s, tail_t = divergence_slope(log_p, log_q, beta=terms.beta, jsd_scale=terms.jsd_scale,
-                                                         support=terms.support, top_k=terms.top_k)
+                                                         support=terms.support, top_k=terms.top_k, p=p, q=q)
         return TokenScores(
             student_logp=token_logp(log_p, tok, kept), teacher_logp=token_logp(log_q, tok, kept), divergence=value,
-            tail_student=tail_s, tail_teacher=tail_t, entropy_student=entropy(log_p), entropy_teacher=entropy(log_q),
-            top1_agree=top1_agree(log_p, log_q)), dz
+            tail_student=tail_s, tail_teacher=tail_t, entropy_student=entropy(log_p, p),
+            entropy_teacher=entropy(log_q, q), top1_agree=top1_agree(log_p, log_q)), dz
 
     def _look_ahead(self, weigh: Weigh) -> tuple[Tensor, Tensor]:
         """Log-probs of all tokens before any gradient: the teacher's only if weights depend on them, else zeros."""
@@ -191,3 +201,8 @@ class _Run:
 
 def _rows(tensor: Tensor | None, rows: slice) -> Tensor | None:
     return None if tensor is None else tensor[rows]
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    """Whether two heads are one: the same numbers in the same place."""
+    return left.data_ptr() == right.data_ptr() and left.shape == right.shape and left.stride() == right.stride()

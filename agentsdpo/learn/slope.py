@@ -16,17 +16,20 @@ The sampled token: ``d(-log p(y))/dz_i = p_i - 1[i = y]`` over the ids it was dr
 import torch
 from torch import Tensor
 
-from agentsdpo.learn.divergence import Scale, Support, buckets, support_ids
+from agentsdpo.learn.divergence import ABSENT, Scale, Support, buckets, support_ids
 
 _FAR = 80.0
 """Log-ratio of teacher and student above which exp would overflow; there ``log(m/q)`` is ``log beta`` to all digits."""
+_TINY = {torch.float32: 1e-30, torch.float64: 1e-300}
+"""Mass of a tail that is summed from probabilities; a smaller one is the logsumexp of their logarithms."""
 
 
-def slope(log_p: Tensor, log_q: Tensor, *, beta: float, jsd_scale: Scale) -> tuple[Tensor, Tensor, Tensor]:
+def slope(log_p: Tensor, log_q: Tensor, *, beta: float, jsd_scale: Scale, p: Tensor | None = None,
+          q: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Divergence [R] in nats, ``g`` [R, B] and its sum ``G`` [R, 1] of two log-distributions over the same buckets.
 
     All three vanish exactly where the two are bit for bit the same, but for ``g = -q`` and ``G = -1`` of forward KL,
-    which cancel against each other.
+    which cancel against each other. ``p`` and ``q``: exp of the two, where they are at hand.
 
     >>> p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
     >>> value, g, total = slope(p, q, beta=0.0, jsd_scale="unit")
@@ -34,16 +37,17 @@ def slope(log_p: Tensor, log_q: Tensor, *, beta: float, jsd_scale: Scale) -> tup
     tensor([[ 0.2500, -0.2500]])
     """
     if beta == 0.0:
-        q = log_q.exp()
+        q = log_q.exp() if q is None else q
         return torch.linalg.vecdot(q, log_q - log_p), -q, q.new_full((len(q), 1), -1.0)
     if beta == 1.0:
-        g = log_p.exp().mul_(log_p - log_q)
+        g = (log_p - log_q).mul_(log_p.exp() if p is None else p)
         value = g.sum(-1)
         return value, g, value[:, None]
     apart = (log_q - log_p).clamp_max_(_FAR)
-    mixed = torch.expm1(apart).mul_(beta).log1p_()  # log m - log p
-    g = log_p.exp().mul_(mixed)
-    value = beta * torch.linalg.vecdot(log_q.exp(), apart.sub_(mixed)) - (1.0 - beta) * g.sum(-1)
+    mixed = torch.expm1(apart).mul_(beta).log1p_()  # log m - log p, to all digits where the two are close
+    g = mixed * (log_p.exp() if p is None else p)
+    q = log_q.exp() if q is None else q
+    value = beta * torch.linalg.vecdot(q, apart.sub_(mixed)) - (1.0 - beta) * g.sum(-1)
     g.mul_(beta - 1.0)
     if jsd_scale == "unit":
         value, g = value / (beta * (1.0 - beta)), g.div_(beta * (1.0 - beta))
@@ -51,36 +55,56 @@ def slope(log_p: Tensor, log_q: Tensor, *, beta: float, jsd_scale: Scale) -> tup
 
 
 def divergence_slope(log_p: Tensor, log_q: Tensor, *, beta: float, jsd_scale: Scale, support: Support,
-                     top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+                     top_k: int, p: Tensor | None = None, q: Tensor | None = None,
+                     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Divergence of each row and its gradient with respect to the student's logits.
+
+    Args:
+        log_p: student, [R, V].
+        log_q: teacher, [R, V].
+        beta, jsd_scale, support, top_k: see :func:`~agentsdpo.learn.divergence.divergence`.
+        p, q: exp of the two, where they are at hand; left as they are.
 
     Returns:
         ``D`` [R], ``dD/dz`` [R, V], and the mass off the support on both sides, [R] each (zero when it is full).
     """
+    p, q = log_p.exp() if p is None else p, log_q.exp() if q is None else q
     if support == "full":
-        value, g, total = slope(log_p, log_q, beta=beta, jsd_scale=jsd_scale)
+        value, g, total = slope(log_p, log_q, beta=beta, jsd_scale=jsd_scale, p=p, q=q)
         nothing = torch.zeros_like(value)
-        return value, g.sub_(log_p.exp().mul_(total)), nothing, nothing
+        return value, g.addcmul_(p, total, value=-1.0), nothing, nothing
     ids, absent = support_ids(log_p, log_q, support, top_k)
-    own, other = buckets(log_p, ids, absent), buckets(log_q, ids, absent)
+    own, other = _buckets(log_p, p, ids, absent), _buckets(log_q, q, ids, absent)
     value, g, total = slope(own, other, beta=beta, jsd_scale=jsd_scale)
-    p = own.exp()
-    each = g.sub_(p * total)
-    dz = (log_p - own[:, -1:]).clamp_max_(0.0).exp_()  # p_i / p_tail; rows of the support are written over below
-    dz.mul_(each[:, -1:]).scatter_(1, ids, 0.0)
+    mass, tail = own.exp(), own[:, -1:]
+    each = g.addcmul_(mass, total, value=-1.0)
+    if bool((mass[:, -1] >= _TINY[p.dtype]).all()):
+        dz = p * (each[:, -1:] / mass[:, -1:])  # rows of the support are written over below
+    else:
+        dz = (log_p - tail).clamp_max_(0.0).exp_().mul_(each[:, -1:])
+    dz.scatter_(1, ids, 0.0)
     dz.scatter_add_(1, ids, each[:, :-1].masked_fill(absent, 0.0))
-    return value, dz, p[:, -1], other[:, -1].exp()
+    return value, dz, mass[:, -1], other[:, -1].exp()
 
 
-def token_slope(log_p: Tensor, tok: Tensor, kept: Tensor | None) -> Tensor:
+def _buckets(log_probs: Tensor, probs: Tensor, ids: Tensor, absent: Tensor) -> Tensor:
+    """:func:`~agentsdpo.learn.divergence.buckets` from probabilities at hand: one pass over them instead of three."""
+    tail = probs.scatter(1, ids, 0.0).sum(-1, keepdim=True)
+    if bool((tail < _TINY[probs.dtype]).any()):
+        return buckets(log_probs, ids, absent)
+    return torch.cat([log_probs.gather(1, ids).masked_fill(absent, ABSENT), tail.log_()], dim=1)
+
+
+def token_slope(log_p: Tensor, tok: Tensor, kept: Tensor | None, *, p: Tensor | None = None) -> Tensor:
     """Gradient [R, V] of ``-log p(tok)`` with respect to the logits, p taken over ``kept`` where it is given.
 
     Args:
         log_p: [R, V], normalised over the vocabulary.
         tok: int64[R].
         kept: int64[R, K] padded with -1; a row of -1 was not truncated.
+        p: exp of ``log_p`` where it is at hand; the gradient may take its place.
     """
-    p = log_p.exp()
+    p = log_p.exp() if p is None else p
     if kept is not None:
         drawn_from = torch.zeros_like(p, dtype=torch.bool).scatter_(1, kept.clamp_min(0), kept >= 0)
         # a padded entry must not unset id 0, which the line above may have written in either order

@@ -78,8 +78,8 @@ def step() -> Iterator[Figure]:
 
 def context() -> Iterator[Figure]:
     """The longest episode a step has room for in 8 GiB, from a line through measured peaks of the whole process."""
-    mine = _longest("long_ours", (2048, 4096, 8192), {"forward_tokens": 1 << 20})
-    peer = _longest("long_dense", (512, 1024, 2048), {})
+    mine = _longest("long_ours", (4096, 8192, 16_384), {"forward_tokens": 1 << 20})
+    peer = _longest("long_dense", (1024, 2048, 3072), {})
     about = {"shape": LONG, "loss_share": SHARE, "budget_mib": BUDGET_MIB, "adapter_rank": 16}
     yield Figure("context_8gib_vs_dense", round(mine[0] / peer[0], 1), "ratio", "dense loss, nothing recomputed",
                  {**about, "tokens": mine[0], "peer_tokens": peer[0], "mib": mine[1], "peer_mib": peer[1]})
