@@ -131,28 +131,23 @@ class VllmControl:
 
     # -------------------------------------------------------------------------------------------------- what it says
 
-    def sample(self, model: str, prompt: Sequence[int], n: int) -> tuple[list[int], list[float]]:
-        """Sample ``n`` tokens after a prompt, at temperature 1 and through the prefix cache: ids and log-probs.
+    def sample(self, model: str, prompt: Sequence[int], n: int, *, temperature: float = 1.0
+               ) -> tuple[list[int], list[float]]:
+        """Sample ``n`` tokens after a prompt, through the prefix cache: ids, and log-probs at temperature 1.
+
+        Without a seed, and never ``prompt_logprobs``: both have ended servers that were busy (vLLM 0.32 on CPUs).
 
         Raises:
             PushError: ids and log-probs do not match up.
         """
-        choice = self._complete(model, prompt, max_tokens=n, logprobs=0, return_token_ids=True, ignore_eos=True)
+        body = {"model": model, "prompt": list(prompt), "max_tokens": n, "temperature": temperature, "logprobs": 0,
+                "return_token_ids": True, "ignore_eos": True}
+        choice = self._call("POST", "/v1/completions", json=body)["choices"][0]
         ids, logps = choice.get("token_ids") or [], (choice.get("logprobs") or {}).get("token_logprobs") or []
         if len(ids) != n or len(logps) != n:
             raise PushError(f"{self.url} answered a probe of {n} tokens with {len(ids)} ids and {len(logps)} log-probs",
                             fix="use a vLLM that returns token ids (0.11 or newer)")
         return ids, logps
-
-    def score(self, model: str, ids: Sequence[int]) -> list[float]:
-        """Log-probs of all ids but the first, computed anew: the prefix cache is not read."""
-        choice = self._complete(model, ids, max_tokens=1, prompt_logprobs=0)
-        rows: list[Json] = (choice.get("prompt_logprobs") or [{}])[1:]
-        return [float(row[str(token)]["logprob"]) for token, row in zip(ids[1:], rows, strict=True)]
-
-    def _complete(self, model: str, prompt: Sequence[int], **more: Any) -> Json:
-        body = {"model": model, "prompt": list(prompt), "temperature": 1.0, **more}
-        return self._call("POST", "/v1/completions", json=body)["choices"][0]
 
     # ---------------------------------------------------------------------------------------------------- transport
 

@@ -13,7 +13,17 @@ from dataclasses import dataclass
 
 from agentsdpo.errors import PushError
 from agentsdpo.publish.control import ServerGone, VllmControl
-from agentsdpo.publish.push import BOUND, Connect, Outcome, PushReport, Round, Scorer, mean_difference, parity
+from agentsdpo.publish.push import (
+    BOUND,
+    PROBED,
+    Connect,
+    Outcome,
+    PushReport,
+    Round,
+    Scorer,
+    mean_difference,
+    parity,
+)
 from agentsdpo.publish.registry import PolicyRegistry
 from agentsdpo.publish.served import Served, pushing_to, read_served, write_served
 
@@ -23,11 +33,11 @@ UNKNOWN = "unknown"
 
 @dataclass(frozen=True)
 class _Old:
-    """What a push replaces: label and folder, and the server's log-probs of the probe prompt when they could be had."""
+    """What a push replaces: label and folder, and what the server said greedily to the probe when it could be asked."""
 
     label: str
     folder: str
-    logps: list[float] | None
+    said: tuple[list[int], list[float]] | None
 
 
 class ReloadPusher:
@@ -68,7 +78,7 @@ class ReloadPusher:
             model, started_with = server.base()
             _ = server.repacks  # asked for before the pause
             old = self._old(registry, server, record, model, started_with)
-            if old.label == str(version) and old.logps is not None and record.pushing is None:
+            if old.label == str(version) and old.said is not None and record.pushing is None:
                 with suppress(PushError):  # the label is of another registry, or lies: push after all
                     nats = parity(server, self.scorer, model, self.bound)
                     write_served(registry.root, Served(url=server.url, version=version, holds=(version,)))
@@ -90,11 +100,14 @@ class ReloadPusher:
             if record.before is None:
                 raise PushError(f"{server.url} is paused, and no push of this registry did that",
                                 fix=f"whoever paused it may resume it: curl -X POST {server.url}/resume")
-            return _Old(*record.before, logps=None)
-        server.sample(model, self.scorer.prompt, 1)  # into the prefix cache: one that outlived the push would show
+            return _Old(*record.before, said=None)
+        said = self._say(server, model)  # and into the prefix cache: one that outlived the push would show
         known = label.isdecimal() and int(label) in registry.versions()
         folder = str(registry.folder(int(label)).resolve()) if known else started_with  # if wrong, a restore finds out
-        return _Old(label, folder, server.score(model, self.scorer.prompt))
+        return _Old(label, folder, said)
+
+    def _say(self, server: VllmControl, model: str) -> tuple[list[int], list[float]]:
+        return server.sample(model, self.scorer.prompt, PROBED, temperature=0.0)
 
     def _replace(self, registry: PolicyRegistry, version: int, server: VllmControl, model: str, old: _Old,
                  record: Served) -> Outcome:
@@ -148,7 +161,19 @@ class ReloadPusher:
         server.reset_cache()
         server.set_label(old.label)
         server.resume()
-        if old.logps is not None:
-            off = mean_difference(server.score(model, self.scorer.prompt), old.logps)
+        if old.said is not None:
+            off = unlike(self._say(server, model), old.said)
             if not off <= self.bound:
                 raise PushError(f"the weights in {old.folder} are not those of before, off by {off:.3g} nats")
+
+
+def unlike(one: tuple[list[int], list[float]], other: tuple[list[int], list[float]]) -> float:
+    """Mean absolute difference of log-probs of two greedy answers, up to the first token that differs, nats.
+
+    That one counts: its prefix is the same, and where both models are one, it differs by a near tie alone.
+
+    >>> unlike(([5, 7, 1], [-1.0, -2.0, -9.0]), ([5, 8, 3], [-1.0, -2.5, -1.0]))
+    0.25
+    """
+    shared = next((i for i, (a, b) in enumerate(zip(one[0], other[0], strict=True)) if a != b), len(one[0]) - 1)
+    return mean_difference(one[1][:shared + 1], other[1][:shared + 1])
