@@ -7,7 +7,6 @@
 | a ``.toml`` or ``.jsonl`` file of one's own | ``taskfile`` |
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from agentsdpo.benchmarks.apex.layouts.apex import read_apex
@@ -15,18 +14,20 @@ from agentsdpo.benchmarks.apex.layouts.harbor import is_harbor, read_harbor
 from agentsdpo.benchmarks.apex.layouts.laid import LaidTasks, Layout
 from agentsdpo.benchmarks.apex.layouts.taskfile import read_task_file
 from agentsdpo.collect.hosted import HostedConfig
+from agentsdpo.envs.archipelago import ContainerConfig
 from agentsdpo.errors import FormatError
 
 __all__ = ["LaidTasks", "Layout", "open_layout"]
 
 
-def open_layout(path: Path, *, judge: HostedConfig | None = None, containers: Sequence[str] = ()) -> LaidTasks:
+def open_layout(path: Path, *, judge: HostedConfig | None = None,
+                containers: ContainerConfig | None = None) -> LaidTasks:
     """The task set at a path.
 
     Args:
         path: a folder or a task file.
         judge: the model that judges criteria without a check; None where there are none.
-        containers: addresses of archipelago containers that play the worlds; none plays them in memory.
+        containers: how to come by archipelago containers that hold the worlds; None holds them in memory.
 
     Raises:
         FormatError: nothing there that can be read, or it cannot be scored: no rubric, ids that are not unique, files

@@ -12,7 +12,9 @@ from agentsdpo.benchmarks.apex.checks import find_check
 from agentsdpo.benchmarks.apex.judge import RubricGrader
 from agentsdpo.benchmarks.apex.taskset import check_tasks, tasks_sha256
 from agentsdpo.collect.hosted import HostedConfig, HostedModel
+from agentsdpo.envs.archipelago import ArchipelagoEnv, ContainerConfig
 from agentsdpo.envs.archives import Files, open_archive, zip_bytes
+from agentsdpo.envs.mcp import McpEnv, McpServer
 from agentsdpo.envs.office import OfficeEnv
 from agentsdpo.errors import ConfigError, FormatError
 from agentsdpo.types import Env, Task
@@ -32,6 +34,7 @@ class Layout:
         tasks: in order. worlds: files of a world by its name. world_of: name of the world of a task id; ``""`` is the
             empty one. overlays: files laid over the world, by task id.
         archives: zip file that is exactly a world, by its name; saves packing it again.
+        server: whose tools the tasks are done with, in place of the office's.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Layout:
     world_of: dict[str, str] = field(default_factory=dict)
     overlays: dict[str, Files] = field(default_factory=dict)
     archives: dict[str, Path] = field(default_factory=dict)
+    server: McpServer | None = None
 
     def files(self, task_id: str) -> Files:
         """The files a task begins with: its world, then what is laid over it."""
@@ -55,14 +59,15 @@ class LaidTasks:
         FormatError: see :func:`~agentsdpo.benchmarks.apex.taskset.check_tasks`. ConfigError: a check does not exist.
     """
 
-    def __init__(self, layout: Layout, judge: HostedConfig | None, *, containers: Sequence[str] = ()) -> None:
+    def __init__(self, layout: Layout, judge: HostedConfig | None, *,
+                 containers: ContainerConfig | None = None) -> None:
         check_tasks(layout.tasks, str(layout.source))
         for criterion in (c for task in layout.tasks for c in task.rubric if c.check is not None):
             find_check(str(criterion.check))
         self.layout, self.name, self.version = layout, layout.name, layout.version
         self.tasks: Sequence[Task] = layout.tasks
         self.model = HostedModel(judge) if judge is not None else None
-        self._yard = _yard(containers)
+        self._containers = containers
         self._packed: tuple[str, bytes] | None = None
 
     @cached_property
@@ -75,10 +80,12 @@ class LaidTasks:
                    for name, found in group.items()} for kind, group in files.items()})
 
     def env(self, task: Task) -> Env:
-        """An office in memory, or one in a container where there are some."""
+        """An office in memory, or one in a container; the tools of a server where the layout names one."""
         files = self.layout.files(task.task_id)
-        if self._yard is not None:
-            return self._yard.env(files)
+        if self.layout.server is not None:
+            return McpEnv(self.layout.server)
+        if self._containers is not None:
+            return ArchipelagoEnv(files, self._containers, packed=lambda: self._initial(task.task_id, files))
         return OfficeEnv(files, packed=lambda: self._initial(task.task_id, files))
 
     def grader(self, task: Task) -> RubricGrader:
@@ -104,15 +111,6 @@ class LaidTasks:
             plain = whole is not None and not self.layout.overlays.get(task_id)
             self._packed = task_id, whole.read_bytes() if plain and whole is not None else zip_bytes(files)
         return self._packed[1]
-
-
-def _yard(containers: Sequence[str]) -> Any:
-    """Where containers wait for episodes; None without any."""
-    if not containers:
-        return None
-    from agentsdpo.envs.archipelago import Yard
-
-    return Yard(containers)
 
 
 def read_json(path: Path) -> Any:

@@ -4,6 +4,7 @@
     version = "1"
     licence = "own"                   # with train_allowed: one of LICENCES
     train_allowed = true              # default false: for evaluation alone
+    server = {command = "python", args = ["tools.py"]}      # optional: an MCP server's tools in place of the office's
 
     [[task]]
     id = "q3"
@@ -27,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from agentsdpo.benchmarks.apex.layouts.laid import Layout, folder_files, plain_id, provenance
 from agentsdpo.envs.archives import Files, safe_path
+from agentsdpo.envs.mcp import McpServer
 from agentsdpo.errors import FormatError, TrainForbidden
 from agentsdpo.types import Budget, Criterion, Task
 
@@ -73,6 +75,7 @@ class _Head(_Strict):
     dataset: str = ""
     licence: str | None = None
     train_allowed: bool = False
+    server: McpServer | None = None
 
 
 def read_task_file(path: Path) -> Layout:
@@ -87,7 +90,11 @@ def read_task_file(path: Path) -> Layout:
     if head.train_allowed:
         _licensed(head, tasks, path)
     files = {row.id: _files(path, row.files) for row in rows if row.files is not None}
-    return Layout(name=head.name or path.stem, version=head.version, source=path, tasks=tasks, overlays=files)
+    if head.server is not None and files:
+        raise FormatError(f"{path} has a server and files, of task {next(iter(files))!r}",
+                          fix="let the server bring its files, or leave it out: the office has tools of its own")
+    return Layout(name=head.name or path.stem, version=head.version, source=path, tasks=tasks, overlays=files,
+                  server=head.server)
 
 
 def _task(row: _Row, train_allowed: bool) -> Task:
