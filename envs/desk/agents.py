@@ -5,6 +5,7 @@ from typing import Any
 
 from agentsdpo.envs.desk import families, text
 from agentsdpo.envs.desk.firm import SLOTS, Firm, slots_of
+from agentsdpo.envs.desk.grade import rubric
 from agentsdpo.envs.desk.tools import SPECS, TOOLS
 from agentsdpo.types import ModelTurn, Task, ToolCall, ToolSpec
 
@@ -113,11 +114,12 @@ class RandomAgent(Scripted):
 
 
 class NullAgent:
-    """Does no work and says something: ``empty`` says nothing, ``colon`` a colon, ``echo`` repeats the request."""
+    """Does no work and says something: nothing at all (``empty``), a ``colon``, the ``opener`` of a line of thought,
+    the request again (``echo``), or the ``criteria`` as if they were met."""
 
     def __init__(self, task: Task, kind: str = "empty") -> None:
-        self._text = {"empty": "", "colon": ":", "echo": task.prompt,
-                      "criteria": " ".join(c.text for c in task.rubric)}[kind]
+        self._text = {"empty": "", "colon": ":", "opener": "Let me think about this step by step.",
+                      "echo": task.prompt, "criteria": " ".join(c.text for c in rubric(task.metadata))}[kind]
 
     async def act(self, ctx: Any, tools: tuple[ToolSpec, ...]) -> ModelTurn:
         """One turn of text, no call."""

@@ -42,9 +42,9 @@ class DeskEnv:
         """:meth:`reset` without a loop."""
         self.meta, self.log = task.metadata, []
         self.state = world.build(self.meta)
-        self._hash = world.state_hash(self.state)
-        self.chain = self._hash
-        self.initial = world.canonical(self.state)
+        self._canonical = world.Canonical(self.state)
+        self.initial = self._canonical.of(self.state)
+        self.chain = self._hash = hashlib.sha256(self.initial).hexdigest()
         return [{"role": "system", "content": text.SYSTEM}, {"role": "user", "content": task.prompt}]
 
     async def call(self, calls: tuple[ToolCall, ...]) -> list[ToolResult]:
@@ -55,7 +55,8 @@ class DeskEnv:
         """Run one call. Faults are observations; a call that does not fit its schema changes nothing."""
         content, kind = self._run(call)
         if SPECS.get(call.name) and SPECS[call.name].mutates and kind == "none":
-            self._hash = world.state_hash(self.state)
+            changed = call.arguments["path"] if call.name == "cell_set" else None  # type: ignore[index]
+            self._hash = hashlib.sha256(self._canonical.of(self.state, changed)).hexdigest()
         self.log.append([call.name, call.arguments, kind != "none"])
         self.chain = hashlib.sha256(
             self.chain.encode() + world.canonical([call.name, call.arguments]) + content.encode()).hexdigest()
@@ -104,7 +105,8 @@ class DeskEnv:
         saved = json.loads(data)
         self.meta, self.state, self.log, self.chain = saved["meta"], saved["state"], saved["log"], saved["chain"]
         self.initial = saved["initial"].encode()
-        self._hash = world.state_hash(self.state)
+        self._canonical = world.Canonical(self.state)
+        self._hash = hashlib.sha256(self._canonical.of(self.state)).hexdigest()
 
     def outcome(self, answer: str | None) -> Outcome:
         """What the grader sees; a submitted answer wins over the final text."""

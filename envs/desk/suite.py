@@ -1,6 +1,7 @@
 """Tasks of the desk world by split: who is seen in training, and which one axis each test split holds out."""
 
 import json
+import math
 from typing import Any
 
 from agentsdpo.envs.desk import families, text, world
@@ -57,10 +58,9 @@ class DeskSuite:
         if split not in SPLITS:
             raise ConfigError(f"there is no split {split!r}", fix=f"choose one of {', '.join(SPLITS)}")
         meta = self._meta(split, index)
-        calls = 60 * max(1, meta["n"]) + 20
         return Task(task_id=f"{self.preset}-{split}-{index}", world_id=f"world-{meta['world_seed']}", domain="desk",
                     prompt=families.prompt(meta), rubric=rubric(meta), seed=meta["seed"], train_allowed=True,
-                    budget=Budget(turns=8 + 8 * meta["n"], tool_calls=calls), metadata=meta)
+                    budget=_budget(meta), metadata=meta)
 
     def _meta(self, split: str, index: int) -> dict[str, Any]:
         first, count = _FIRST_WORLD[split]
@@ -113,3 +113,11 @@ def call_line(name: str, arguments: Json) -> str:
     'submit {"answer": "done"}'
     """
     return f"{name} {json.dumps(arguments)}"
+
+
+def _budget(meta: dict[str, Any]) -> Budget:
+    """Room for an agent that knows its way, slips now and then, leafs through the mails and tries again what failed."""
+    n = meta["n"]
+    pages, bookkeeping = meta["distractors"] // world.MAIL_PAGE, 8 * (meta["family"] == "close")
+    turns = (8 + 8 * n + pages + bookkeeping) * (1 + 2 * meta["fault_rate"])
+    return Budget(turns=math.ceil(turns), tool_calls=60 * n + 20 + 2 * pages)

@@ -29,6 +29,31 @@ def state_hash(state: State) -> str:
     return hashlib.sha256(canonical(state)).hexdigest()
 
 
+class Canonical:
+    """:func:`canonical` of a state that changes one file at a time: what stayed as it was is not encoded again.
+
+    >>> state = {"files": {"a/b": {"tax": {"q1-1": ["1", "usd"]}}}, "mail": [], "chat": {}, "docs": {}, "notes": {}}
+    >>> Canonical(state).of(state) == canonical(state)
+    True
+    """
+
+    _FIXED = ("chat", "docs", "mail")
+    """Parts that no tool writes."""
+
+    def __init__(self, state: State) -> None:
+        self._files = {path: canonical(rows) for path, rows in state["files"].items()}
+        self._fixed = {key: canonical(state[key]) for key in self._FIXED}
+
+    def of(self, state: State, changed: str | None = None) -> bytes:
+        """Canonical JSON of the state, in which the file ``changed`` may differ from last time."""
+        if changed is not None:
+            self._files[changed] = canonical(state["files"][changed])
+        files = b",".join(canonical(path) + b":" + self._files[path] for path in sorted(self._files))
+        parts = {**{key: canonical(value) for key, value in state.items() if key not in ("files", *self._FIXED)},
+                 **self._fixed, "files": b"{" + files + b"}"}
+        return b"{" + b",".join(canonical(key) + b":" + parts[key] for key in sorted(parts)) + b"}"
+
+
 def clients_of(world_seed: int, *, held_out: bool) -> list[str]:
     """The clients of one world, distinct, from the seen or the held-out pool."""
     pool = text.names(held_out=held_out)
@@ -36,12 +61,12 @@ def clients_of(world_seed: int, *, held_out: bool) -> list[str]:
     return list(dict.fromkeys(pool[(start + i * stride) % len(pool)] for i in range(CLIENTS_PER_WORLD)))
 
 
-def figure(world_seed: int, preset: str, source: str, client: str, kind: str, period: str) -> int:
-    """What one sheet says, in usd: three digits in ``desk-mini``, four in ``desk``; sheets always disagree."""
+def figures(world_seed: int, preset: str, client: str, kind: str, period: str) -> dict[str, int]:
+    """What each sheet says, in usd: three digits in ``desk-mini``, four in ``desk``; sheets always disagree."""
     low = 100 if preset == "desk-mini" else 1000
     first = text.digest("figure", world_seed, client, kind, period) % (9 * low)
     shift = 1 + text.digest("sheets", world_seed, client, kind, period) % (2 * low)
-    return low + (first + text.SOURCES.index(source) * shift) % (9 * low)
+    return {source: low + (first + i * shift) % (9 * low) for i, source in enumerate(text.SOURCES)}
 
 
 def rate(world_seed: int, year: str) -> str:
@@ -54,15 +79,17 @@ def other_than(options: tuple[str, ...], known: str, *parts: Any) -> str:
     return text.pick([o for o in options if o != known], *parts)
 
 
-def sheet(meta: dict[str, Any], source: str, client: str) -> dict[str, dict[str, list[str]]]:
-    """Rows of one sheet: the kinds asked for, and ``meta["rows"]`` distractor rows, in an order of their own."""
+def sheets(meta: dict[str, Any], client: str) -> dict[str, dict[str, dict[str, list[str]]]]:
+    """Rows of a client's sheet in each source: the kinds asked for, and ``meta["rows"]`` distractor rows, in an order
+    of their own."""
     world, preset, period = meta["world_seed"], meta["preset"], meta["period"]
     cells = [(kind, period) for kind in meta["kinds"]] + _distractor_cells(meta, client)[:meta["rows"]]
     cells = sorted(dict.fromkeys(cells), key=lambda cell: text.digest("order", meta["seed"], client, *cell))
-    rows: dict[str, dict[str, list[str]]] = {}
+    found: dict[str, dict[str, dict[str, list[str]]]] = {source: {} for source in text.SOURCES}
     for kind, when in cells:
-        rows.setdefault(kind, {})[when] = [str(figure(world, preset, source, client, kind, when)), "usd"]
-    return rows
+        for source, value in figures(world, preset, client, kind, when).items():
+            found[source].setdefault(kind, {})[when] = [str(value), "usd"]
+    return found
 
 
 def _distractor_cells(meta: dict[str, Any], client: str) -> list[tuple[str, str]]:
@@ -117,7 +144,8 @@ def build(meta: dict[str, Any]) -> State:
     """Initial state of a task (see the module docstring). ``meta`` is ``Task.metadata``; no rule enters."""
     held = meta["clients"] + [c for c in clients_of(meta["world_seed"], held_out=meta["held_out"])
                               if c not in meta["clients"]][:2]
-    files = {f"{source}/{client}": sheet(meta, source, client) for source in text.SOURCES for client in held}
+    rows = {client: sheets(meta, client) for client in held}
+    files = {f"{source}/{client}": rows[client][source] for source in text.SOURCES for client in held}
     mails = corrections(meta) if meta["family"] in ("correct", "rollup", "close") else []
     mails = sorted(mails + distractors(meta), key=lambda m: text.digest("mail", meta["seed"], m["body"], m["subject"]))
     for i, mail in enumerate(mails):
