@@ -6,7 +6,7 @@
           environment.json   one entry per start: versions of Python and packages, commit, machine, command
           metrics.jsonl      replay/   policies/   checkpoint/
           uses.sqlite        draws of each branch, for ``agentsdpo replay evict --max-uses``; may be deleted
-          due.json  evals.jsonl  logs/   of a run whose programs run side by side: evaluations asked for and played
+          due.json  evals.jsonl  candidates/  logs/   of programs side by side: what is and was evaluated, what they say
           FINISHED           written last; a run without it was stopped and can be resumed
           LOCK               held by the process that runs here; names its pid
           summary.json       report.html
@@ -78,6 +78,11 @@ class RunFolder:
     def checkpoint(self) -> Path:
         """The learner's state."""
         return self.path / "checkpoint"
+
+    @property
+    def candidates(self) -> Path:
+        """A registry of weights that are evaluated while an alarm holds them back."""
+        return self.path / "candidates"
 
     @property
     def logs(self) -> Path:

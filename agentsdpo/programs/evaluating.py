@@ -44,7 +44,8 @@ class Evaluator:
         path, self._chat, self._suite = check_request(config)
         self.config, self.folder, self.say = config, folder, say
         self._engine = make_engine("inprocess", config, path, self._chat)
-        self._registry, self._serving = PolicyRegistry(folder.policies), -1
+        self._registry, self._candidates = PolicyRegistry(folder.policies), PolicyRegistry(folder.candidates)
+        self._serving: tuple[int, int | None] = (-1, None)
 
     def next(self) -> tuple[Owed, str, str, int] | None:
         """The oldest evaluation that is due and was not played."""
@@ -58,9 +59,12 @@ class Evaluator:
         Raises:
             RegistryError: the version is not there any more.
         """
-        if owed.version != self._serving:
-            self._engine.load_weights(self._registry.load(owed.version), owed.version)
-            self._serving = owed.version
+        wanted = (owed.version, owed.candidate)
+        if wanted != self._serving:
+            held = owed.candidate
+            weights = self._registry.load(owed.version) if held is None else self._candidates.load(held)
+            self._engine.load_weights(weights, owed.version)
+            self._serving = wanted
         sampling: Any = self.config.collect.model_copy(update={"temperature": 0.0} if decoding == "greedy" else {})
         collector = Collector.of_engine(self._suite, self._engine, self._chat, sampling, evaluate=True)
         episodes = collector.collect(split, range(count), seed=EVAL_SEED)

@@ -16,7 +16,7 @@ since. In the synchronous loop every step is judged, and an alarm without a prob
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from agentsdpo import console
@@ -161,40 +161,47 @@ class Following(Learning):
     # -------------------------------------------------------------------------------------------------- evaluations
 
     def ask(self, metrics: MetricsWriter) -> None:
-        """Have the evaluator play what is due at this step; of weights that an alarm holds back nothing is asked."""
+        """Have the evaluator play what is due at this step.
+
+        Weights that an alarm holds back are kept beside the registry for that, but for the last time.
+        """
         have = {(row["step"], row["split"], row["decoding"]) for row in metrics.rows if row["kind"] == "eval"}
         have |= {(one.step, split, decoding) for one in self.owed for split, decoding, _ in one.wanted}
         wanted = tuple(one for one in due(self.config, self.step) if (self.step, *one[:2]) not in have)
-        withheld = self.tripwire.withheld(self.step)
-        if not wanted or (withheld and not self.ends):
+        if not wanted:
             return
-        if not withheld and self.registry.manifest(self.version).learner_step != self.step:
+        candidate = None
+        if self.tripwire.withheld(self.step):
+            if not self.ends:
+                candidate = self.candidates.publish(self.together.policy(), learner_step=self.step)
+        elif self.registry.manifest(self.version).learner_step != self.step:
             self.publish()
-        self.owed.append(Owed(self.step, self.version, round(metrics.wall_s, 3), wanted, dict(self.totals)))
+        self.owed.append(Owed(self.step, self.version, round(metrics.wall_s, 3), wanted, dict(self.totals), candidate))
         if self.config.tripwire.on:
             self.checkpoint()  # the state that is probed may be gone back to
         write_owed(self.folder, self.owed)
 
+    @property
+    def candidates(self) -> PolicyRegistry:
+        """Weights to be evaluated that no collector shall see."""
+        return PolicyRegistry(self.folder.candidates)
+
     def hear(self, metrics: MetricsWriter, view: View) -> None:
         """Take in what was evaluated since."""
-        asked = {key: one for one in self.owed for key in one.keys}
-        answers = [row for row in read_answers(self.folder) if key_of(row) in asked] if asked else []
-        for row in answers:
-            one = asked[key_of(row)]
-            if one not in self.owed:  # given up by a roll-back just now
+        for row in read_answers(self.folder) if self.owed else ():
+            one = next((one for one in self.owed if key_of(row) in one.keys), None)
+            if one is None:  # heard before, or given up by a roll-back
                 continue
             values = {**{key: value for key, value in row.items() if key != "step"}, **one.totals}
             metrics.write("eval", one.step, values, wall_s=one.wall_s)
             view.eval({"step": one.step, **values})
-            self._heard(one, row)
+            left = tuple(each for each in one.wanted if each[:2] != (row["split"], row["decoding"]))
+            at = self.owed.index(one)
+            self.owed[at:at + 1] = [replace(one, wanted=left)] if left else []
             self._judge(one, row, metrics, view)
-        if answers:
             write_owed(self.folder, self.owed)
-
-    def _heard(self, one: Owed, row: Json) -> None:
-        left = tuple(each for each in one.wanted if each[:2] != (row["split"], row["decoding"]))
-        at = self.owed.index(one)
-        self.owed[at:at + 1] = [Owed(one.step, one.version, one.wall_s, left, one.totals)] if left else []
+            if one.candidate is not None:
+                self.candidates.prune(1, spare={other.candidate for other in self.owed if other.candidate is not None})
 
     def _judge(self, one: Owed, row: Json, metrics: MetricsWriter, view: View) -> None:
         """Have the tripwire judge a probed state; after a roll-back nobody waits for what was given up."""

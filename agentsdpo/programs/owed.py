@@ -23,6 +23,7 @@ class Owed:
         wall_s: seconds of the run at which it was published.
         wanted: (split, ``sampled`` or ``greedy``, episodes).
         totals: of the run at that time, for the line of each.
+        candidate: weights that an alarm holds back, by their number in ``candidates/``; these are played instead.
     """
 
     step: int
@@ -30,6 +31,7 @@ class Owed:
     wall_s: float
     wanted: tuple[tuple[str, str, int], ...]
     totals: dict[str, int]
+    candidate: int | None = None
 
     @property
     def keys(self) -> list[tuple[int, int, str, str]]:
