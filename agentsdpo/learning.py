@@ -183,23 +183,9 @@ class Learning:
                               "'all'")
 
     def rows(self, drawn: Row, weight: float = 1.0) -> list[TrainRow]:
-        """A store row as the learner takes it: once, and once more for every turn with a hint of its own.
-
-        Args:
-            drawn: as read.
-            weight: makes up for an uneven draw.
-        """
+        """A store row as the learner takes it; ``weight`` makes up for an uneven draw."""
         told = self.chat.marks_calls or self.config.learn.tool_weight != 1.0  # the latter asks for what it cannot have
-        tool = tool_tokens(self.chat, drawn.branch) if told else None
-        placed = place(self.chat, drawn.hint, drawn.branch) if drawn.hint else []
-        return [self._row(drawn, one, tool, weight) for one in placed or [None]]
-
-    def _row(self, drawn: Row, hint: Placed | None, tool: np.ndarray | None, weight: float) -> TrainRow:
-        return TrainRow(branch=drawn.branch, hint_ids=hint.ids if hint else None, hint_at=hint.at if hint else 0,
-                        turns=hint.turns if hint else None, episode_id=drawn.key.episode_id,
-                        train_allowed=drawn.train_allowed, tokenizer_sha256=drawn.tokenizer_sha256,
-                        chat_template_sha256=drawn.chat_template_sha256, score=drawn.reward, group=drawn.group_id,
-                        source=drawn.hint.source if drawn.hint else "", tool=tool, weight=weight)
+        return train_rows(self.chat, drawn, tool=told, weight=weight)
 
 
 def update(run: Learning) -> Json:
@@ -270,6 +256,25 @@ def recording(run: Learning, *, resume: bool) -> Iterator[MetricsWriter]:
                    settings=config.model_dump(mode="json")) as tell,
           MetricsWriter(run.folder.metrics, resume_step=run.step if resume else None, mirror=tell) as metrics):
         yield metrics
+
+
+def train_rows(chat: ChatFormat, drawn: Row, *, tool: bool = False, weight: float = 1.0) -> list[TrainRow]:
+    """A store row as a learner takes it: once, and once more for every turn with a hint of its own.
+
+    Args:
+        chat: of the model that learns.
+        drawn: as read.
+        tool: mark the tokens of tool calls.
+        weight: on all of its tokens.
+    """
+    marks = tool_tokens(chat, drawn.branch) if tool else None
+    placed: list[Placed | None] = list(place(chat, drawn.hint, drawn.branch)) if drawn.hint else []
+    return [TrainRow(branch=drawn.branch, hint_ids=hint.ids if hint else None, hint_at=hint.at if hint else 0,
+                     turns=hint.turns if hint else None, episode_id=drawn.key.episode_id,
+                     train_allowed=drawn.train_allowed, tokenizer_sha256=drawn.tokenizer_sha256,
+                     chat_template_sha256=drawn.chat_template_sha256, score=drawn.reward, group=drawn.group_id,
+                     source=drawn.hint.source if drawn.hint else "", tool=marks, weight=weight)
+            for hint in placed or [None]]
 
 
 def tool_tokens(chat: ChatFormat, branch: Branch) -> np.ndarray:

@@ -25,8 +25,9 @@ from agentsdpo.envs.desk import DeskGrader, DeskSuite, Firm
 from agentsdpo.envs.desk.corpus import Frame, encode, trace
 from agentsdpo.envs.desk.firm import MINI_SLOTS, SLOTS, hint
 from agentsdpo.envs.desk.seed import seed_path
+from agentsdpo.hint.render import HintedChat
 from agentsdpo.learn.load import load_chat, load_model
-from agentsdpo.types import Episode, Grade, Outcome, Task
+from agentsdpo.types import Episode, Grade, Hint, Outcome, Task
 
 CONFIG = CollectConfig(window=1536, concurrency=50, max_tokens=64)
 
@@ -42,22 +43,10 @@ class ForeignFirms(DeskSuite):
         """One task by its own firm."""
         return DeskGrader(Firm(task.seed)).judge(task, outcome)
 
-    def hint_text(self, task: Task) -> str:
+    def told(self, task: Task) -> Hint:
         """The rules of the task's firm in words."""
         kind = task.metadata["kinds"][0]
-        return hint(kind, Firm(task.seed).rules(kind, self.preset))
-
-
-class HintedChat(ChatFormat):
-    """Opens every conversation with a hint, exactly as the teacher reads it."""
-
-    def __init__(self, chat: ChatFormat, text: str) -> None:
-        self._text = text
-        super().__init__(chat.tokenizer)
-
-    def open(self, messages: Any, tools: Any) -> list[int]:
-        """Hint, then the student's ids."""
-        return self.hint(self._text) + super().open(messages, tools)
+        return Hint(text=hint(kind, Firm(task.seed).rules(kind, self.preset)), source="criteria", author=self.name)
 
 
 def play(engine: InProcessEngine, chat: ChatFormat, *, n: int, split: str, hinted: bool, greedy: bool, tasks: int
@@ -66,7 +55,7 @@ def play(engine: InProcessEngine, chat: ChatFormat, *, n: int, split: str, hinte
     suite, config = ForeignFirms(n=(n,)), CONFIG.model_copy(update={"temperature": 0.0 if greedy else 1.0})
 
     def policy(task: Task, seed: int) -> Policy:
-        reads = HintedChat(chat, suite.hint_text(task)) if hinted else chat
+        reads = HintedChat(chat, suite.told(task)) if hinted else chat
         return EnginePolicy(engine, reads, config, training=False)
 
     return Collector(suite, policy, config, evaluate=True).collect(split, range(tasks), seed=1)

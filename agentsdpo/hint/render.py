@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from agentsdpo.chat import ChatFormat
 from agentsdpo.errors import HintError
-from agentsdpo.types import Branch, Call, Hint
+from agentsdpo.types import Branch, Call, Hint, Json, ToolSpec
 
 
 @dataclass(frozen=True)
@@ -50,22 +50,44 @@ def place(chat: ChatFormat, hint: Hint, branch: Branch) -> list[Placed]:
     told = {turn: text for turn, text in hint.turns if turn in calls}
     placed = []
     if hint.text and calls.keys() - told.keys():
-        ids, at = _whole(chat, hint, branch)
+        ids, at = whole(chat, hint, branch.token_ids[:branch.calls[0].start].tolist())
         placed.append(Placed(ids, at, frozenset(calls) - told.keys()))
     return placed + [Placed(tuple(chat.hint(text)), _before(chat, branch, calls[turn]), frozenset([turn]))
                      for turn, text in sorted(told.items())]
 
 
-def _whole(chat: ChatFormat, hint: Hint, branch: Branch) -> tuple[tuple[int, ...], int]:
-    """Ids and place of a hint that speaks of the whole episode."""
+def whole(chat: ChatFormat, hint: Hint, opening: list[int]) -> tuple[tuple[int, ...], int]:
+    """Ids of a hint that speaks of the whole episode, and where in the opening they are inserted.
+
+    Raises:
+        HintError: the opening has no message that is closed.
+    """
     if hint.placement == "system_prefix":
         return tuple(chat.hint(hint.text)), 0
-    opening = branch.token_ids[:branch.calls[0].start].tolist()
     if chat.eos_id not in opening:
         raise HintError(f"no message of the opening of {len(opening)} tokens is closed by the end-of-turn token "
                         f"{chat.eos_id}", fix="use placement 'system_prefix' with this chat template")
     at = len(opening) - 1 - opening[::-1].index(chat.eos_id)
     return tuple(chat.encode("\n\n" + chat.defuse(hint.text))), at
+
+
+class HintedChat(ChatFormat):
+    """Opens every conversation with a hint, exactly as the teacher reads it: what a hinted model plays with.
+
+    Args:
+        chat: of the model.
+        hint: of the whole episode.
+    """
+
+    def __init__(self, chat: ChatFormat, hint: Hint) -> None:
+        vars(self).update(vars(chat))
+        self._hint = hint
+
+    def open(self, messages: Sequence[Json], tools: Sequence[ToolSpec]) -> list[int]:
+        """The student's ids with the hint inserted."""
+        ids = super().open(messages, tools)
+        inserted, at = whole(self, self._hint, ids)
+        return [*ids[:at], *inserted, *ids[at:]]
 
 
 def _before(chat: ChatFormat, branch: Branch, call: Call) -> int:
