@@ -138,8 +138,8 @@ def _line(one: Json) -> str:
     if not one["text"]:
         return ""
     place = "" if one["turn"] is None else f" of turn {one['turn']}"
-    before = {"edit": f"The answer{place} should have been:\n", "tool_error": f"After the answer{place} a tool failed: ",
-              "outcome": "Outcome: "}
+    before = {"edit": f"The answer{place} should have been:\n", "outcome": "Outcome: ",
+              "tool_error": f"After the answer{place} a tool failed: "}
     return before.get(one["kind"], "") + one["text"]
 
 

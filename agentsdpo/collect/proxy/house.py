@@ -4,6 +4,7 @@ weights."""
 import asyncio
 import logging
 from dataclasses import replace
+from hashlib import sha256
 
 from agentsdpo.chat import ChatFormat
 from agentsdpo.collect.proxy.config import ProxyConfig
@@ -173,8 +174,9 @@ class House:
     async def _ask(self, room: Room, prompt: Prompt, asked: Asked, sampling: Sampling) -> Sampled:
         """One call under the weights that are the tenant's newest now; no other tenant shares its prefix cache."""
         model = self.serving(room.tenant)
+        salt = sha256("\0".join((room.tenant, model, self.upstream.label or "")).encode()).hexdigest()
         return await self.upstream.sample(
-            prompt.ids, sampling, model=model, salt=f"{room.tenant}/{model}/{self.upstream.label or ''}",
+            prompt.ids, sampling, model=model, salt=salt,
             call=f"{prompt.conversation.episode_id}-{prompt.turn}", extra=asked.extra, logprobs=asked.logprobs or 0)
 
     def _text(self, asked: Asked, sampled: Sampled) -> tuple[str, Sampled]:

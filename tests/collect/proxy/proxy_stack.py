@@ -80,6 +80,8 @@ class FakeEngine:
         if body["request_id"] == "probe":
             return web.json_response(self.completion(prompt, most, completions=chat))
         self.requests.append(body)
+        assert len(body["cache_salt"]) <= 128
+        assert not set(body["cache_salt"]) & set("@/\\\0")
         if body["model"] not in ("base", *self.adapters):
             return web.json_response({"error": {"message": f"The model `{body['model']}` does not exist."}}, status=404)
         fault = self.faults.pop(0) if self.faults else None
@@ -142,7 +144,7 @@ class Stack:
         guard = Keys(self.keys, tenant_header=config.tenant_header)
 
         async def begin() -> Proxy:
-            house = House(config, self.chat, vocab_size=len(self.chat.tokenizer), tenants=guard.tenants)
+            house = House(config, self.chat, tenants=guard.tenants)
             proxy = Proxy(house, guard, config)
             await proxy.start("127.0.0.1", 0)
             return proxy
