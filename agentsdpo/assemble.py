@@ -86,7 +86,8 @@ class Run(Learning):
 def make_learner(config: RunConfig, ranks: Ranks | None = None) -> Learner:
     """The learner of one process, from the model that the configuration names."""
     ranks, path = ranks or Ranks(), model_path(config)
-    return Learner(load_model(path, load_chat(path)), config.learn, ranks=ranks, device=ranks.device)
+    model = load_model(path, load_chat(path), dtype=config.learn.dtype)
+    return Learner(model, config.learn, ranks=ranks, device=ranks.device)
 
 
 def check_request(config: RunConfig) -> tuple[Path | str, ChatFormat, Suite]:

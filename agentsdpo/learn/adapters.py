@@ -49,6 +49,9 @@ def add_adapter(model: Any, config: AdapterConfig) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model.add_adapter(wanted, STUDENT)
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data = p.data.float()  # beside a base in bfloat16: steps of a factor are too small for it
     except ValueError as error:
         raise ModelError(f"no adapter can be put on {list(config.targets)} of {type(model).__name__}: "
                          f"{str(error).splitlines()[0]}",
@@ -186,7 +189,7 @@ def _cut(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def _adds(u: Tensor, v: Tensor) -> Any:
     """A forward hook that adds ``x V' U'``."""
     def hook(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + (inputs[0] @ v.t()) @ u.t()
+        return output + (inputs[0].to(v.dtype) @ v.t() @ u.t()).to(output.dtype)
     return hook
 
 

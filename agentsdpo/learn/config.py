@@ -121,6 +121,10 @@ class LearnConfig(Settings):
     adapter: AdapterConfig = AdapterConfig()
     parallel: ParallelConfig = ParallelConfig()
 
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description=(
+        "of the model's weights, and with it of what is computed from them; loss, trained weights (their masters), "
+        "gradients and moments are float32 either way"))
+
     # ---- the optimiser
     lr: float = Field(default=1e-6, gt=0.0, le=1.0, description="AdamW learning rate")
     betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW moment decays, each in [0, 1)")

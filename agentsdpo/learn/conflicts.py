@@ -85,6 +85,9 @@ def _teacher(c: LearnConfig) -> list[Conflict]:
         (c.beta_kl > 0.0 and c.teacher not in ("frozen", "trust_region"),
          f"learn.beta_kl is {c.beta_kl} with learn.teacher {c.teacher!r}",
          "use teacher 'frozen' or 'trust_region': their initial weights are the reference, others hold none"),
+        (c.dtype == "bfloat16" and c.teacher == "ema" and not c.adapter.rank,
+         "learn.teacher is 'ema' with learn.dtype 'bfloat16' and no adapter",
+         "train an adapter, or keep float32: the teacher's share of a step is smaller than bfloat16 can tell"),
         (not all(0.0 <= b < 1.0 for b in c.betas),
          f"learn.betas is {c.betas}", "give two decays in [0, 1)"),
     ]
@@ -93,6 +96,9 @@ def _teacher(c: LearnConfig) -> list[Conflict]:
 def _parallel(c: LearnConfig) -> list[Conflict]:
     parallel = c.parallel
     return [
+        (parallel.shard and c.dtype == "bfloat16",
+         "learn.parallel.shard is true with learn.dtype 'bfloat16'",
+         "keep float32, or do not shard: masters of spread weights are not built"),
         (parallel.ranks == 1 and (parallel.shard or parallel.sequence),
          f"learn.parallel.{'shard' if parallel.shard else 'sequence'} is true with learn.parallel.ranks 1",
          "set ranks to the number of processes, or remove it"),

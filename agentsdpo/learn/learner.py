@@ -17,6 +17,7 @@ from agentsdpo.learn.config import LearnConfig
 from agentsdpo.learn.control import control_metrics
 from agentsdpo.learn.diagnostics import component_norms, staleness_metrics, step_metrics
 from agentsdpo.learn.longcontext import save_memory
+from agentsdpo.learn.masters import make_optimizer
 from agentsdpo.learn.model import prepare_model, scores
 from agentsdpo.learn.pack import row_cost
 from agentsdpo.learn.parallel import Ranks, Share, gathered, shard
@@ -53,7 +54,8 @@ class Learner:
     """Owns student, teacher, optimiser and clipper.
 
     Args:
-        model: student, a causal language model of transformers; moved to ``device`` in float32 and trained in place.
+        model: student, a causal language model of transformers; moved to ``device`` in ``learn.dtype`` and trained
+            in place.
         config: objective, teacher, optimiser.
         teacher: None makes the one ``config.teacher`` names, from the model's present weights.
         device: of student and tensors.
@@ -71,7 +73,7 @@ class Learner:
         if self.ranks.size != config.parallel.ranks:
             raise LearnError(f"learn.parallel.ranks is {config.parallel.ranks} but the learner was given "
                              f"{self.ranks.size}", fix="launch as many processes with torchrun, and join them")
-        self.model = model.to(device=device, dtype=torch.float32).eval()  # eval: dropout off on both sides
+        self.model = model.to(device=device, dtype=getattr(torch, config.dtype)).eval()  # eval: no dropout, both sides
         prepare_model(self.model)
         self.cost = row_cost(self.model)
         if config.adapter.rank:
@@ -87,8 +89,8 @@ class Learner:
         own = [m for m in (self.model, getattr(self.teacher, "model", None)) if m is not None]
         self._root = shard(list(dict.fromkeys(own)), self.ranks) if config.parallel.shard else None
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, betas=config.betas,
-                                           weight_decay=config.weight_decay, fused=True)
+        self.optimizer = make_optimizer(self.parameters, lr=config.lr, betas=config.betas,
+                                        weight_decay=config.weight_decay)
         self.clipper = AdvantageClip(config.adv_clip, config.adv_decay) if config.adv_clip is not None else None
         self.teacher_held = False
 

@@ -29,12 +29,13 @@ def load_chat(path: Path | str) -> ChatFormat:
     return ChatFormat(tokenizer)
 
 
-def load_model(path: Path | str, chat: ChatFormat) -> Any:
-    """The causal LM of a model folder in float32, eval mode.
+def load_model(path: Path | str, chat: ChatFormat, *, dtype: str = "float32") -> Any:
+    """The causal LM of a model folder, eval mode.
 
     Args:
         path: folder or hub name.
         chat: its chat format; no id of the tokenizer may lie outside the model's vocabulary.
+        dtype: of its weights, ``float32`` or ``bfloat16``.
 
     Raises:
         ModelError: nothing can be loaded.
@@ -42,7 +43,7 @@ def load_model(path: Path | str, chat: ChatFormat) -> Any:
     """
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="float32")
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     except (OSError, ValueError) as error:
         raise ModelError(f"no model can be loaded from {str(path)!r}: {_first_line(error)}",
                          fix="put config.json and model.safetensors of a causal language model there") from error

@@ -12,8 +12,8 @@ from agentsdpo.learn.pack import PackedRow, packed_row
 from agentsdpo.learn.records import Head
 from agentsdpo.learn.ulysses import gather_rows
 
-_CLOSE = 1e-3
-"""Largest difference, relative to the logits, that rounding may make."""
+_CLOSE = {torch.float32: 1e-3}
+"""Largest difference, relative to the logits, that rounding may make; 0.05 in half precision."""
 
 
 def prepare_model(model: Any) -> None:
@@ -37,12 +37,13 @@ def prepare_model(model: Any) -> None:
         ours = [scores(model, packed_row(rows, device), torch.arange(sum(map(len, rows)), device=device)).logits()
                 for rows in (branches[:1], branches)]
     largest = 1.0 + max(float(each.abs().max()) for each in logits)
+    close = _CLOSE.get(head.weight.dtype, 0.05) * largest
     off = float((ours[0] - logits[0]).abs().max())
-    if not off <= _CLOSE * largest:
+    if not off <= close:
         raise ModelError(f"the model's logits differ from its last hidden states times the output layer by {off:.3g}",
                          fix="use a model that does not scale or shape its logits: the loss would be of another one")
     off = float((ours[1] - torch.cat(logits)).abs().max())
-    if not off <= _CLOSE * largest:
+    if not off <= close:
         raise ModelError(f"the logits of two branches in one row differ by {off:.3g} from those of each alone",
                          fix="use a model of attention layers alone that goes by position_ids")
 

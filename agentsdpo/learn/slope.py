@@ -36,22 +36,30 @@ def slope(log_p: Tensor, log_q: Tensor, *, beta: float, jsd_scale: Scale, p: Ten
     >>> (g - p.exp() * total).round(decimals=4)
     tensor([[ 0.2500, -0.2500]])
     """
+    p, q = log_p.exp() if p is None else p, log_q.exp() if q is None else q
     if beta == 0.0:
-        q = log_q.exp() if q is None else q
-        return torch.linalg.vecdot(q, log_q - log_p), -q, q.new_full((len(q), 1), -1.0)
+        value = torch.linalg.vecdot(q, log_q - log_p) + _excess(p, q)
+        return value, -q, q.new_full((len(q), 1), -1.0)
     if beta == 1.0:
-        g = (log_p - log_q).mul_(log_p.exp() if p is None else p)
-        value = g.sum(-1)
-        return value, g, value[:, None]
+        g = (log_p - log_q).mul_(p)
+        total = g.sum(-1)
+        return total + _excess(q, p), g, total[:, None]
     apart = (log_q - log_p).clamp_max_(_FAR)
     mixed = torch.expm1(apart).mul_(beta).log1p_()  # log m - log p, to all digits where the two are close
-    g = mixed * (log_p.exp() if p is None else p)
-    q = log_q.exp() if q is None else q
+    g = p * mixed
     value = beta * torch.linalg.vecdot(q, apart.sub_(mixed)) - (1.0 - beta) * g.sum(-1)
     g.mul_(beta - 1.0)
     if jsd_scale == "unit":
         value, g = value / (beta * (1.0 - beta)), g.div_(beta * (1.0 - beta))
     return value, g, g.sum(-1, keepdim=True)
+
+
+def _excess(mass: Tensor, other: Tensor) -> Tensor:
+    """What two sums that should be 1 differ by, [R]: rounding of log-probs, and added to a KL it takes that out of it.
+
+    ``sum q (log q - log p) - q + p`` is of second order in ``log q - log p`` term by term.
+    """
+    return mass.sum(-1) - other.sum(-1)
 
 
 def divergence_slope(log_p: Tensor, log_q: Tensor, *, beta: float, jsd_scale: Scale, support: Support,
@@ -75,8 +83,8 @@ def divergence_slope(log_p: Tensor, log_q: Tensor, *, beta: float, jsd_scale: Sc
         return value, g.addcmul_(p, total, value=-1.0), nothing, nothing
     ids, absent = support_ids(log_p, log_q, support, top_k)
     own, other = _buckets(log_p, p, ids, absent), _buckets(log_q, q, ids, absent)
-    value, g, total = slope(own, other, beta=beta, jsd_scale=jsd_scale)
     mass, tail = own.exp(), own[:, -1:]
+    value, g, total = slope(own, other, beta=beta, jsd_scale=jsd_scale, p=mass)
     each = g.addcmul_(mass, total, value=-1.0)
     if bool((mass[:, -1] >= _TINY[p.dtype]).all()):
         dz = p * (each[:, -1:] / mass[:, -1:])  # rows of the support are written over below
