@@ -12,13 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import httpx
-from pydantic import Field
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from agentsdpo.envs.archives import MOST_BYTES, Entry, Files, tar_bytes, untar, unzip, zip_bytes
-from agentsdpo.envs.mcp import McpEnv, McpServer, McpSession
+from agentsdpo.envs.config import ContainerConfig, McpServer
+from agentsdpo.envs.mcp import McpEnv, McpSession
 from agentsdpo.errors import EnvError, FormatError
-from agentsdpo.settings import Settings
 from agentsdpo.types import Json, Outcome, Task, ToolCall, ToolResult
 
 SUBSYSTEMS = ("filesystem", ".apps_data")
@@ -27,18 +26,6 @@ You work in an office with the apps that your tools give you. Do what the reques
 When you are done, call final_answer with your answer; files that are asked for must exist by then."""
 _EPISODE = ".apps_data/agentsdpo/episode.json"
 """Where answer and calls stand inside a checkpoint."""
-
-
-class ContainerConfig(Settings):
-    """How to come by containers. Both commands are run as they are, without a shell."""
-
-    start: tuple[str, ...] = Field(min_length=1, description=(
-        "command that starts a fresh container and ends, having printed its address as its last line"))
-    stop: tuple[str, ...] = Field(default=(), description="command that removes it; {url} stands for the address")
-    apps: Json = Field(default={}, description="mcpServers of POST /apps; empty leaves those that the image starts")
-    hooks: tuple[Json, ...] = Field(default=(), description="pre_snapshot_hooks of POST /data/snapshot")
-    startup_s: float = Field(default=180.0, gt=0, description="seconds until it must be healthy")
-    timeout_s: float = Field(default=600.0, gt=0, description="seconds for one request, and for one tool call")
 
 
 class Container:

@@ -14,35 +14,15 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
-from pydantic import Field, model_validator
-
+from agentsdpo.envs.config import McpServer
 from agentsdpo.envs.office import FINAL
 from agentsdpo.errors import ConfigError, EnvError
-from agentsdpo.settings import Settings
 from agentsdpo.types import ErrorKind, Json, Outcome, Task, ToolCall, ToolResult, ToolSpec
 
 MOST_CHARS = 1_000_000
 """Characters of one answer that go on; profiles cut further."""
 _CLOSED, _LATE = -32000, (-32001, 408)
 """Codes with which the SDK says that the connection is gone, and that an answer took too long."""
-
-
-class McpServer(Settings):
-    """Where the tools are: a command to start, or an address."""
-
-    command: str = Field(default="", description="program of a local server, started anew for every episode")
-    args: tuple[str, ...] = Field(default=(), description="its arguments")
-    env: dict[str, str] = Field(default={}, description="variables it gets besides PATH, HOME and the like")
-    cwd: str | None = Field(default=None, description="folder it runs in")
-    url: str = Field(default="", description="address of a server that speaks streamable HTTP")
-    token_env: str | None = Field(default=None, description="variable that holds a bearer token for the address")
-    timeout_s: float = Field(default=60.0, gt=0, description="seconds for one call")
-
-    @model_validator(mode="after")
-    def _one_of(self) -> "McpServer":
-        if bool(self.command) == bool(self.url):
-            raise ValueError("give a command or a url")
-        return self
 
 
 class McpSession:

@@ -12,9 +12,10 @@ from pydantic import ValidationError
 
 from agentsdpo.collect.rollout import run_episode
 from agentsdpo.envs import mcp
-from agentsdpo.envs.archipelago import ArchipelagoEnv, ContainerConfig
+from agentsdpo.envs.archipelago import ArchipelagoEnv
 from agentsdpo.envs.archives import Entry, unzip
-from agentsdpo.envs.mcp import McpEnv, McpServer
+from agentsdpo.envs.config import ContainerConfig, McpServer
+from agentsdpo.envs.mcp import McpEnv
 from agentsdpo.errors import ConfigError, EnvError
 from agentsdpo.types import ModelTurn, StopReason, Task, ToolCall, ToolResult, ToolSpec
 

@@ -14,7 +14,7 @@ from agentsdpo.benchmarks.apex.layouts.harbor import is_harbor, read_harbor
 from agentsdpo.benchmarks.apex.layouts.laid import LaidTasks, Layout
 from agentsdpo.benchmarks.apex.layouts.taskfile import read_task_file
 from agentsdpo.collect.hosted import HostedConfig
-from agentsdpo.envs.archipelago import ContainerConfig
+from agentsdpo.envs.config import ContainerConfig
 from agentsdpo.errors import FormatError
 
 __all__ = ["LaidTasks", "Layout", "open_layout"]

@@ -12,9 +12,10 @@ from agentsdpo.benchmarks.apex.checks import find_check
 from agentsdpo.benchmarks.apex.judge import RubricGrader
 from agentsdpo.benchmarks.apex.taskset import check_tasks, tasks_sha256
 from agentsdpo.collect.hosted import HostedConfig, HostedModel
-from agentsdpo.envs.archipelago import ArchipelagoEnv, ContainerConfig
+from agentsdpo.envs.archipelago import ArchipelagoEnv
 from agentsdpo.envs.archives import Files, open_archive, zip_bytes
-from agentsdpo.envs.mcp import McpEnv, McpServer
+from agentsdpo.envs.config import ContainerConfig, McpServer
+from agentsdpo.envs.mcp import McpEnv
 from agentsdpo.envs.office import OfficeEnv
 from agentsdpo.errors import ConfigError, FormatError
 from agentsdpo.types import Env, Task

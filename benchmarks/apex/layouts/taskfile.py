@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from agentsdpo.benchmarks.apex.layouts.laid import Layout, folder_files, plain_id, provenance
 from agentsdpo.envs.archives import Files, safe_path
-from agentsdpo.envs.mcp import McpServer
+from agentsdpo.envs.config import McpServer
 from agentsdpo.errors import FormatError, TrainForbidden
 from agentsdpo.types import Budget, Criterion, Task
 
