@@ -10,6 +10,7 @@ from agentsdpo.benchmarks.apex.profiles import PROFILES, Profile
 from agentsdpo.collect.budget import ANNOUNCE
 from agentsdpo.collect.config import CollectConfig, CompactionConfig
 from agentsdpo.collect.hosted import HostedConfig
+from agentsdpo.envs.config import ContainerConfig
 from agentsdpo.settings import Settings
 from agentsdpo.settings_io import build, read_toml, with_sets
 from agentsdpo.types import Budget, Task
@@ -72,7 +73,7 @@ class BenchConfig(Settings):
     announce: str = Field(default="off", pattern=f"^({ANNOUNCE})$", description=(
         "when the agent is told its budget: off, start, or every_5 and the like, in turns"))
     references: bool = Field(default=True, description="play scripted agents for scale, where the suite has some")
-    containers: tuple[str, ...] = Field(default=(), description="addresses of archipelago containers for the worlds")
+    containers: ContainerConfig | None = Field(default=None, description="that play the worlds; none: in memory")
     judge: HostedConfig | None = Field(default=None, description="the model that judges what no program can")
     hosted: HostedConfig | None = Field(default=None, description="the hosted model that plays, in place of model")
     budget: BudgetConfig = BudgetConfig()
