@@ -92,6 +92,11 @@ TABLE = (
            "tool calls per episode; parsed and accepted; changed state; finished without a valid call",
            "worse by 10 %"),
     Metric("collect/{repeat_frac,truncated_frac}", "share", "calls made before; turns cut at max_tokens"),
+    Metric("collect/longest_repeat/max", "count", "longest run of one call that changed nothing, in any episode"),
+    Metric("collect/merge_ratio", "share", "sampled tokens over tokens of the rows they are learnt from",
+           "falling: compaction opens branches faster than agents write"),
+    Metric("collect/fork/*", "count", "branches opened by reason", "any but compaction"),
+    Metric("collect/working_s/mean", "seconds", "model calls that succeeded and tools, per episode"),
     Metric("collect/stop/*", "share", "episodes by stop reason"),
 )
 """The table, by room."""

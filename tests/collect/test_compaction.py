@@ -2,21 +2,26 @@
 
 import asyncio
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from agentsdpo.chat import ChatFormat
+from agentsdpo.collect.collector import Collector
 from agentsdpo.collect.compaction import HEADING, compactor
 from agentsdpo.collect.config import CollectConfig, CompactionConfig
+from agentsdpo.collect.metrics import collect_metrics
 from agentsdpo.collect.policy import EnginePolicy
 from agentsdpo.collect.rollout import Rollout, run_episode
 from agentsdpo.errors import ConfigError
 from agentsdpo.learn.batch import loss_weights
 from agentsdpo.learn.config import LearnConfig
 from agentsdpo.learn.rows import TrainRow, admit
+from agentsdpo.replay import ReplayStore, Spool
 from agentsdpo.replay.rules import check_episode
+from agentsdpo.replay.salvage import salvage
 from agentsdpo.types import Completion, Episode, StopReason, TokenKind
 
 WINDOW = 1600
@@ -198,3 +203,33 @@ def test_scripted_agents_have_no_window_and_summaries_need_who_writes_them(world
     assert play(Sized(*turns), "notes").counts["compactions"] == 3
     with pytest.raises(ConfigError, match="Sized cannot write one"):
         play(Sized(*turns), "summary")
+
+
+def test_a_compacted_episode_goes_through_journal_and_store(world: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    chat, store = ChatFormat(tiny_tokenizer), ReplayStore.open(tmp_path / "store")
+
+    class Suite(world.suite):
+        def env(self) -> Any:
+            return world.noting_env()
+
+    config = CollectConfig(window=WINDOW, max_turns=20, compaction=CompactionConfig(manager="summary", keep_turns=2))
+    collector = Collector.of_engine(Suite(), world.seeded_engine(chat), chat, config, run_id="r", spool=Spool(store))
+    # The suite's own budget of six turns is too short for a window to fill.
+    collector.suite.task = lambda split, index: world.task(turns=20).model_copy(  # type: ignore[method-assign]
+        update={"train_allowed": True})
+    (episode,) = collector.collect("train", [3])
+    assert episode.metadata["compactions"] >= 1
+    (path,) = store.root.glob("spool/*/*/*.arrows")
+    left = salvage(path).episode
+    assert left is not None
+    store.append([episode])
+    for again in (left, store.episode(episode.episode_id)):
+        assert again.messages == episode.messages
+        assert [b.fork_reason for b in again.branches] == [b.fork_reason for b in episode.branches]
+        for old, new in zip(episode.branches, again.branches, strict=True):
+            assert old.token_ids.tolist() == new.token_ids.tolist()
+            assert old.token_kind.tolist() == new.token_kind.tolist()
+    metrics = collect_metrics([episode])
+    assert metrics["collect/branches/mean"] == len(episode.branches)
+    assert metrics["collect/fork/compaction"] == len(episode.branches) - 1
+    assert 0.0 < metrics["collect/merge_ratio"] < 1.0
