@@ -85,7 +85,10 @@ async def _all(folder: BenchFolder, player: Player, tasks: dict[str, Task], reco
         done += 1
         told(attempt, done, len(records))
 
-    await together([one(record) for record in records], player.config.concurrency)
+    try:
+        await together([one(record) for record in records], player.config.concurrency)
+    finally:
+        await player.close()
 
 
 async def _one(folder: BenchFolder, player: Player, task: Task, record: Attempt, grading: int) -> Attempt:

@@ -70,7 +70,17 @@ class Player:
 
     async def all_once(self, tasks: Sequence[Task]) -> list[Attempt]:
         """:meth:`once` for each of these tasks, as many at a time as the run may have in flight."""
-        return await together([self.once(task) for task in tasks], self.config.concurrency)
+        try:
+            return await together([self.once(task) for task in tasks], self.config.concurrency)
+        finally:
+            await self.close()
+
+    async def close(self) -> None:
+        """Let go of connections of this event loop: those of the judge, and of the agent."""
+        if isinstance(self.taskset, Closes):
+            await self.taskset.close()
+        if self.agent.close is not None:
+            await self.agent.close()
 
 
 async def together(jobs: Sequence[Coroutine[Any, Any, T]], at_once: int) -> list[T]:

@@ -81,6 +81,10 @@ class BenchFolder:
         """``run.json``."""
         return _json(self.path / "run.json")
 
+    def write_about(self, about: Json) -> None:
+        """Write ``run.json``, once."""
+        write_text(self.path / "run.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+
     def gradings(self) -> list[Json]:
         """All gradings, oldest first: ``id``, ``judge``, ``finished``."""
         path = self.path / "gradings.json"

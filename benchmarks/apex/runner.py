@@ -104,9 +104,12 @@ class Bench:
                 done += 1
                 self.told(attempt, done, total)
 
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(self.config.concurrency, len(queue))):
-                group.create_task(work())
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(self.config.concurrency, len(queue))):
+                    group.create_task(work())
+        finally:
+            await self.player.close()
 
     async def attempt(self, job: Job) -> Attempt:
         """Play and grade one attempt and write it down; where only its grade is missing, only grade it."""

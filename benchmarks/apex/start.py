@@ -1,7 +1,6 @@
 """Making the folder of a new run, and opening that of an old one."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +13,6 @@ from agentsdpo.benchmarks.apex.runner import Bench
 from agentsdpo.benchmarks.apex.suites import open_suite
 from agentsdpo.benchmarks.apex.taskset import Judges, TaskSet, canonical
 from agentsdpo.errors import RunError
-from agentsdpo.files import write_text
 from agentsdpo.provenance import cores, cpu_name, describe_environment
 from agentsdpo.runfolder import hold
 from agentsdpo.settings_io import build
@@ -40,7 +38,7 @@ def start(config: BenchConfig, out: Path | str) -> Bench:
     folder.path.mkdir(parents=True, exist_ok=True)
     hold(folder.path)
     about = describe(config, taskset, agent, folder.path.resolve().name)
-    write_text(folder.path / "run.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+    folder.write_about(about)
     return Bench(config, taskset, agent, folder, about)
 
 

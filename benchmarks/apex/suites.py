@@ -8,7 +8,7 @@ from agentsdpo.benchmarks.apex.desk import DeskTasks
 from agentsdpo.benchmarks.apex.taskset import TaskSet
 from agentsdpo.envs.desk import PRESETS
 from agentsdpo.errors import ConfigError
-from agentsdpo.types import Env, Grader, Task
+from agentsdpo.types import Closes, Env, Grader, Task
 
 DESK_TASKS = 20
 """Tasks of the desk world when a configuration does not say how many."""
@@ -28,6 +28,11 @@ class FirstTasks:
         self.name, self.version, self.sha256 = whole.name, whole.version, whole.sha256
 
     tasks: Sequence[Task]
+
+    async def close(self) -> None:
+        """As the whole set."""
+        if isinstance(self._whole, Closes):
+            await self._whole.close()
 
     def env(self, task: Task) -> Env:
         """As the whole set."""

@@ -71,9 +71,13 @@ class LaidTasks:
         self._containers = containers
         self._packed: tuple[str, bytes] | None = None
 
-    @cached_property
+    @property
     def sha256(self) -> str:
         """Over tasks with rubrics and over names, sizes and checksums of the files they begin with."""
+        return self._sha256
+
+    @cached_property
+    def _sha256(self) -> str:
         layout = self.layout
         files = {"worlds": layout.worlds, "overlays": layout.overlays}
         return tasks_sha256(layout.tasks, version=layout.version, world_of=layout.world_of, files={
