@@ -149,7 +149,8 @@ def measure() -> Iterator[Figure]:
         yield Figure("collector_vs_raw_vllm", round(statistics.median(ratios), 4), "ratio", "bare load generator", {
             "collector_tok_s": round(tokens / sum(mine for mine, _, _ in rounds)),
             "raw_tok_s": round(tokens / sum(raw for _, raw, _ in rounds)), "rounds": ROUNDS,
-            "collector_cpu_ms_per_call": round(1000 * bench.cpu_s / bench.played, 2), "spread": [round(min(ratios), 3), round(max(ratios), 3)], "concurrency": CONCURRENCY,
+            "collector_cpu_ms_per_call": round(1000 * bench.cpu_s / bench.played, 2),
+            "spread": [round(min(ratios), 3), round(max(ratios), 3)], "concurrency": CONCURRENCY,
             "tokens_per_call": round(sum(n for c in bench.engine.noted.values() for _, n in c) / calls, 1)})
         nats, scored = parity_nats(bench.episodes[:SCORED])
         yield Figure("logprob_parity_nats", nats, "nats", None, {"tokens": scored, "bound": BOUND})
