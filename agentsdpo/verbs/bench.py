@@ -114,6 +114,19 @@ def show(folder: Run, task: Annotated[str, typer.Argument(metavar="TASK", help="
 
 
 @bench.command()
+def export(folder: Run, to: Annotated[str, typer.Option("--to", help="archipelago, atif or inspect.")],
+           out: Annotated[Path | None, typer.Option(help="Folder to write into; export/ of the run when not given.")
+                          ] = None,
+           as_json: Json = False) -> None:
+    """Write the attempts of a run as another tool reads them."""
+    from agentsdpo.benchmarks.apex.exports import export_run
+    from agentsdpo.benchmarks.apex.runfolder import BenchFolder
+
+    written = export_run(BenchFolder.find(folder), to, out)
+    typer.echo(json.dumps({"to": to, "path": str(written)}) if as_json else str(written))
+
+
+@bench.command()
 def doctor(config: Config = None, suite: Suite = None, tasks: Tasks = None, judge: Judge = None, sets: Sets = None,
            as_json: Json = False) -> None:
     """Check a benchmark: agents that do nothing pass nothing, the oracle passes all, twice is the same."""

@@ -37,6 +37,8 @@ def test_run_report_show_and_compare_work_out_of_the_box(tmp_path: Path) -> None
     assert shown["record"]["passed"]
     assert "cell_set" in call("show", a, "desk-mini-test_names-0").stdout
     assert data(call("resume", a, "--json"))["n_missing"] == 0
+    for to in ("inspect", "atif", "archipelago"):
+        assert Path(data(call("export", a, "--to", to, "--json"))["path"]).exists()
     assert data(call("grade", a, "--json"))["grading"]["id"] == 1
     assert len(list((tmp_path / "a").glob("episodes/*/*/grades-0.json"))) == 6
 
@@ -93,6 +95,7 @@ def test_doctor_finds_a_licence_that_is_not_kept_and_a_rubric_that_leaks(sums: S
 
 @pytest.mark.parametrize(("words", "code", "says"), [
     (["report", "nowhere"], 4, "holds no benchmark run"), (["show", "nowhere", "t"], 4, "holds no benchmark run"),
+    (["export", "nowhere", "--to", "atif"], 4, "holds no benchmark run"),
     (["run", "--suite", "nothing"], 2, "there is no suite 'nothing'"),
     (["run", "--set", "atempts=3"], 2, "did you mean attempts?"), (["run", "--attempts", "0"], 2, "0"),
     (["run", "missing.toml"], 2, "cannot be read"), (["run", "--model", "./nowhere"], 2, "no model folder")])
