@@ -23,6 +23,7 @@ from agentsdpo.config import RunConfig
 from agentsdpo.errors import EngineError, RegistryError
 from agentsdpo.programs.flow import Learnt, episodes_in, learners
 from agentsdpo.publish.registry import PolicyRegistry, behaviour_version
+from agentsdpo.publish.served import read_served
 from agentsdpo.replay.spool import Spool
 from agentsdpo.replay.store import ReplayStore
 from agentsdpo.replay.upkeep.recover import recover
@@ -37,6 +38,8 @@ TRIES = 3
 """Times an episode is begun that ends unscored, before it is left out."""
 MAX_REST_S = 30.0
 """Longest pause after episodes that broke one after the other: the engine or a tool server is down."""
+SERVER_WAIT_S = 120.0
+"""Seconds a server may take to be there."""
 TOLD_S = 10.0
 """Seconds between two lines of progress."""
 
@@ -115,16 +118,24 @@ class Collecting:
             lambda: (learners(self.store), episodes_in(self.store.snapshot())))
 
     async def _take_policy(self) -> None:
-        wanted = await asyncio.to_thread(held_behind, self.registry, self.config.staleness)
+        wanted = await asyncio.to_thread(self._wanted)
         if wanted is None or wanted == self.version:
             return
         try:
             await asyncio.to_thread(self._record, wanted)
             if hasattr(self.engine, "load_weights"):
                 self.engine.load_weights(await asyncio.to_thread(self.registry.load, wanted), wanted)
+            elif self.registry.manifest(wanted).kind == "adapter":
+                self.engine.use(f"{self.engine.facts.base}@v{wanted}")
         except RegistryError:  # pruned in the meantime: there is a newer one to take at the next look
             return
         self.version = wanted
+
+    def _wanted(self) -> int | None:
+        """The version to serve: as far behind the latest as is wanted; of a server, what the publisher gave it."""
+        if hasattr(self.engine, "load_weights"):
+            return held_behind(self.registry, self.config.staleness)
+        return read_served(self.registry.root, self.engine.url).version
 
     def _record(self, version: int) -> None:
         """Tell the store what the version is, before anything is stored that it sampled."""
@@ -146,9 +157,13 @@ class Collecting:
             EngineError: none of the last episodes could be scored, each tried several times.
             ConfigError, ModelError, TruncatedSampling, JournalError: see :meth:`Collector.collect`.
         """
+        told = float("-inf")
         while self.version < 0:
             await self.look()
             if self.version < 0:
+                if time.monotonic() - told > TOLD_S:
+                    told = time.monotonic()
+                    self.say(f"waiting for the first policy version in {self.registry.root}")
                 await asyncio.sleep(POLL_S)
         follower = asyncio.create_task(self.follow())
         try:
@@ -296,9 +311,12 @@ def make_engine(name: str, config: RunConfig, path: Any, chat: Any) -> Any:
 
         return InProcessEngine(load_model(path, chat), chat.eos_id, max_slots=config.collect.concurrency,
                                window=config.collect.window)
+    from transformers import AutoConfig
+
     from agentsdpo.collect.vllm import VllmEngine
 
-    return VllmEngine(name)
+    vocab_size = AutoConfig.from_pretrained(path).get_text_config().vocab_size
+    return VllmEngine(name, eos_ids=(chat.eos_id,), vocab_size=vocab_size, wait_s=SERVER_WAIT_S)
 
 
 def collect(config: RunConfig, uri: str, policies: str, **more: Any) -> Json:
