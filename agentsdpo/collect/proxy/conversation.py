@@ -69,7 +69,7 @@ class Conversation:
         feedback: what was said about its answers so far.
         faults: calls that got no answer, by what went wrong.
         used: clock of the last request. flying: requests under way.
-        broken: its journal failed; it must end before it can go on.
+        broken: its journal failed; it must end before it can go on. ending: it is being written to the store.
     """
 
     name: str
@@ -87,6 +87,7 @@ class Conversation:
     used: float = field(default_factory=time.monotonic)
     flying: int = 0
     broken: bool = False
+    ending: bool = False
     turns: int = 0
     last: Line | None = None
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)

@@ -121,10 +121,11 @@ def after(digest: bytes, message: Json) -> bytes:
 
 def _identity(message: Json) -> bytes:
     """What makes a message the same one: not the ids of its calls, nor the space around an agent's words."""
-    own = message["role"] == "assistant"
+    role, content = message["role"], message["content"]
     calls = [(call["function"]["name"], call["function"]["arguments"]) for call in message.get("tool_calls", ())]
-    content = message["content"].strip() if own else message["content"]
-    return json.dumps([message["role"], content, calls], sort_keys=True).encode("utf-8", "surrogatepass")
+    said = json.dumps(calls, sort_keys=True) if calls else ""
+    words = content.strip() if role == "assistant" else content
+    return f"{role} {len(words)} {words}{said}".encode("utf-8", "surrogatepass")
 
 
 def fork_reason(old: Sequence[Json], new: Sequence[Json], *, same_tools: bool) -> ForkReason:

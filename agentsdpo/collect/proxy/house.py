@@ -127,7 +127,7 @@ class House:
         Raises:
             Refused: no answer, with the reason.
         """
-        prompt = room.begin(name, asked)
+        prompt = await room.begin(name, asked)
         fault = "failed"
         try:
             reply = await self._answer(room, prompt, asked)

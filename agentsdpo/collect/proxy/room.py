@@ -42,7 +42,7 @@ class Room:
 
     # ------------------------------------------------------------------------------------------------- requests
 
-    def begin(self, name: str | None, asked: Asked) -> Prompt:
+    async def begin(self, name: str | None, asked: Asked) -> Prompt:
         """The call a request asks for, in the conversation it names or is known by; it is under way from now on.
 
         Args:
@@ -53,29 +53,42 @@ class Room:
             Refused: 400, the chat template cannot render these messages.
         """
         chain = [] if asked.messages is None else digests(asked.tools, asked.messages)
-        conversation = self._named(name) if name else self._known(asked, chain) or self._named(uuid7())
+        conversation = self._locate(name, asked, chain)
+        if conversation.ending:
+            async with self._ending:  # it is being written to the store: what comes now is its next attempt
+                conversation = self._locate(name, asked, chain)
         if conversation.broken:
             raise Refused(503, "this conversation cannot be recorded now", code="not_recorded", retry_after_s=5,
                           fix="ask the operator of this proxy to look at its disk")
+        conversation.flying += 1
         try:
-            if asked.messages is None:
-                assert asked.prompt is not None
-                prompt = conversation.text_prompt(asked.prompt)
-            else:
-                prompt = conversation.chat_prompt(asked.messages, asked.tools, chain)
+            prompt = self._prompt(conversation, asked, chain)
+        except BaseException:
+            self._landed(conversation)
+            raise
+        prompt.turn, conversation.turns = conversation.turns, conversation.turns + 1
+        conversation.used = time.monotonic()
+        if prompt.line is not None:
+            prompt.line.busy = True
+        return prompt
+
+    @staticmethod
+    def _prompt(conversation: Conversation, asked: Asked, chain: list[bytes]) -> Prompt:
+        """The prompt of a request in its conversation. Raises Refused where the template, or the request, is at fault.
+        """
+        try:
+            if asked.messages is not None:
+                return conversation.chat_prompt(asked.messages, asked.tools, chain)
+            assert asked.prompt is not None
+            return conversation.text_prompt(asked.prompt)
         except Exception as error:  # whatever the author of the template raises: jinja errors, lookups, ...
             if isinstance(error, AgentSdpoError) and not isinstance(error, ModelError):
                 raise
             raise Refused(400, f"the chat template cannot render these messages: {error}", param="messages",
                           fix="send the roles in an order that the model's template knows") from error
-        if not prompt.ids:
-            raise Refused(400, "the prompt has no tokens", param="prompt")
-        prompt.turn, conversation.turns = conversation.turns, conversation.turns + 1
-        conversation.flying += 1
-        conversation.used = time.monotonic()
-        if prompt.line is not None:
-            prompt.line.busy = True
-        return prompt
+
+    def _locate(self, name: str | None, asked: Asked, chain: Sequence[bytes]) -> Conversation:
+        return self._named(name) if name else self._known(asked, chain) or self._named(uuid7())
 
     def _named(self, name: str) -> Conversation:
         """The open conversation of a name, or a new attempt at it."""
@@ -149,12 +162,15 @@ class Room:
     def done(self, prompt: Prompt, fault: str = "") -> None:
         """The call is over, well or with a fault."""
         conversation = prompt.conversation
-        conversation.flying -= 1
-        conversation.used = time.monotonic()
         if prompt.line is not None:
             prompt.line.busy = False
         if fault:
             conversation.faults[fault] = conversation.faults.get(fault, 0) + 1
+        self._landed(conversation)
+
+    def _landed(self, conversation: Conversation) -> None:
+        conversation.flying -= 1
+        conversation.used = time.monotonic()
         if not conversation.lines and not conversation.flying:
             self._forget(conversation)  # nothing was ever answered
 
@@ -198,10 +214,16 @@ class Room:
         async with self._ending:
             ending = [c for name in names if (c := self.open.get(name)) and not c.flying]
             done = [c for c in ending if c.journal is not None]
-            if done:
-                await self._safely(lambda: self._put(done))
             for conversation in ending:
-                self._forget(conversation)
+                conversation.ending = True
+            try:
+                if done:
+                    await self._safely(lambda: self._put(done))
+                for conversation in ending:
+                    self._forget(conversation)
+            finally:
+                for conversation in ending:
+                    conversation.ending = False
         return len(done)
 
     def _put(self, conversations: Sequence[Conversation]) -> None:

@@ -1,12 +1,12 @@
 """The proxy over HTTP: who may ask, how much, and the way of one call from the request to the record to the answer."""
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import orjson
 from aiohttp import web
 
 from agentsdpo.collect.proxy.access import Caller, Keys, Rates
@@ -137,10 +137,8 @@ class Proxy:
         except TimeoutError:
             raise Refused(408, f"the request did not arrive within {self.config.body_s:g} s") from None
         try:
-            body = json.loads(raw)
-            if b"\\ud" in raw or b"\\uD" in raw:
-                json.dumps(body, ensure_ascii=False).encode()  # lone surrogates are no text
-        except (ValueError, RecursionError):
+            body = orjson.loads(raw)  # lone surrogates, which are no text, are errors to it
+        except ValueError:
             raise Refused(400, "the body is not JSON", fix="send one JSON object in UTF-8", code="bad_json") from None
         if not isinstance(body, dict):
             raise Refused(400, "the body is no JSON object", code="bad_json")
@@ -184,7 +182,8 @@ class Proxy:
         finally:
             self._flying -= 1
         if not asked.stream:
-            return web.json_response(reply.whole(), headers={HEADER: name})
+            return web.Response(body=orjson.dumps(reply.whole()), content_type="application/json",
+                                headers={HEADER: name})
         return await self._stream(request, reply, name, usage=asked.usage)
 
     async def _stream(self, request: web.Request, reply: Reply, name: str, *, usage: bool) -> web.StreamResponse:
@@ -194,7 +193,7 @@ class Proxy:
         try:
             await answer.prepare(request)
             for piece in reply.pieces(usage=usage):
-                await answer.write(b"data: " + json.dumps(piece, ensure_ascii=False).encode() + b"\n\n")
+                await answer.write(b"data: " + orjson.dumps(piece) + b"\n\n")
             await answer.write(b"data: [DONE]\n\n")
             await answer.write_eof()
         except ConnectionError:

@@ -267,6 +267,38 @@ def test_an_answer_that_cannot_be_recorded_is_not_given(stack: Stack, monkeypatc
     assert stack.episodes()[1].messages[-1]["content"] == "reply 2"
 
 
+def test_what_comes_while_a_conversation_is_stored_is_its_next_attempt(stack: Stack, monkeypatch: pytest.MonkeyPatch
+                                                                       ) -> None:
+    stack.start()
+    first = stack.ask("One.", conversation="c")
+    assert stack.proxy is not None
+    shelf = stack.proxy.house.rooms[""].shelf
+    real, storing = shelf.put, threading.Event()
+
+    def slow(episodes: Any) -> None:
+        storing.set()
+        time.sleep(0.5)
+        real(episodes)
+
+    monkeypatch.setattr(shelf, "put", slow)
+    closer = threading.Thread(target=lambda: httpx.post(f"{stack.url}/v1/close", json={"conversation": "c"}))
+    closer.start()
+    assert storing.wait(10)
+    stack.ask("One.", said(first), "Two.", conversation="c")
+    closer.join()
+    stack.stop_proxy()
+    assert [episode.attempt for episode in stack.episodes()] == [0, 1]
+
+
+def test_requests_that_fail_leave_no_conversation(stack: Stack) -> None:
+    stack.start()
+    assert stack.post("/c/c/v1/completions", {"prompt": ""}).status_code == 400
+    stack.engine.faults = [400]
+    assert stack.post("/c/c/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}).status_code == 400
+    assert stack.proxy is not None
+    assert not stack.proxy.house.rooms[""].open
+
+
 def test_many_at_once_and_no_two_mixed_up(stack: Stack) -> None:
     stack.engine.say = lambda prompt: prompt.rpartition("user\n")[2].split("<|im_end|>")[0]
     stack.start()
