@@ -1,0 +1,44 @@
+"""Runs in other tools' formats: :func:`export_run` writes a run folder's attempts as one of :data:`EXPORTS`.
+
+| name | what is written |
+|---|---|
+| ``archipelago`` | a folder per attempt with archipelago's files, without keys of our own |
+| ``atif`` | one ATIF trajectory a line |
+| ``inspect`` | one Inspect log (``EvalLog`` version 2, JSON) |
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from agentsdpo.benchmarks.apex.exports.archipelago import write_archipelago
+from agentsdpo.benchmarks.apex.exports.inspect import write_inspect
+from agentsdpo.benchmarks.apex.exports.trajectories import write_atif
+from agentsdpo.benchmarks.apex.runfolder import BenchFolder
+from agentsdpo.errors import ConfigError
+
+EXPORTS: Mapping[str, Callable[[BenchFolder, Path], Path]] = {
+    "archipelago": write_archipelago, "atif": write_atif, "inspect": write_inspect}
+"""Each writes a run into a folder and returns what it wrote."""
+
+__all__ = ["EXPORTS", "export_run"]
+
+
+def export_run(folder: BenchFolder, to: str, out: Path | None = None) -> Path:
+    """Write a run in another format.
+
+    Args:
+        folder: the run.
+        to: one of :data:`EXPORTS`.
+        out: folder to write into; None is ``export/`` of the run.
+
+    Returns:
+        The file or folder that was written.
+
+    Raises:
+        ConfigError: no such format. FormatError: files of an attempt are damaged.
+    """
+    if to not in EXPORTS:
+        raise ConfigError(f"there is no export {to!r}", fix=f"choose one of {', '.join(EXPORTS)}")
+    place = out or folder.path / "export"
+    place.mkdir(parents=True, exist_ok=True)
+    return EXPORTS[to](folder, place)
