@@ -94,11 +94,19 @@ class Collector:
                 whatever the suite raises instead of a task. Every other fault unscores its own episode.
             JournalError: the spool's disk is full or failing.
         """
+        played: list[Episode] = []
+
+        async def play() -> None:
+            # Not as the task's result: putting Ctrl-C back as it was, asyncio has it written out, whole episodes long.
+            played.extend(await self.collect_async(split, indices, seed=seed))
+
         try:
             asyncio.get_running_loop()
         except RuntimeError:
-            return asyncio.run(self.collect_async(split, indices, seed=seed))
-        return _in_thread(lambda: asyncio.run(self.collect_async(split, indices, seed=seed)))
+            asyncio.run(play())
+        else:
+            _in_thread(lambda: asyncio.run(play()))
+        return played
 
     async def collect_async(self, split: str, indices: Sequence[int], *, seed: int = 0) -> list[Episode]:
         """:meth:`collect` for callers with a loop of their own."""
@@ -211,20 +219,18 @@ def without_feedback(grade: Grade | None) -> Grade | None:
     return grade.model_copy(update={"results": results, "feedback": ""})
 
 
-def _in_thread(work: Callable[[], list[Episode]]) -> list[Episode]:
+def _in_thread(work: Callable[[], None]) -> None:
     """Run work in a thread of its own; its exception is raised here."""
-    box: list[Any] = []
+    faults: list[BaseException] = []
 
     def run() -> None:
         try:
-            box.append((True, work()))
-        except BaseException as error:  # noqa: BLE001 - handed to the caller below, nothing is swallowed
-            box.append((False, error))
+            work()
+        except BaseException as error:  # noqa: BLE001 - raised below, nothing is swallowed
+            faults.append(error)
 
     thread = threading.Thread(target=run, name="collect")
     thread.start()
     thread.join()
-    fine, value = box[0]
-    if not fine:
-        raise value
-    return value
+    if faults:
+        raise faults[0]

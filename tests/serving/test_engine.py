@@ -207,7 +207,7 @@ def test_a_server_that_dies_is_waited_for_and_asked_again_what_it_is(fake_vllm: 
 def test_a_server_that_stays_away_costs_the_call_not_the_engine(fake_vllm: FakeVllm) -> None:
     engine = engine_of(fake_vllm, patience_s=0.5)
     fake_vllm.close()
-    with pytest.raises(EngineError, match=r"cannot be reached: ConnectError.*agentsdpo doctor"):
+    with pytest.raises(EngineError, match=r"cannot be reached: .*agentsdpo doctor"):
         ask(engine)
     with FakeVllm(port=fake_vllm.port):
         assert ask(engine).finish_reason == "stop"
@@ -241,9 +241,10 @@ def test_truncated_sampling_comes_with_its_kept_set(fake_vllm: FakeVllm) -> None
         engine = engine_of(fake)
         assert engine.records_kept
         done = ask(engine, top_k=4)
-        assert done.kept == ((0, 1, 2, 3),) * 3
+        kept = (0, 1, 2, 3)
+        assert done.kept == (kept,) * 3
         assert untrainable(done, Sampling(top_k=4)) is None
-        assert math.isclose(sum(math.exp(distribution(1.0, 4, fake.mode)[0][i]) for i in done.kept[0]), 1.0)
+        assert math.isclose(sum(math.exp(distribution(1.0, 4, fake.mode)[0][i]) for i in kept), 1.0)
         for change, reason in [
                 (lambda c: c.update(sampling_mask=None), "kept_set_missing"),
                 (lambda c: c.update(sampling_mask=[[1]]), "kept_set_missing"),

@@ -5,6 +5,7 @@ import json
 from collections.abc import AsyncGenerator
 from typing import Any
 
+import aiohttp
 import httpx
 from tenacity import (
     AsyncRetrying,
@@ -61,26 +62,26 @@ class Line:
     """
 
     def __init__(self, url: str, headers: dict[str, str], timeout_s: float) -> None:
-        self.url, self._headers = url, headers
-        self._timeout = httpx.Timeout(timeout_s, connect=min(10.0, timeout_s))
+        self.url, self._headers, self._timeout_s = url, headers, timeout_s
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._client: httpx.AsyncClient | None = None
-        self._holder: AsyncGenerator[httpx.AsyncClient, None] | None = None
+        self._session: aiohttp.ClientSession | None = None
+        self._holder: AsyncGenerator[aiohttp.ClientSession, None] | None = None
 
-    async def _open(self) -> AsyncGenerator[httpx.AsyncClient, None]:
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=IDLE_S)
-        # No proxy of the environment: a model server is reached directly, and prompts go nowhere else.
-        async with httpx.AsyncClient(base_url=self.url, headers=self._headers, timeout=self._timeout, limits=limits,
-                                     trust_env=False, verify=encrypted(self.url)) as client:
-            yield client
+    async def _open(self) -> AsyncGenerator[aiohttp.ClientSession, None]:
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=min(10.0, self._timeout_s), sock_read=self._timeout_s)
+        # No proxy of the environment (aiohttp's default): a model server is reached directly.
+        async with aiohttp.ClientSession(
+                headers=self._headers, timeout=timeout, cookie_jar=aiohttp.DummyCookieJar(),
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S)) as session:
+            yield session
 
-    async def client(self) -> httpx.AsyncClient:
-        """The client of the running loop. A suspended generator holds it: loops close these when they end."""
+    async def session(self) -> aiohttp.ClientSession:
+        """The session of the running loop. A suspended generator holds it: loops close these when they end."""
         loop = asyncio.get_running_loop()
-        if self._client is None or self._loop is not loop:
+        if self._session is None or self._loop is not loop:
             self._loop, self._holder = loop, self._open()
-            self._client = await anext(self._holder)
-        return self._client
+            self._session = await anext(self._holder)
+        return self._session
 
     async def send(self, method: str, path: str, body: Json | None = None) -> Any:
         """Send once and decode the answer.
@@ -88,16 +89,16 @@ class Line:
         Raises:
             Passing, Refused: it came to nothing; see the classes.
         """
-        client = await self.client()
+        session = await self.session()
         try:
-            async with client.stream(method, path, json=body) as response:
+            async with session.request(method, self.url + path, json=body, allow_redirects=False) as response:
                 data = await _read(response)
-        except httpx.TimeoutException as error:
-            raise Passing(f"{self.url}{path} gave no answer within {self._timeout.read:g} s",
+        except TimeoutError as error:  # those of aiohttp are such, too
+            raise Passing(f"{self.url}{path} gave no answer within {self._timeout_s:g} s",
                           fix="raise the engine's timeout_s, or lower the concurrency") from error
-        except httpx.TransportError as error:
+        except aiohttp.ClientError as error:
             raise unreachable(self.url, error) from error
-        return decoded(self.url + path, response.status_code, data, response.headers.get("retry-after", ""))
+        return decoded(self.url + path, response.status, data, response.headers.get("retry-after", ""))
 
 
 def encrypted(url: str) -> bool:
@@ -145,7 +146,8 @@ class Asker:
 def unreachable(url: str, error: Exception) -> Passing:
     """The error of a connection that broke, or never was."""
     return Passing(f"{url} broke off or cannot be reached: {type(error).__name__} {error}".rstrip(),
-                   fix=f"start it with agentsdpo serve, or look into its log; agentsdpo doctor {url} tells more", lost=True)
+                   fix=f"start it with agentsdpo serve, or look into its log; agentsdpo doctor {url} tells more",
+                   lost=True)
 
 
 def decoded(address: str, status: int, data: bytes, retry_after: str) -> Any:
@@ -163,10 +165,10 @@ def decoded(address: str, status: int, data: bytes, retry_after: str) -> Any:
                       fix="check that this is a vLLM server: agentsdpo doctor URL") from error
 
 
-async def _read(response: httpx.Response) -> bytes:
+async def _read(response: aiohttp.ClientResponse) -> bytes:
     """The body, up to :data:`MAX_ANSWER` bytes."""
     parts, size = [], 0
-    async for part in response.aiter_bytes():
+    async for part in response.content.iter_any():
         parts.append(part)
         size += len(part)
         if size > MAX_ANSWER:
