@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from agentsdpo.errors import ConfigError
 from agentsdpo.verbs.base import Json, Sets, stopped
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="Settings of the run: its RUN/config.toml.")]
@@ -26,6 +27,8 @@ def collect(
                                                              "not given.")] = None,
     number: Annotated[int, typer.Option(min=0, help="Which collector this is, from 0; no two of a run share one.")] = 0,
     of: Annotated[int, typer.Option(min=1, help="How many collectors there are.")] = 1,
+    ray: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Run all of them on a Ray cluster: its address, "
+                                                                    "auto or local.")] = None,
     sets: Sets = None,
     as_json: Json = False,
 ) -> None:
@@ -33,11 +36,20 @@ def collect(
     from agentsdpo import config as settings
 
     resolved = settings.load(config, sets or ())
+    if number and ray:
+        raise ConfigError(f"--number is {number}, but --ray runs all of --of {of}", fix="leave --number out")
     _prepare()
-    from agentsdpo.programs.collecting import collect as run
-
     with _kept("finished episodes are in the store, begun ones in its journals"):
-        about = run(resolved, store, str(policies), engine=engine, episodes=episodes, number=number, of=of, say=_say)
+        if ray:
+            from agentsdpo.programs.fan_out import collect_over_ray
+
+            about = collect_over_ray(resolved, store, str(policies), address=ray, of=of, engine=engine,
+                                     episodes=episodes, say=_say)
+        else:
+            from agentsdpo.programs.collecting import collect as run
+
+            about = run(resolved, store, str(policies), engine=engine, episodes=episodes, number=number, of=of,
+                        say=_say)
     _show(about, f"{about['episodes']} episodes in {about['store']}, the last with policy version {about['version']}",
           as_json)
 
