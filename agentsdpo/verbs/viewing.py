@@ -1,0 +1,59 @@
+"""Verbs to look at tokens: ``view``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from agentsdpo.errors import ConfigError
+
+
+def view(
+    store: Annotated[str, typer.Argument(metavar="STORE", help="Replay store: a folder or s3://bucket/prefix.")],
+    episode: Annotated[str, typer.Argument(help="Id, or as much of its beginning as is unique.")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write one HTML page here instead.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder of the model that scores, or 'seed'; without one tokens are "
+                                                   "shaded by what the store holds.")] = None,
+    hint: Annotated[str | None, typer.Option(help="Read in the place of the recorded hint: what if?")] = None,
+    policies: Annotated[Path | None, typer.Option(metavar="DIR", help="Policy registry: RUN/policies.")] = None,
+    first: Annotated[int | None, typer.Option("--from", min=0, help="Policy version that scores; the newest when not "
+                                                                    "given.")] = None,
+    last: Annotated[int | None, typer.Option("--to", min=0, help="Compare with this version: what changed.")] = None,
+    preset: Annotated[str, typer.Option(help="Objective whose weights are shown.")] = "robust",
+    by: Annotated[str, typer.Option(help="Shade the page by gap, ratio, weight or logprob.")] = "",
+    attempt: Annotated[int | None, typer.Option(min=0, help="Of several attempts; the latest when not given.")] = None,
+    branch: Annotated[int | None, typer.Option(min=0, help="One branch alone.")] = None,
+) -> None:
+    """Show an episode, each token shaded by what teacher and student think of it: here, or as one HTML page."""
+    from agentsdpo.replay.cli import summary
+    from agentsdpo.replay.cli import view as shows
+    from agentsdpo.replay.cli.base import Out, existing
+
+    if by not in ("", "gap", "ratio", "weight", "logprob"):
+        raise ConfigError(f"--by is {by!r}", fix="write gap, ratio, weight or logprob")
+    if model is None and any(option is not None for option in (hint, policies, first, last)):
+        raise ConfigError("a hint or policy versions need a model that scores", fix="give --model FOLDER, or seed")
+    opened = existing(store)
+    snapshot = opened.snapshot()
+    found = shows.load(opened, snapshot, summary.find_episode(snapshot, episode), attempt=attempt, branch=branch,
+                       model=None if model in (None, "seed") else model)
+    scores, words = [None] * len(found.rows), ""
+    if model is not None:
+        from agentsdpo.viewing import Wanted, score
+
+        found, scores, words = score(found, Wanted(model, policies, first, last, hint, preset))
+    if out is None:
+        shows.render(Out("view"), found, "text", None)
+        return
+    from agentsdpo.files import write_text
+    from agentsdpo.viewer import page
+
+    text = page(found, scores, by=by, note=words)
+    write_text(out, text)
+    tokens = sum(len(row.branch.token_ids) for row in found.rows)
+    typer.echo(f"{out}: {tokens} tokens, {len(text.encode()) / 1e6:.1f} MB")
+
+
+def register(app: typer.Typer) -> None:
+    """Add these verbs."""
+    app.command()(view)

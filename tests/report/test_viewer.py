@@ -1,0 +1,247 @@
+"""The token page: what it says of each token, that it stays small, and that text in it is never markup."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from agentsdpo.collect.collector import Collector
+from agentsdpo.collect.config import CollectConfig
+from agentsdpo.collect.inprocess import InProcessEngine
+from agentsdpo.envs.desk import DeskSuite
+from agentsdpo.envs.desk.seed import seed_path
+from agentsdpo.errors import ConfigError, HintError
+from agentsdpo.hint.config import HintConfig
+from agentsdpo.hint.hinter import make_hinter
+from agentsdpo.learn.load import load_chat, load_model
+from agentsdpo.publish.registry import PolicyRegistry
+from agentsdpo.replay.cli.decode import decoder_for
+from agentsdpo.replay.cli.view import Shown, load
+from agentsdpo.replay.store import ReplayStore
+from agentsdpo.types import Branch, Call, Episode, Hint, Sampling, StopReason, VersionSpan
+from agentsdpo.viewer import Scores, document, page
+from agentsdpo.viewing import Wanted, score
+from tests.report.browser import browser, complaints, needs_browser
+
+EVIL = "</script><img src=x onerror=document.title='owned'><!-- \u2028 &amp;"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ReplayStore:
+    """Three hinted episodes of the shipped model."""
+    torch.set_num_threads(1)
+    chat = load_chat(seed_path())
+    config = CollectConfig(window=768, max_tokens=64)
+    engine = InProcessEngine(load_model(seed_path(), chat), chat.eos_id, max_slots=4, window=768)
+    played = Collector.of_engine(DeskSuite(), engine, chat, config, run_id="r", model_id="seed").collect(
+        "train", range(3), seed=1)
+    hints = make_hinter(HintConfig(), DeskSuite()).hints(played)
+    found = ReplayStore.open(tmp_path_factory.mktemp("viewer") / "store")
+    found.append([e.model_copy(update={"hint": hint}) for e, hint in zip(played, hints, strict=True)])
+    return found
+
+
+def shown(store: ReplayStore, number: int = 0) -> Shown:
+    view = store.snapshot()
+    return load(store, view, sorted({key.episode_id for key in view.rows})[number])
+
+
+def data_of(text: str) -> Any:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    assert found
+    return json.loads(found.group(1))
+
+
+def values(data: Any, name: str) -> np.ndarray:
+    return np.array([np.nan if one is None else one / data["scale"] for one in data["branches"][0][name]])
+
+
+def test_the_page_holds_what_the_models_think(store: ReplayStore) -> None:
+    episode, scores, words = score(shown(store), Wanted("seed"))
+    data = data_of(page(episode, scores, note=words))
+    branch, of = data["branches"][0], episode.rows[0].branch
+    assert data["modes"] == ["gap", "ratio", "weight", "logprob"]
+    assert data["by"] == "gap"
+    text = "".join(data["words"][i] for i in branch["text"])
+    chat = load_chat(seed_path())
+    assert text == chat.decode(of.token_ids.tolist())
+    assert branch["ids"] == of.token_ids[branch["at"]].tolist()
+    np.testing.assert_allclose(values(data, "behaviour"), of.logprobs[branch["at"]], atol=0.005)
+    np.testing.assert_allclose(values(data, "student"), values(data, "behaviour"), atol=0.02)  # the same weights
+    gap = values(data, "teacher") - values(data, "student")
+    assert np.abs(gap).max() > 0.3, "the hint says something"
+    assert np.abs(values(data, "weight")).max() == 1.0
+    top = branch["student_top"][0]
+    assert len(top) == 10
+    chances = np.exp(np.array(top[1::2]) / data["scale"])
+    assert 0.99 * chances[0] >= chances[-1]
+    assert data["hint"]["text"].startswith("For ")
+    assert data["about"]["note"] == "scored by seed"
+
+
+def test_another_hint_is_another_gap(store: ReplayStore) -> None:
+    first = shown(store)
+    _, right, _ = score(first, Wanted("seed"))
+    _, other, _ = score(first, Wanted("seed", hint="Do as you like."))
+    assert right[0] is not None
+    assert other[0] is not None
+    same, changed = (np.nanmax(np.abs(getattr(right[0], side) - getattr(other[0], side)))
+                     for side in ("student", "teacher"))
+    assert same < 1e-5
+    assert changed > 0.1
+
+
+def test_versions_are_compared_without_a_hint(store: ReplayStore, tmp_path: Path) -> None:
+    model = load_model(seed_path(), load_chat(seed_path()))
+    registry = PolicyRegistry(tmp_path / "policies")
+    registry.publish(model.state_dict(), learner_step=0)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.3)
+    registry.publish(model.state_dict(), learner_step=1)
+    first = shown(store)
+    first = replace(first, rows=[replace(row, hint=None) for row in first.rows])
+    _, (found,), words = score(first, Wanted("seed", tmp_path / "policies", 0, 1))
+    assert found is not None
+    assert words == "version 1 minus 0"
+    assert np.nanmax(np.abs(found.teacher - found.student)) > 0.1
+    _, (same,), _ = score(first, Wanted("seed", tmp_path / "policies", 1, 1))
+    assert same is not None
+    assert np.nanmax(np.abs(same.teacher - same.student)) < 1e-6
+    with pytest.raises(ConfigError, match="policy versions are named but no registry; give --policies"):
+        score(first, Wanted("seed", None, 0, 1))
+    with pytest.raises(HintError, match="no hint, so that teacher and student read the same; give one with --hint"):
+        score(first, Wanted("seed"))
+
+
+def test_without_a_model_it_is_shaded_by_the_record(store: ReplayStore) -> None:
+    data = document(shown(store), [None])
+    assert data["modes"] == ["logprob"]
+    assert "student" not in data["branches"][0]
+
+
+def test_hints_of_turns_are_scored_each_with_its_own(store: ReplayStore) -> None:
+    first = shown(store)
+    hint = Hint(turns=((1, "File it in the board folder."),), source="user", author="u")
+    told = replace(first, rows=[replace(row, hint=hint) for row in first.rows])
+    _, (found,), _ = score(told, Wanted("seed"))
+    assert found is not None
+    call = told.rows[0].branch.calls[1]
+    scored = np.flatnonzero(np.isfinite(found.teacher))
+    assert scored.min() == call.start
+    assert scored.max() == call.end - 1
+
+
+def big(tokens: int, turn: int = 500) -> tuple[Shown, list[Scores | None]]:
+    """A long episode that nobody played, in the shipped tokenizer, every second token sampled and scored."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(20, 900, tokens).astype(np.int32)
+    kind = (np.arange(tokens) // turn % 2).astype(np.uint8)
+    logp = np.where(kind == 1, -rng.exponential(1.0, tokens), np.nan).astype(np.float32)
+    calls = tuple(Call(call_id=f"c{at}", turn=i, start=at, end=at + turn, prompt_sha256="", finish_reason="stop",
+                       sampling=Sampling(), versions=(VersionSpan(version=0, start=0, end=turn),))
+                  for i, at in enumerate(range(turn, tokens, 2 * turn)))
+    branch = Branch(token_ids=ids, token_kind=kind, logprobs=logp, calls=calls)
+    chat = load_chat(seed_path())
+    episode = Episode(episode_id="e", task_id="long", env_id="desk", branches=(branch,), model_id="seed",
+                      stop_reason=StopReason.COMPLETED, tokenizer_sha256=chat.tokenizer_sha256)
+    row: Any = type("Row", (), {"branch": branch, "hint": None, "grade": None, "reward": 0.5})()
+    decoder = decoder_for(chat.tokenizer_sha256, [seed_path()])
+    noise = np.where(kind == 1, rng.normal(0, 1, tokens), np.nan).astype(np.float32)
+    tops = {int(at): [(int(t), float(v)) for t, v in zip(rng.integers(20, 900, 5), -rng.exponential(1, 5), strict=True)]
+            for at in np.flatnonzero(kind)}
+    scores = Scores(logp, logp + noise, noise, tops, tops)
+    return Shown([row], episode, "sealed", decoder, [logp]), [scores]
+
+
+def test_a_long_episode_makes_a_small_file() -> None:
+    size = len(page(*big(20_000)).encode())
+    assert size * 5 < 12e6, f"{size} bytes for 20,000 tokens"
+
+
+@needs_browser
+@pytest.mark.slow
+def test_a_hundred_thousand_tokens_in_a_browser(tmp_path: Path) -> None:
+    (tmp_path / "long.html").write_text(page(*big(100_000)))
+    assert (tmp_path / "long.html").stat().st_size < 12e6
+    with browser(tmp_path) as driver:
+        driver.get((tmp_path / "long.html").as_uri())
+        assert complaints(driver) == []
+        spans = driver.execute_script("return document.querySelectorAll('.s').length")
+        assert 1 < spans < 10_000, "what is far away stays plain text"
+        key(driver, "n")
+        first = driver.find_element("css selector", ".here")
+        assert first.is_displayed()
+        driver.execute_script("document.querySelector('#outline a:last-child').click()")
+        key(driver, "p")
+        assert driver.execute_script("return window.scrollY") > 10_000
+
+
+def key(driver: Any, name: str) -> None:
+    driver.find_element("tag name", "body").send_keys(name)
+
+
+@needs_browser
+@pytest.mark.slow
+def test_the_page_in_a_browser(store: ReplayStore, tmp_path: Path) -> None:
+    episode, scores, words = score(shown(store), Wanted("seed"))
+    (tmp_path / "page.html").write_text(page(episode, scores, note=words))
+    with browser(tmp_path) as driver:
+        driver.get((tmp_path / "page.html").as_uri())
+        assert complaints(driver) == []
+        assert driver.find_element("css selector", "button[aria-pressed=true]").text == "gap"
+        shaded = [e.text for e in driver.find_elements("css selector", ".u2, .u3, .u4, .d2, .d3, .d4")]
+        key(driver, "n")
+        card = driver.find_element("id", "card").text
+        assert "student's likeliest" in card
+        assert driver.find_element("css selector", ".here").text in shaded
+        key(driver, "4")
+        assert driver.find_element("css selector", "button[aria-pressed=true]").text == "behaviour log-prob"
+        assert len(driver.find_elements("css selector", "#outline a")) == len(episode.rows[0].branch.calls)
+        driver.set_window_size(600, 900)
+        assert driver.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+
+
+@needs_browser
+@pytest.mark.slow
+def test_text_is_never_markup(store: ReplayStore, tmp_path: Path) -> None:
+    episode, scores, _ = score(shown(store), Wanted("seed"))
+    hint = Hint(text=EVIL, turns=((0, EVIL),), source="user", author=EVIL)
+    about = episode.episode.model_copy(update={"task_id": EVIL, "model_id": EVIL})
+    chat = load_chat(seed_path())
+    ids = np.array([*chat.encode(EVIL), *episode.rows[0].branch.token_ids], np.int32)
+    branch = Branch(token_ids=ids, token_kind=np.zeros(len(ids), np.uint8), calls=(),
+                    logprobs=np.full(len(ids), np.nan, np.float32))
+    told = replace(episode, episode=about, rows=[replace(episode.rows[0], hint=hint, branch=branch)])
+    text = page(told, [None], note=EVIL)
+    assert EVIL not in text
+    (tmp_path / "evil.html").write_text(text)
+    with browser(tmp_path) as driver:
+        driver.get((tmp_path / "evil.html").as_uri())
+        assert driver.title == f"{EVIL} · agentsdpo tokens".replace("\u2028", "\u2028")
+        assert driver.find_elements("css selector", "img") == []
+        assert EVIL.split(" \u2028")[0] in driver.find_element("id", "text").text
+        assert complaints(driver) == []
+
+
+def test_the_verb(store: ReplayStore, tmp_path: Path) -> None:
+    name = sorted({key.episode_id for key in store.snapshot().rows})[0]
+    uri, out = store.storage.uri, str(tmp_path / "e.html")
+
+    def run(*more: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run([sys.executable, "-m", "agentsdpo.cli", "view", uri, name[:12], *more], text=True,
+                              capture_output=True, timeout=120)
+    done = run("-o", out)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"e\.html: \d+ tokens, 0\.\d MB", done.stdout)
+    assert data_of(Path(out).read_text())["by"] == "logprob"
+    assert "agent · turn 0" in run().stdout
+    for more, words in ((("--hint", "x"), "need a model that scores; give --model"), (("--by", "mood"), "--by is")):
+        refused = run(*more)
+        assert (refused.returncode, words in refused.stderr) == (2, True), refused.stderr
