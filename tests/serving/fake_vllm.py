@@ -37,6 +37,15 @@ def distribution(temperature: float, top_k: int, mode: str) -> tuple[list[float]
     return [shown[i] - total if i in inside else -9999.0 for i in range(VOCAB)], kept
 
 
+def tokenized(chat: Any, body: Json) -> list[int]:
+    """Ids of a text or a conversation."""
+    if "prompt" in body:
+        return chat.encode(body["prompt"])
+    shown = chat.tokenizer.apply_chat_template(body["messages"], tools=body.get("tools"), tokenize=False,
+                                               add_generation_prompt=True)
+    return chat.encode(shown)
+
+
 class FakeVllm:
     """The server; ``url``, what it was sent (``requests``: path and body), and what it will do next (``plan``)."""
 
@@ -44,6 +53,7 @@ class FakeVllm:
                  kept_sets: bool = False, label: str = "0", length: int = 3, key: str = "", port: int = 0) -> None:
         self.mode, self.generate, self.dev, self.kept_sets = mode, generate, dev, kept_sets
         self.label, self.length, self.key, self.models = label, length, key, ["policy"]
+        self.chat: Any = None  # a chat format: then /tokenize answers with it
         self.plan: list[Fault] = []
         self.requests: list[tuple[str, Json]] = []
         self.server = _Server(("127.0.0.1", port), _Handler)
@@ -171,6 +181,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(401, {"error": "Unauthorized"})
         if self.path == "/inference/v1/generate" and not fake.generate:
             return self.answer(403, {"error": {"message": "Use --enable-scale-out to enable them."}})
+        if self.path == "/tokenize" and fake.chat is not None:
+            return self.answer(200, {"tokens": tokenized(fake.chat, body)})
         if self.path not in ("/inference/v1/generate", "/v1/completions"):
             return self.answer(404, {"detail": "Not Found"})
         if body["model"] not in fake.models:

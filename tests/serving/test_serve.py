@@ -1,0 +1,77 @@
+"""Starting a server: the command and environment it gets, and what happens when it does not come up."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from agentsdpo.errors import ConfigError, EngineError
+from agentsdpo.serve import ServeOptions, Server, command, environment, find_vllm
+
+SCRIPT = "#!/bin/sh\n{body}\n"
+
+
+@pytest.fixture
+def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stands for the interpreter that has vLLM; a test writes what it does."""
+    path = tmp_path / "python"
+    path.write_text(SCRIPT.format(body="echo it broke; exit 3"))
+    path.chmod(0o755)
+    monkeypatch.setenv("AGENTSDPO_VLLM_PYTHON", str(path))
+    return path
+
+
+def test_flags_that_recording_needs_are_there() -> None:
+    words = " ".join(command(ServeOptions("m", adapters=4, max_rank=16, extra=("--seed", "1")), ["python"], 81))
+    for needed in ("--logprobs-mode processed_logprobs", "--generation-config vllm", "--enable-scale-out",
+                   "--host 127.0.0.1 --port 81", "--dtype float32", "--enforce-eager", "--no-enable-chunked-prefill",
+                   "--max-loras 4 --max-lora-rank 16", "--seed 1"):
+        assert needed in words
+    gpu = command(ServeOptions("m", gpu=True, kept_sets=True), ["vllm"], 81)
+    assert "--return-sampling-mask" in gpu
+    assert "float32" not in gpu
+    with pytest.raises(ConfigError, match="no sampling mask on CPUs"):
+        ServeOptions("m", kept_sets=True)
+
+
+def test_the_environment_hands_on_the_key_and_nothing_of_this_venv(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "hush")
+    monkeypatch.setenv("VIRTUAL_ENV", "/elsewhere")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
+    own = environment(ServeOptions("m"))
+    assert own["VLLM_API_KEY"] == "hush"
+    assert own["VLLM_SERVER_DEV_MODE"] == "1"
+    assert own["VLLM_CPU_KVCACHE_SPACE"] == "7"
+    assert "VIRTUAL_ENV" not in own
+    assert "hush" not in " ".join(command(ServeOptions("m"), ["python"], 81))
+
+
+def test_where_vllm_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENTSDPO_VLLM_PYTHON", str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="cannot be run"):
+        find_vllm()
+    monkeypatch.delenv("AGENTSDPO_VLLM_PYTHON")
+    monkeypatch.setattr("agentsdpo.serve.VENV", "no/such/place")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="make vllm"):
+        find_vllm()
+    (tmp_path / "vllm").write_text(SCRIPT.format(body=""))
+    (tmp_path / "vllm").chmod(0o755)
+    assert find_vllm() == [str(tmp_path / "vllm"), "serve"]
+
+
+def test_a_server_that_ends_at_once_is_told_with_its_last_words(python: Path, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"ended with code 3 while starting(.|\n)*it broke"):
+        Server.start(ServeOptions("m", port=0), log=tmp_path / "log")
+    assert stat.S_IMODE((tmp_path / "log").stat().st_mode) == 0o600
+
+
+def test_a_server_that_never_answers_is_given_up_and_stopped(python: Path, tmp_path: Path) -> None:
+    python.write_text(SCRIPT.format(body=f"echo $$ > {tmp_path}/pid; exec sleep 100"))
+    waited: list[float] = []
+    with pytest.raises(EngineError, match="did not answer within 1 s"):
+        Server.start(ServeOptions("m", port=0), log=tmp_path / "log", timeout_s=1.0, tell=waited.append)
+    assert waited
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
