@@ -68,6 +68,8 @@ class BenchConfig(Settings):
     attempts: int = Field(default=4, ge=1, le=10_000, description="attempts per task")
     concurrency: int = Field(default=32, ge=1, le=10_000, description="attempts in flight at once")
     retries: int = Field(default=2, ge=0, le=100, description="more tries of an attempt that could not be scored")
+    checkpoint_every: int = Field(default=16, ge=1, description="turns between two snapshots to resume from; 1 where "
+                                  "tools do not repeat themselves")
     seed: int = Field(default=0, ge=0, description="of attempts; with task and attempt it fixes every draw")
     profile: Literal["desk", "apex_v1", "apex_v1_1"] = Field(default="desk", description="budgets and limits of tools")
     announce: str = Field(default="off", pattern=f"^({ANNOUNCE})$", description=(

@@ -56,6 +56,6 @@ class _Lines:
             return
         self._said = now
         left = now / self._new * (total - done)
-        more = f", {duration(left)} left" if done < total else ""
+        more = f", {duration(left)} left" if done < total and self._new > 4 else ""
         sys.stderr.write(f"{self._what}: {done} of {total} attempts, {self._passed} of {self._scored} passed, "
                          f"{duration(now)}{more}\n")

@@ -142,7 +142,8 @@ class Bench:
         if job.env_faults >= PATIENCE:
             await asyncio.to_thread(episode.set_log_aside, place)
         name = f"{self.about['run_id']}/{task.task_id}/{job.number}"
-        run = await self.player.episode(task, seed, name, EpisodeLog(place))
+        log = EpisodeLog(place, every=self.config.checkpoint_every)
+        run = await self.player.episode(task, seed, name, log)
         attempt = played(task, job.number, seed, run, version=self.agent.version())
         about = episode.About(self.about["agent"], self.config.budget_of(task).model_dump(), self.about["judge"])
         await asyncio.to_thread(episode.write_episode, self.folder, task, attempt, run, about)
