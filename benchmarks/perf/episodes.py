@@ -17,6 +17,8 @@ def qwen(*, vocabulary: int, width: int, layers: int, mlp: int, heads: int = 4, 
          window: int = 1 << 20, dtype: str = "float32", device: str = "cpu") -> Any:
     """A causal language model of Qwen3's architecture with tied embedding and head, weights from a fixed seed.
 
+    Logits have a variance of about 1, so that what a hint changes is more than rounding.
+
     Args:
         vocabulary: ids.
         width: of the hidden states.
@@ -42,7 +44,7 @@ def qwen(*, vocabulary: int, width: int, layers: int, mlp: int, heads: int = 4, 
     g = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.fill_(1.0) if "norm" in name else weight.normal_(std=0.02, generator=g)
+            weight.fill_(1.0) if "norm" in name else weight.normal_(std=width**-0.5, generator=g)
     return model.eval()
 
 

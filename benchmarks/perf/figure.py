@@ -68,10 +68,10 @@ def run_all(doc: str, measures: dict[str, Measure], arguments: list[str] | None 
     if args.json:
         print(json.dumps(rows))  # noqa: T201
     if args.out:
-        _keep(args.out, rows)
+        write_figures(args.out, rows)
 
 
-def _keep(path: Path, rows: list[Json]) -> None:
+def write_figures(path: Path, rows: list[Json]) -> None:
     """Put figures into a file of results, in the place of older ones of the same names."""
     have = json.loads(path.read_text(encoding="utf-8"))["figures"] if path.exists() else []
     known = {row["name"]: row for row in have}

@@ -24,7 +24,7 @@ LOSS: Json = {"n": 512, "width": 512, "vocabulary": 151_936, "dtype": "float32"}
 SCORED: Json = {"vocabulary": 11_264, "width": 256, "layers": 8, "mlp": 1024}
 """Head and body in the proportion of Qwen3-0.6B (0.35): with a larger head both sides would mostly wait for logits."""
 STEPPED: Json = {"vocabulary": 151_936, "width": 256, "layers": 4, "mlp": 1024}
-EPISODES: Json = {"seed": 0, "turns": [3, 6, 12, 16], "sampled": 8, "tool": 32, "prompt": 96, "hint": 48}
+EPISODES: Json = {"seed": 0, "turns": [6, 12, 18, 24], "sampled": 8, "tool": 32, "prompt": 96, "hint": 48}
 LONG: Json = {"vocabulary": 151_936, "width": 256, "layers": 2, "mlp": 768}
 BUDGET_MIB, SHARE = 8 * 1024, 0.25
 _CLOSE = 2e-3
