@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from agentsdpo.replay.formats.redact import Redactor
 
 app = typer.Typer(rich_markup_mode=None)
-Format = Annotated[str, typer.Argument(metavar="FORMAT", help="atif, openai, hf, verifiers, parquet; pairs and sts for "
-                                       "export alone.")]
+Format = Annotated[str, typer.Argument(metavar="FORMAT", help="atif, openai, hf, verifiers, parquet; archipelago "
+                                       "for import alone, pairs and sts for export alone.")]
 Redact = Annotated[bool, typer.Option("--redact", help="Take secrets out of texts and tokens.")]
 Rules = Annotated[Path | None, typer.Option(metavar="FILE.toml", help="More rules for --redact.")]
 Tokens = Annotated[str, typer.Option(help="What happens to tokens that spell a secret: drop the branch's tokens, or "

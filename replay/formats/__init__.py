@@ -7,6 +7,7 @@
 | ``parquet`` | yes | yes | all |
 | ``openai``, ``hf`` | yes | yes | none |
 | ``pairs``, ``sts`` | yes | no | none |
+| ``archipelago`` | by ``bench export`` | yes | none |
 """
 
 from agentsdpo.replay.formats.exporting import EXPORTS, export

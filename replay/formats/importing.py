@@ -10,7 +10,7 @@ import numpy as np
 
 from agentsdpo.errors import ConfigError, FormatError, RowError, TrainForbidden
 from agentsdpo.replay.canonical import content_sha256, tokens_sha256
-from agentsdpo.replay.formats import atif, chat, portable, traces
+from agentsdpo.replay.formats import archipelago, atif, chat, portable, traces
 from agentsdpo.replay.formats.reading import Found, Notes, digest
 from agentsdpo.replay.formats.report import ImportReport, Progress, counted
 from agentsdpo.replay.ids import uuid7
@@ -23,7 +23,7 @@ from agentsdpo.types import Episode, Json
 
 Read = Callable[[Path, Notes, frozenset[Path]], Iterator[Found]]
 IMPORTS: dict[str, Read] = {"atif": atif.read, "openai": chat.read, "hf": chat.read, "verifiers": traces.read,
-                            "parquet": portable.read}
+                            "parquet": portable.read, "archipelago": archipelago.read}
 """How each format is read."""
 EVALUATION_ONLY = ("mercor/apex-agents",)
 """Tasks of these data sets are never stamped, whoever asks."""
@@ -40,7 +40,7 @@ def import_(store: ReplayStore, fmt: str, paths: str | Path | Sequence[str | Pat
 
     Args:
         store: to add to.
-        fmt: ``atif``, ``openai``, ``hf``, ``verifiers`` or ``parquet``.
+        fmt: ``archipelago``, ``atif``, ``openai``, ``hf``, ``verifiers`` or ``parquet``.
         paths: a file, or several.
         strict: a field that finds no place is an error.
         train_allowed: the importing person vouches that the licence of data without a stamp allows training.

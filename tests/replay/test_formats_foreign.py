@@ -151,7 +151,7 @@ def test_hostile_documents_are_refused_and_nothing_is_written(name: str, tmp_pat
                     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
                         st.sampled_from(["messages", "nodes", "steps", "agent", "v", "traces", "role", "parent",
                                          "message", "token_ids", "mask", "schema_version", "content"]), inner)),
-       st.sampled_from(["atif", "hf", "verifiers"]))
+       st.sampled_from(["archipelago", "atif", "hf", "verifiers"]))
 def test_any_json_is_an_import_or_a_clear_error(tmp_path_factory: pytest.TempPathFactory, value: Any,
                                                 fmt: str) -> None:
     from agentsdpo.replay.formats.importing import IMPORTS
