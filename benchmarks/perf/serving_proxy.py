@@ -24,7 +24,7 @@ from pathlib import Path
 import aiohttp
 from aiohttp import web
 
-from agentsdpo.benchmarks.perf.figure import Figure, run_all
+from agentsdpo.benchmarks.perf.figure import Figure, Measure, run_all
 from agentsdpo.envs.desk.seed import seed_path
 from agentsdpo.types import Json
 
@@ -192,7 +192,7 @@ def rate() -> Iterator[Figure]:
         "proxy_cpu_ms_per_request": round(1e3 * used / len(over), 2)})
 
 
-MEASURES = {"added": added, "rate": rate}
+MEASURES: dict[str, Measure] = {"added": added, "rate": rate}
 
 
 async def _serve(delay_s: float) -> None:

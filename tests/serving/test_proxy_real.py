@@ -12,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "collect" / "proxy"))
 
-from proxy_stack import Stack, said
+from proxy_stack import Stack, said  # pyright: ignore[reportMissingImports]
 
 from agentsdpo.learn.scoring import ModelScorer
 from agentsdpo.types import Episode

@@ -120,7 +120,7 @@ def test_recordings_survive_as_well(stack: Stack, model: Path) -> None:
 @pytest.mark.parametrize(("asked", "words"), [
     ({"host": "0.0.0.0"}, "no key is asked for"), ({"redact": "all"}, "redact"),
     ({"sets": ["rate_per_minut=3"]}, "did you mean"), ({"keys": Path("/nowhere")}, "cannot be read"),
-    ({"model": "/nowhere"}, "no model folder"), ({}, "is not reachable")])
+    ({"model": "/nowhere"}, "no model folder"), ({}, "cannot be reached")])
 def test_wrong_requests_get_one_sentence(tmp_path: Path, model: Path, asked: dict[str, Any], words: str) -> None:
     with pytest.raises(AgentSdpoError, match=words):
         proxy(**{"upstream": "http://127.0.0.1:9", "store": str(tmp_path), "model": str(model), "host": "127.0.0.1",
