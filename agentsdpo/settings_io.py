@@ -236,12 +236,15 @@ def _type_words(annotation: Any) -> str:
 
 
 def _range_words(metadata: Iterable[Any]) -> str:
-    """Bounds in words: an interval when both ends are bound.
+    """Bounds in words: an interval when both ends are bound; the pattern of a text.
 
     >>> from annotated_types import Ge, Gt, Lt
     >>> _range_words([Ge(0), Lt(1)]), _range_words([Gt(0)]), _range_words([])
     ('in [0, 1)', 'above 0', '')
     """
+    patterns = [item.pattern for item in metadata if getattr(item, "pattern", None)]
+    if patterns:
+        return f"that matches {patterns[0]}"
     found = [(getattr(item, name), mark, words) for name, mark, words in _BOUNDS for item in metadata
              if getattr(item, name, None) is not None]
     if len(found) == 2:
