@@ -7,6 +7,7 @@ another row's hint makes. The lift is measured here with the model that would be
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,20 +17,25 @@ from agentsdpo.chat import ChatFormat
 from agentsdpo.collect.collector import Collector
 from agentsdpo.collect.config import CollectConfig
 from agentsdpo.collect.engine import Engine
+from agentsdpo.collect.inprocess import InProcessEngine
 from agentsdpo.collect.policy import EnginePolicy, Policy
+from agentsdpo.config import RunConfig
 from agentsdpo.errors import HintError, TokenizerMismatch
 from agentsdpo.hint.audit import leaks
 from agentsdpo.hint.render import HintedChat
 from agentsdpo.learn.batch import collate
 from agentsdpo.learn.config import LearnConfig
 from agentsdpo.learn.control import derange, empty_hint_gap
-from agentsdpo.learn.model import scores
+from agentsdpo.learn.load import load_chat, load_model
+from agentsdpo.learn.model import prepare_model, scores
 from agentsdpo.learn.records import sampled_logp
 from agentsdpo.learn.rows import LossRow, admit
 from agentsdpo.learning import train_rows
 from agentsdpo.replay.rows import Row
 from agentsdpo.replay.snapshot import Snapshot
+from agentsdpo.replay.store import ReplayStore
 from agentsdpo.stats import Interval, bootstrap
+from agentsdpo.suites import make_suite, model_path
 from agentsdpo.types import Hint, Json, Suite, Task
 
 SAME = 0.01
@@ -124,6 +130,28 @@ class Player:
         return found
 
 
+def audit_store(config: RunConfig, uri: Path | str, *, rows: int = 64, tasks: int = 32, seed: int = 0,
+                say: Callable[[str], None] = lambda _: None) -> list[Verdict]:
+    """:func:`audit_hints` with the model and the suite that a configuration names; ``tasks`` 0 plays none.
+
+    Raises:
+        StoreError: no such store. ModelError, ConfigError: no such model or suite. HintError, TokenizerMismatch: below.
+    """
+    path, store = model_path(config), ReplayStore.open(uri, create=False)
+    chat = load_chat(path)
+    model, player = load_model(path, chat), None
+    prepare_model(model)
+    if tasks:
+        engine = InProcessEngine(load_model(path, chat), chat.eos_id, max_slots=config.collect.concurrency,
+                                 window=config.collect.window)
+        player = Player(make_suite(config), engine, chat, config.collect)
+    try:
+        return audit_hints(store.snapshot(), model, chat, config.learn, player=player, rows=rows, tasks=tasks,
+                           seed=seed, say=say)
+    finally:
+        store.close()
+
+
 def audit_hints(view: Snapshot, model: Any, chat: ChatFormat, config: LearnConfig, *, player: Player | None,
                 rows: int = 64, tasks: int = 32, seed: int = 0, say: Callable[[str], None] = lambda _: None
                 ) -> list[Verdict]:
@@ -148,7 +176,7 @@ def audit_hints(view: Snapshot, model: Any, chat: ChatFormat, config: LearnConfi
         if row.hint is not None:
             by_source.setdefault(row.hint.source, []).append(row)
     if not by_source:
-        raise HintError("no branch of the store has a hint", fix="write some with `agentsdpo hint`")
+        raise HintError("no branch of the store has a hint", fix="write some with `agentsdpo hint write`")
     _same_tokenizer([row for rows in by_source.values() for row in rows], chat)
     verdicts = []
     for source, found in sorted(by_source.items()):

@@ -1,12 +1,15 @@
 """Hints of a store are judged by what they do: right ones help, shuffled ones do not, and the audit says so."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from agentsdpo import cli
 from agentsdpo.audit import Player, Verdict, audit_hints
 from agentsdpo.chat import ChatFormat
 from agentsdpo.collect.collector import Collector
@@ -131,3 +134,18 @@ def test_a_store_without_hints_is_said(model: Any, chat: ChatFormat, tmp_path: P
         audit_hints(store.snapshot(), model, chat, CONFIG, player=None)
     with pytest.raises(TokenizerMismatch, match="hinted branches are of tokenizer .*; give --model the model"):
         audit_hints(example().snapshot(), model, chat, CONFIG, player=None)
+
+
+def test_the_verb_says_the_verdict(hinted: list[Episode], tmp_path: Path) -> None:
+    ReplayStore.open(tmp_path / "store").append(hinted)
+
+    def run(*more: str) -> Any:
+        words = ["hint", "audit", str(tmp_path / "store"), "--rows", "4", "--tasks", "0", *more]
+        return CliRunner().invoke(cli.app, words)
+    found = run("--json")
+    (about,) = json.loads(found.stdout)
+    assert (about["source"], about["verdict"], about["lift"]) == ("criteria", "not played", None)
+    assert "lift            not measured" in run().stdout
+    asked = run("--min-lift", "0.05")
+    assert asked.exit_code == 1
+    assert "lift of criteria is not shown to be at least 0.05" in asked.stderr

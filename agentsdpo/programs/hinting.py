@@ -1,6 +1,6 @@
 """The hint writer as a program: every episode of a store that lacks a hint gets one, or is passed over for good.
 
-    agentsdpo hint CONFIG.toml --store URI [--follow]
+    agentsdpo hint write CONFIG.toml --store URI [--follow]
 
 Hints go into the store's overlay; episodes are never rewritten. Its pin says how many episodes it has looked at, so
 that whoever waits for hints knows how many are still to come. It keeps no state: killed and started again it reads the

@@ -70,7 +70,7 @@ def programs(folder: RunFolder, collectors: int, servers: Sequence[str]) -> list
         "OMP_NUM_THREADS": str(max(1, cores() // (1 + (0 if servers else collectors))))}
     found = [Program("learner", _verb("learn", config, "--store", store, "--out", str(folder.path), "--follow",
                                       "--resume"), ends=True, environment=threads),
-             Program("hints", _verb("hint", config, "--store", store, "--follow")),
+             Program("hints", _verb("hint", "write", config, "--store", store, "--follow")),
              Program("evaluator", _verb("evaluate", str(folder.path), "--follow"), environment=threads)]
     found += [Program(f"collector-{i}", _verb("collect", config, "--store", store, "--policies", policies, "--engine",
                                               engine, "--number", str(i), "--of", str(len(engines))),

@@ -1,4 +1,4 @@
-"""Verbs that run one program of a cluster: ``collect``, ``hint``, ``evaluate``; the learner is ``learn --follow``."""
+"""Verbs that run one program of a cluster: ``collect``, ``evaluate``; the learner is ``learn --follow``."""
 
 import json
 import os
@@ -38,39 +38,20 @@ def collect(
     resolved = settings.load(config, sets or ())
     if number and ray:
         raise ConfigError(f"--number is {number}, but --ray runs all of --of {of}", fix="leave --number out")
-    _prepare()
-    with _kept("finished episodes are in the store, begun ones in its journals"):
+    prepare()
+    with kept("finished episodes are in the store, begun ones in its journals"):
         if ray:
             from agentsdpo.programs.fan_out import collect_over_ray
 
             about = collect_over_ray(resolved, store, str(policies), address=ray, of=of, engine=engine,
-                                     episodes=episodes, say=_say)
+                                     episodes=episodes, say=say)
         else:
             from agentsdpo.programs.collecting import collect as run
 
             about = run(resolved, store, str(policies), engine=engine, episodes=episodes, number=number, of=of,
-                        say=_say)
-    _show(about, f"{about['episodes']} episodes in {about['store']}, the last with policy version {about['version']}",
+                        say=say)
+    show(about, f"{about['episodes']} episodes in {about['store']}, the last with policy version {about['version']}",
           as_json)
-
-
-def hint(
-    config: Config,
-    store: Store,
-    follow: Annotated[bool, typer.Option("--follow", help="Go on with what is appended later.")] = False,
-    sets: Sets = None,
-    as_json: Json = False,
-) -> None:
-    """Write a hint to every episode of a store that lacks one."""
-    from agentsdpo import config as settings
-
-    resolved = settings.load(config, sets or ())
-    _prepare()
-    from agentsdpo.programs.hinting import write_hints
-
-    with _kept("hints written so far are in the store"):
-        about = write_hints(resolved, store, follow=follow, say=_say)
-    _show(about, f"{about['written']} hints written, {about['silent']} episodes with nothing to say", as_json)
 
 
 def evaluate(
@@ -79,15 +60,15 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Play the evaluations that a learner has asked for."""
-    _prepare()
+    prepare()
     from agentsdpo.programs.evaluating import evaluate_due
 
-    with _kept("evaluations played so far are in the run folder"):
-        about = evaluate_due(run, follow=follow, say=_say)
-    _show(about, f"{about['played']} evaluations played in {about['run']}", as_json)
+    with kept("evaluations played so far are in the run folder"):
+        about = evaluate_due(run, follow=follow, say=say)
+    show(about, f"{about['played']} evaluations played in {about['run']}", as_json)
 
 
-def _prepare() -> None:
+def prepare() -> None:
     """Find modules in the folder this was called from, and stop when told to."""
     from agentsdpo.programs.tether import stoppable
 
@@ -98,7 +79,7 @@ def _prepare() -> None:
 
 
 @contextmanager
-def _kept(words: str) -> Iterator[None]:
+def kept(words: str) -> Iterator[None]:
     """On Ctrl-C, say what is kept."""
     try:
         yield
@@ -106,15 +87,17 @@ def _kept(words: str) -> Iterator[None]:
         stopped(f"; {words}")
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """A line of progress."""
     typer.echo(text, err=True)
 
 
-def _show(about: dict[str, Any], words: str, as_json: bool) -> None:
+def show(about: dict[str, Any], words: str, as_json: bool) -> None:
+    """The result, in words or as data."""
     typer.echo(json.dumps(about) if as_json else words)
 
 
 def register(app: typer.Typer) -> None:
     """Add these verbs."""
-    for verb in (collect, hint, evaluate):
+    for verb in (collect, evaluate):
         app.command()(verb)
