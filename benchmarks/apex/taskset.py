@@ -108,9 +108,12 @@ def check_tasks(tasks: Sequence[Task], source: str) -> None:
     """
     if not tasks:
         raise FormatError(f"{source} holds no tasks", fix="give a file or folder with at least one task")
-    for name in (part for task in tasks for part in (task.task_id, task.world_id or "", *(c.id for c in task.rubric))):
-        if name != name.encode("utf-8", "replace").decode():
-            raise FormatError(f"{source}: the id {name!r} is no UTF-8 text", fix="take the lone surrogate out")
+    for task in tasks:
+        try:
+            json.dumps(task.model_dump(mode="json"), ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise FormatError(f"{source}: task {task.task_id!r} holds {error.object[error.start]!r}, which is no text",
+                              fix="take the lone surrogate out") from error
     twice = [name for name, count in Counter(task.task_id for task in tasks).items() if count > 1]
     if twice:
         raise FormatError(f"{source}: {len(twice)} task ids appear more than once, the first is {twice[0]!r}",

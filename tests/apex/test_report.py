@@ -57,8 +57,8 @@ class Hostile(Adder):
 
 @pytest.fixture
 def hostile(sums: SumTasks) -> SumTasks:
-    rubric = (Criterion(id=NAME, text=HOSTILE), Criterion(id="answer", text=HOSTILE), Criterion(id="state", text=""))
-    sums.tasks = tuple(Task(task_id=f"{i}{NAME}", world_id=NAME, domain=HOSTILE, prompt=HOSTILE, rubric=rubric,
+    rubric = (Criterion(id=NAME, text=NAME), Criterion(id="answer", text=NAME), Criterion(id="state", text=""))
+    sums.tasks = tuple(Task(task_id=f"{i}{NAME}", world_id=NAME, domain=NAME, prompt=NAME, rubric=rubric,
                             metadata={"sum": "3"}) for i in range(2))
     return sums
 
@@ -68,7 +68,7 @@ def test_hostile_text_stays_text_everywhere(tmp_path: Path, hostile: SumTasks,
     bench = make(tmp_path / "r", concurrency=1, attempts=1)
     bench.player.agent = Agent(HOSTILE, "script", lambda task, seed: Hostile())
     hostile.break_at = {4}
-    bench.play()
+    assert [record.scored for record in bench.play()] == [True, False]
     make_report(bench.folder)
     pages = [tmp_path / "r" / "report.html", *(tmp_path / "r").glob("episodes/*/*/episode.html")]
     assert len(pages) == 3

@@ -21,8 +21,9 @@ from agentsdpo.benchmarks.apex.report import make_report
 from agentsdpo.benchmarks.apex.runfolder import BenchFolder, RunNotFound
 from agentsdpo.benchmarks.apex.start import reopen, start
 from agentsdpo.benchmarks.apex.summary import summarise
+from agentsdpo.benchmarks.apex.taskset import check_tasks
 from agentsdpo.collect.episode_log import read_events
-from agentsdpo.errors import ConfigError, RunError
+from agentsdpo.errors import ConfigError, FormatError, RunError
 from tests.apex.conftest import Adder, Provider, SumTasks, make
 
 DESK = {"suite": "desk-mini", "tasks": 3, "attempts": 2}
@@ -377,3 +378,11 @@ def test_an_agent_can_be_anybody(tmp_path: Path, sums: SumTasks) -> None:
     assert not any(record.passed for record in bench.play())
     assert make_report(bench.folder)["overall"]["conditional"]["pass@1"]["value"] == 0.0
     assert os.listdir(tmp_path / "r" / "initial") == [f"{episode.sha256(b'0').hexdigest()}.zip"]
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"rubric": ()}, "has no rubric"), ({"prompt": "a\ud800"}, "is no text"), ({"task_id": "sum-1"}, "more than once")])
+def test_tasks_that_cannot_be_scored_honestly_are_refused(change: dict[str, Any], says: str) -> None:
+    tasks = list(SumTasks().tasks)
+    with pytest.raises(FormatError, match=says):
+        check_tasks([tasks[0].model_copy(update=change), *tasks[1:]], "mine.jsonl")
