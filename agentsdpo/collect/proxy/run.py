@@ -32,9 +32,18 @@ def serve(config: ProxyConfig, *, model: str, host: str, port: int, keys: Path |
     check_binding(host, len(known))
     guard = Keys(known, tenant_header=config.tenant_header)
     chat, vocab_size = load_format(model)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    _log()
     house = House(config, chat, vocab_size=vocab_size, tenants=guard.tenants)
     asyncio.run(_run(Proxy(house, guard, config), host, port, say))
+
+
+def _log() -> None:
+    """One line a request on stderr, of this package alone."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    own = logging.getLogger("agentsdpo")
+    own.addHandler(handler)
+    own.setLevel(logging.INFO)
 
 
 async def _run(proxy: Proxy, host: str, port: int, say: Callable[[str], None]) -> None:

@@ -86,9 +86,20 @@ class StoreShelf:
     def put(self, episodes: Sequence[Episode]) -> None:
         """See :meth:`Shelf.put`."""
         done = [finished(episode, self._clean) for episode in episodes]
-        self.store.append(done)
+        self._append(done)
         self._spool.seal(episode.episode_id for episode in episodes)
-        self._label(done)
+
+    def _append(self, episodes: Sequence[Episode], *, salvaged: bool = False) -> None:
+        """Into the store, and what is known of the policies that sampled them."""
+        self.store.append(episodes, salvaged=salvaged)
+        for version, episode in {v: e for e in episodes for b in e.branches for c in b.calls for s in c.versions
+                                 if (v := s.version) >= 0}.items():
+            if self.store.policy(version) is None:
+                size = {"vocab_size": episode.vocab_size} if episode.vocab_size else {}
+                self.store.record_policy(version, {
+                    "tokenizer_sha256": episode.tokenizer_sha256, "model_id": episode.model_id,
+                    "chat_template_sha256": episode.chat_template_sha256, **size})
+        self._label(episodes)
 
     def _label(self, episodes: Sequence[Episode]) -> None:
         """Mark those that got a thumb."""
@@ -131,8 +142,7 @@ class StoreShelf:
     def _salvaged(self, left: Salvage) -> None:
         episode = left.episode
         if episode is not None and self.attempts(episode.episode_id) <= episode.attempt:
-            self.store.append([finished(episode, self._clean)], salvaged=True)
-            self._label([episode])
+            self._append([finished(episode, self._clean)], salvaged=True)
 
     def close(self) -> None:
         """See :meth:`Shelf.close`."""

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from proxy_stack import Json, Stack, said
 
+from agentsdpo.replay.store import ReplayStore
+from agentsdpo.replay.upkeep.verification import verify
 from agentsdpo.types import StopReason, TokenKind
 
 TOOL = {"type": "function", "function": {"name": "note_get", "description": "Read.", "parameters": {"type": "object"}}}
@@ -30,6 +32,7 @@ def test_a_conversation_is_one_branch_token_by_token(stack: Stack) -> None:
     assert stack.chat.decode(branch.token_ids.tolist()).count("reply") == 2
     assert (episode.stop_reason, episode.train_allowed, episode.task_id) == (StopReason.COMPLETED, True, "c-1")
     assert episode.messages[-1]["content"] == "reply 2"
+    assert not verify(ReplayStore.open(stack.store, create=False), level="deep").problems
 
 
 def test_the_users_next_message_becomes_the_hint(stack: Stack) -> None:
