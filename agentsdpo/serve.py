@@ -115,10 +115,20 @@ def environment(options: ServeOptions) -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "PYTHONPATH")} | own
 
 
-def free_port(host: str = LOOPBACK) -> int:
-    """A port nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
+def free_port(host: str = LOOPBACK, port: int = 0) -> int:
+    """A port nobody listens on at this moment: the given one, or any.
+
+    Raises:
+        ConfigError: somebody listens there, or the address is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"{host}:{port} cannot be listened on ({error.strerror})",
+                              fix="stop what listens there, or take another --port; 0 takes a free one") from error
         return probe.getsockname()[1]
 
 
@@ -146,17 +156,17 @@ class Server:
             tell: called about every second with the seconds waited.
 
         Raises:
-            ConfigError: there is no vLLM here.
+            ConfigError: there is no vLLM here, or the port is taken.
             EngineError: it ended or did not answer in time; the message holds the end of its log.
         """
-        port = options.port or free_port(options.host)
+        port = free_port(options.host, options.port)  # taken, its owner would be mistaken for the new server
         words = command(options, find_vllm(), port)
         path = log or Path(tempfile.mkstemp(prefix="agentsdpo-vllm-", suffix=".log")[1])
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
             process = subprocess.Popen(words, env=environment(options), stdout=out, stderr=subprocess.STDOUT,
                                        stdin=subprocess.DEVNULL, start_new_session=True)
         reach = LOOPBACK if options.host in ("0.0.0.0", "::") else options.host
-        server = cls(options, process, f"http://{reach}:{port}", path)
+        server = cls(options, process, f"http://{f'[{reach}]' if ':' in reach else reach}:{port}", path)
         try:
             server._await(timeout_s, tell)
             server._label()

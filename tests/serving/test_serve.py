@@ -5,6 +5,7 @@ import stat
 from pathlib import Path
 
 import pytest
+from fake_vllm import FakeVllm
 
 from agentsdpo.errors import ConfigError, EngineError
 from agentsdpo.serve import ServeOptions, Server, command, environment, find_vllm
@@ -65,6 +66,12 @@ def test_a_server_that_ends_at_once_is_told_with_its_last_words(python: Path, tm
     with pytest.raises(EngineError, match=r"ended with code 3 while starting(.|\n)*it broke"):
         Server.start(ServeOptions("m", port=0), log=tmp_path / "log")
     assert stat.S_IMODE((tmp_path / "log").stat().st_mode) == 0o600
+
+
+def test_a_port_that_is_taken_is_no_server_of_ours(python: Path, fake_vllm: FakeVllm) -> None:
+    with pytest.raises(ConfigError, match="Address already in use.*another --port"):
+        Server.start(ServeOptions("m", port=fake_vllm.port))
+    assert not fake_vllm.requests  # its label was left alone
 
 
 def test_a_server_that_never_answers_is_given_up_and_stopped(python: Path, tmp_path: Path) -> None:

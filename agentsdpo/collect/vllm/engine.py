@@ -49,7 +49,7 @@ class VllmEngine:
 
     def __init__(self, url: str, *, model: str | None = None, eos_ids: Sequence[int] = (), vocab_size: int = 0,
                  version: int | None = None, api_key: str | None = None, timeout_s: float = 600.0,
-                 patience_s: float = 120.0, wait_s: float = 0.0) -> None:
+                 patience_s: float = 300.0, wait_s: float = 0.0) -> None:
         self.url, self.eos_ids, self.vocab_size = base_url(url), tuple(eos_ids), vocab_size
         self._initial, self._patience_s, self._timeout_s = version, patience_s, timeout_s
         self._headers = headers(api_key)
