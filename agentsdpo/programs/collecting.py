@@ -132,10 +132,14 @@ class Collecting:
         self.version = wanted
 
     def _wanted(self) -> int | None:
-        """The version to serve: as far behind the latest as is wanted; of a server, what the publisher gave it."""
+        """The version to serve: as far behind the latest as is wanted; of a server, what the publisher gave it.
+
+        Where the publisher had nothing to do, the server was started with the version it calls its own.
+        """
         if hasattr(self.engine, "load_weights"):
             return held_behind(self.registry, self.config.staleness)
-        return read_served(self.registry.root, self.engine.url).version
+        given = read_served(self.registry.root, self.engine.url).version
+        return given if given is not None else self.engine.version if self.engine.version >= 0 else None
 
     def _record(self, version: int) -> None:
         """Tell the store what the version is, before anything is stored that it sampled."""
