@@ -1,5 +1,6 @@
 """Two runs against each other: refused where they were not measured alike, paired where they were."""
 
+import re
 from collections.abc import Sequence
 
 from agentsdpo.benchmarks.apex.records import Attempt, by_task
@@ -45,8 +46,8 @@ def compare_runs(first: BenchFolder, second: BenchFolder, *, force: bool = False
     a, b = _judged(first), _judged(second)
     found = differences(a, b)
     if found and not force:
-        listed = "; ".join(f"{one['key']} is {one['a']!r} in {a['run_id']} and {one['b']!r} in {b['run_id']}"
-                           for one in found)
+        listed = "; ".join(f"{one['key']} is {_short(one['a'])} in {a['run_id']} and {_short(one['b'])} in "
+                           f"{b['run_id']}" for one in found)
         raise NotComparable(f"the runs cannot be compared: {listed}", fix="compare runs made alike, or add --force to "
                             "compare them all the same")
     left, right = first.records(), second.records()
@@ -55,6 +56,11 @@ def compare_runs(first: BenchFolder, second: BenchFolder, *, force: bool = False
             "differences": found, "tasks_changed": _unlike(left, right, "task_sha256"),
             "prompts_differ": _unlike(left, right, "prompt_sha256"),
             "pass@1": compare(*scores).as_json(), "mean_score": compare(*scores, metric="mean_score").as_json()}
+
+
+def _short(value: object) -> str:
+    """A value as an error shows it: hashes by their beginning."""
+    return repr(value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value)
 
 
 def _judged(folder: BenchFolder) -> Json:

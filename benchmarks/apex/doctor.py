@@ -10,7 +10,7 @@ from agentsdpo.benchmarks.apex.records import Attempt
 from agentsdpo.benchmarks.apex.start import judge_of
 from agentsdpo.benchmarks.apex.suites import open_suite
 from agentsdpo.benchmarks.apex.taskset import TaskSet
-from agentsdpo.collect.rollout import settled
+from agentsdpo.collect.waiting import settled
 from agentsdpo.types import Closes, Frozen, Task
 
 CHEATS = ("scattergun",)

@@ -148,8 +148,9 @@ def print_comparison(found: Json) -> None:
     for key, what in (("tasks_changed", "tasks"), ("prompts_differ", "prompts")):
         if found[key]:
             console.print(Text(f"warning: the {what} of {len(found[key])} tasks differ", style="bold yellow"))
-    table = Table(title=Text(visible(f"{found['a']} minus {found['b']}")), title_justify="left")
-    for name in ("metric", "A - B, points", "95 %", "p", "detectable", "tasks", "flipped"):
+    title = f"A - B in percentage points: {found['a']} minus {found['b']}"
+    table = Table(title=Text(visible(title)), title_justify="left")
+    for name in ("metric", "A - B", "95 %", "p", "detectable", "tasks", "flipped"):
         table.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
     for name in ("pass@1", "mean_score"):
         one = found[name]
