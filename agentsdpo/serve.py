@@ -21,9 +21,10 @@ from agentsdpo.errors import ConfigError, EngineError
 LOOPBACK = "127.0.0.1"
 VENV = ".venv-vllm/bin/python"
 _MODULE = "vllm.entrypoints.openai.api_server"  # the distribution for CPUs has no working `vllm` command
-_CONTROL = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_SERVER_DEV_MODE": "1",
+_CONTROL = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 _WORKER = Path(__file__).resolve().parent / "publish" / "in_vllm"
+_UNLESS_SET = {"HF_HUB_OFFLINE": "1"}
 _CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
@@ -109,8 +110,9 @@ def command(options: ServeOptions, vllm: Sequence[str], port: int) -> list[str]:
 
 def environment(options: ServeOptions) -> dict[str, str]:
     """The server's environment: the caller's (with ``VLLM_API_KEY``, which so shows in no list of processes)."""
-    own = _CONTROL if options.gpu else _CONTROL | {"PYTHONPATH": str(_WORKER)} | {
-        key: os.environ.get(key, value) for key, value in _CPU.items()}
+    chosen = _UNLESS_SET if options.gpu else _UNLESS_SET | _CPU
+    own = _CONTROL | {key: os.environ.get(key, value) for key, value in chosen.items()}
+    own |= {} if options.gpu else {"PYTHONPATH": str(_WORKER)}
     # A virtual environment of the caller's must not leak into that of vLLM.
     return {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "PYTHONPATH")} | own
 
