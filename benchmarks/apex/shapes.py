@@ -35,7 +35,7 @@ def trajectory(attempt: Attempt, run: Rollout, *, initial_sha256: str) -> Json:
 
 
 def message_out(message: Json) -> Json:
-    """A message whose calls carry their arguments as text, as providers have it; the key ``raw`` marks unparsed ones.
+    """A message whose calls carry their arguments as text, as providers have it; what did not parse stays as it was.
 
     >>> call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
     >>> message_out({"role": "assistant", "content": "", "tool_calls": [call]})["tool_calls"][0]["function"]
