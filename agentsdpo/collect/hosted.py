@@ -181,7 +181,7 @@ class HostedModel:
         """Refuse to begin what cannot work or is not paid for."""
         config = self.config
         if not self._checked:
-            provider.known(config.model)
+            provider.known(config.model, own_key=config.api_base is None and config.api_key_env is None)
             if config.api_key_env is not None and not os.environ.get(config.api_key_env):
                 raise ConfigError(f"model {config.model}: variable {config.api_key_env} is not set",
                                   fix="export the key under this name, or correct api_key_env")

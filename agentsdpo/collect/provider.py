@@ -58,11 +58,14 @@ def library() -> ModuleType:
     return litellm
 
 
-def known(model: str) -> None:
-    """Refuse a model whose provider litellm cannot tell.
+def known(model: str, *, own_key: bool) -> None:
+    """Refuse a model whose provider litellm cannot tell, or whose key is missing.
+
+    Args:
+        own_key: whether the key is the one in the provider's usual variable.
 
     Raises:
-        ConfigError: there is no such provider.
+        ConfigError: there is no such provider, or no such variable.
     """
     litellm = library()
     try:
@@ -71,6 +74,10 @@ def known(model: str) -> None:
         raise ConfigError(f"litellm knows no provider for model {model!r}",
                           fix="write provider/model, as in openai/NAME for any server that speaks the OpenAI API") \
             from None
+    missing = litellm.validate_environment(model)["missing_keys"] if own_key else []
+    if missing:
+        raise ConfigError(f"model {model}: there is no key in {', '.join(missing)}",
+                          fix="export it, name another variable in api_key_env, or set api_base to your own server")
 
 
 def priced(model: str) -> bool:

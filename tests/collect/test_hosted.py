@@ -238,11 +238,15 @@ def test_the_key_is_sent_and_told_nowhere(chat_server: Any, tmp_path: Path, monk
     assert chat_server.keys[-1] == "Bearer none", "a server of one's own never sees the key of the real provider"
 
 
-def test_settings_that_cannot_be_meant(chat_server: Any) -> None:
+def test_settings_that_cannot_be_meant(chat_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="variable NO_SUCH_KEY is not set"):
         ask(client(chat_server, api_key_env="NO_SUCH_KEY"))
     with pytest.raises(ConfigError, match="litellm knows no provider for model 'nonsense'; write provider/model"):
         ask(client(chat_server, model="nonsense"))
+    for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="there is no key in OPENAI_API_KEY; export it"):
+        ask(client(chat_server, api_base=None))
     for bad in ({"api_base": "http://me:pw@127.0.0.1/v1"}, {"extra": {"api_key": "x"}}, {"extra": {"num_retries": 3}},
                 {"extra": {"headers": {}}}, {"retries": -1}, {"modle": "x"}):
         with pytest.raises(ValidationError):
