@@ -55,7 +55,9 @@ def run_case(case: dict[str, Any], ranks: Ranks | None) -> tuple[dict[str, Any],
     teacher = {f"teacher/{name}": whole(tensor).clone() for name, tensor in learner.teacher.state_dict().items()}
     weights = {name: whole(p.detach()).clone() for name, p in model.named_parameters() if p.requires_grad}
     policy = {f"policy/{name}": tensor.clone() for name, tensor in learner.policy().items()}
-    tensors = {**gradients, **weights, **policy, **teacher}
+    factors, _ = learner.adapter() or ({}, {})
+    adapter = {f"adapter/{name}": tensor.clone() for name, tensor in factors.items()}
+    tensors = {**gradients, **weights, **policy, **adapter, **teacher}
     return {"metrics": metrics, "clip": clip}, {key: whole(tensor).contiguous() for key, tensor in tensors.items()}
 
 
