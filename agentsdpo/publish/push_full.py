@@ -59,8 +59,9 @@ class ReloadPusher:
     def serves(self, registry: PolicyRegistry, version: int, url: str) -> bool:
         """See :class:`~agentsdpo.publish.push.Pusher`."""
         with self._connect(url) as server:
-            begun = read_served(registry.root, server.url).pushing
-            return begun is None and server.label() == str(version) and not server.paused()
+            record = read_served(registry.root, server.url)  # a label alone may be that of another registry
+            checked = record.version == version and record.pushing is None
+            return checked and server.label() == str(version) and not server.paused()
 
     def push(self, registry: PolicyRegistry, version: int, servers: Sequence[str]) -> PushReport:
         """See :class:`~agentsdpo.publish.push.Pusher`. Checked before a server is touched: hashes, names, shapes."""

@@ -69,6 +69,7 @@ def test_pushing_again_changes_nothing(registry: PolicyRegistry, fake: Any, relo
 def test_a_label_of_another_registry_is_seen_through(registry: PolicyRegistry, fake: Any,
                                                      reload: ReloadPusher) -> None:
     fake.label = "2"
+    assert not reload.serves(registry, 2, URL)
     assert reload.push(registry, 2, [URL]).servers[0].changed
     assert state(fake) == (2.0, "2", False)
 
