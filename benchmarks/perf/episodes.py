@@ -36,8 +36,7 @@ def qwen(*, vocabulary: int, width: int, layers: int, mlp: int, heads: int = 4, 
 
     shape = Qwen3Config(vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, intermediate_size=mlp,
                         num_attention_heads=heads, num_key_value_heads=groups, head_dim=head,
-                        max_position_embeddings=window, tie_word_embeddings=True, dtype=dtype,
-                        attn_implementation="sdpa")
+                        max_position_embeddings=window, tie_word_embeddings=True, dtype=dtype)
     with torch.device(device), no_init_weights():
         model = Qwen3ForCausalLM(shape).to(getattr(torch, dtype))
     model.tie_weights()

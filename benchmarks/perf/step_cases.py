@@ -71,7 +71,7 @@ def _trainer(model: Any, support: str, top_k: int, batch: int) -> Any:
     from agentsdpo.envs.desk.seed import seed_path
     from agentsdpo.learn.load import load_chat
 
-    mode = {"distillation_mode": "full_logits"} if support == "full" else {
+    mode: dict[str, Any] = {"distillation_mode": "full_logits"} if support == "full" else {
         "distillation_mode": "topk_logits", "distillation_topk": top_k, "distillation_add_tail": True}
     args = SDPOConfig(output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=False, report_to="none",
                       per_device_train_batch_size=batch, num_generations=1, generation_batch_size=batch,
