@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from agentsdpo.chat import ChatFormat
 from agentsdpo.collect.collector import Collector
@@ -23,12 +22,11 @@ from agentsdpo.config import RunConfig
 from agentsdpo.errors import HintError, TokenizerMismatch
 from agentsdpo.hint.audit import leaks
 from agentsdpo.hint.render import HintedChat
-from agentsdpo.learn.batch import collate
 from agentsdpo.learn.config import LearnConfig
 from agentsdpo.learn.control import derange, empty_hint_gap
+from agentsdpo.learn.inspect import both_logps
 from agentsdpo.learn.load import load_chat, load_model
-from agentsdpo.learn.model import prepare_model, scores
-from agentsdpo.learn.records import sampled_logp
+from agentsdpo.learn.model import prepare_model
 from agentsdpo.learn.rows import LossRow, admit
 from agentsdpo.learning import train_rows
 from agentsdpo.replay.rows import Row
@@ -225,26 +223,17 @@ def _admitted(rows: Sequence[Row], chat: ChatFormat, config: LearnConfig, model:
 
 def _gaps(rows: list[LossRow], model: Any, config: LearnConfig, seed: int) -> tuple[float, Interval, Interval | None]:
     """Gap without any hint, with the right one, and the difference that a wrong one makes; nats per token."""
-    right = [_logp(model, row) for row in rows]
-    gaps = [float((teacher - student).abs().mean()) for student, teacher in right]
+    right = [both_logps(model, row) for row in rows]
+    gaps = [float(np.abs(teacher - student).mean()) for student, teacher in right]
     order, wrong = derange([row.row.hint_ids or () for row in rows], seed), []
     for row, other, (_, teacher) in zip(rows, order, right, strict=True) if order else ():
         given = LossRow(**{**vars(row), "row": _with_hint(row, rows[other])})
-        wrong.append(float((teacher - _logp(model, given)[1]).abs().mean()))
+        wrong.append(float(np.abs(teacher - both_logps(model, given)[1]).mean()))
     return empty_hint_gap(model, rows[:8], config), bootstrap(gaps), bootstrap(wrong) if wrong else None
 
 
 def _with_hint(row: LossRow, other: LossRow) -> Any:
     return type(row.row)(**{**vars(row.row), "hint_ids": other.row.hint_ids})
-
-
-def _logp(model: Any, row: LossRow) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs of the sampled tokens of one row, without and with its hint, float32[n] each."""
-    batch = collate([row], [np.ones(len(row.position), np.float32)], next(model.parameters()).device)
-    with torch.no_grad():
-        student, teacher = (sampled_logp(scores(model, packed, at), batch.tokens) for packed, at in (
-            (batch.student, batch.student_pos), (batch.teacher, batch.teacher_pos)))
-    return student, teacher
 
 
 def _lifts(rows: Sequence[Row], view: Snapshot, player: Player, count: int, seed: int

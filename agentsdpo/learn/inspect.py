@@ -10,7 +10,7 @@ from torch import Tensor
 from agentsdpo.learn.batch import collate
 from agentsdpo.learn.config import LearnConfig
 from agentsdpo.learn.model import scores
-from agentsdpo.learn.records import Head
+from agentsdpo.learn.records import Head, sampled_logp
 from agentsdpo.learn.rows import LossRow
 from agentsdpo.learn.sdpo import objective
 from agentsdpo.learn.weights import Bounds
@@ -56,6 +56,15 @@ def inspect_row(model: Any, row: LossRow, config: LearnConfig, *, teacher: Any =
     _, stats = objective(student, teacher_head, batch.tokens, config, Bounds())
     return Inspection(position=row.position, student=_plain(stats.student_logp), teacher=_plain(stats.teacher_logp),
                       push=_plain(stats.push), student_top=tops[0], teacher_top=tops[1])
+
+
+def both_logps(model: Any, row: LossRow) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probs of the sampled tokens of one row, without and with its hint, float32[n] each."""
+    batch = collate([row], [np.ones(len(row.position), np.float32)], next(model.parameters()).device)
+    with torch.no_grad():
+        student, teacher = (_plain(sampled_logp(scores(model, packed, at), batch.tokens)) for packed, at in (
+            (batch.student, batch.student_pos), (batch.teacher, batch.teacher_pos)))
+    return student, teacher
 
 
 def _top(head: Head, rows: int = 256) -> tuple[np.ndarray, np.ndarray]:
