@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +22,6 @@ from agentsdpo.replay.store import ReplayStore
 from agentsdpo.replay.upkeep.verification import verify
 from agentsdpo.runfolder import RunFolder
 from agentsdpo.track import MetricsWriter, read_metrics
-from agentsdpo.types import Json
 
 CONFIG = """
 name = "beside"
@@ -58,7 +59,7 @@ def test_the_watcher_shows_every_line_once_though_the_learner_begins_the_file_an
     shown: list[int] = []
 
     class View(SilentView):
-        def step(self, metrics: Json) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        def step(self, metrics: Mapping[str, Any]) -> None:
             shown.append(metrics["step"])
 
     folder = RunFolder(tmp_path)
