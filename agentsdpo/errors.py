@@ -103,7 +103,7 @@ class NothingToLearn(LearnError):
         reason: ``refused`` (rows, before any forward) or ``gated`` (every loss token, masked or gated).
     """
 
-    def __init__(self, what: str, *, reason: str, fix: str = "") -> None:
+    def __init__(self, what: str, *, reason: str = "refused", fix: str = "") -> None:
         super().__init__(what, fix=fix)
         self.reason = reason
 

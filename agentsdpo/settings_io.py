@@ -173,7 +173,7 @@ def to_toml(settings: Settings) -> str:
 
     >>> from agentsdpo.publish.config import PublishConfig
     >>> to_toml(PublishConfig())
-    'every = 1\\nkeep = 4\\n'
+    'every = 1\\nkeep = 4\\nkind = "auto"\\n'
     """
     return tomli_w.dumps(_plain(settings.model_dump(mode="json")))
 

@@ -195,7 +195,7 @@ def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_grades_and_tool_calls_of_the_store_reach_the_learner(tmp_path: Path) -> None:
     sets = ["preset=safe_agent", "learn.advantage=reinforce", "learn.tool_weight=2", "eval.final_splits=['val']"]
     run = train(small(1, *sets), out=tmp_path / "run", mode="none")
-    rows = run.rows(run.sampler.sample(6, run.version))
+    rows = [row for one in run.sampler.sample(6, run.version) for row in run.rows(one)]
     assert all(row.score is not None and row.tool is not None for row in rows)
     for row in rows:
         sampled = row.branch.token_kind == 1

@@ -148,8 +148,9 @@ def usable(call: Call) -> bool:
 def loss_mask(branch: Branch, turns: frozenset[int] | None = None) -> np.ndarray:
     """Tokens that carry loss, bool[T]: those of kind 1, of all turns or of some."""
     loss = branch.token_kind == TokenKind.SAMPLED
-    for call in branch.calls if turns is not None else ():
-        loss[call.start:call.end] &= call.turn in turns
+    if turns is not None:
+        for call in branch.calls:
+            loss[call.start:call.end] &= call.turn in turns
     if len(loss):
         loss[0] = False  # nothing stands before the first token, so nothing predicts it
     return loss
