@@ -176,7 +176,8 @@ def measure() -> Iterator[Figure]:
 def _figures(load: Load, quiet: list[float], full: tuple[list[float], list[Json]],
              low: tuple[list[float], list[Json]]) -> Iterator[Figure]:
     yield Figure("publish_pause_s", round(max(full[0]), 4), "s", "the same load without a push", {
-        "clients": CLIENTS, "pushes": ROUNDS, "median_s": round(median(full[0]), 4), "quiet_s": round(max(quiet), 4),
+        "clients": CLIENTS, "each_s": [round(gap, 2) for gap in full[0]], "median_s": round(median(full[0]), 4),
+        "quiet_s": round(max(quiet), 4), "adapter_each_s": [round(gap, 2) for gap in low[0]],
         "server_paused_s": round(max(server["pause_s"] for server in full[1]), 4),
         "adapter_s": round(max(low[0]), 4), "adapter_median_s": round(median(low[0]), 4),
         "parity_full_nats": max(server["parity_nats"] for server in full[1]),
