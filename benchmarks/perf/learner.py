@@ -65,10 +65,11 @@ def step() -> Iterator[Figure]:
     """A whole step on the same ragged episodes, every turn a padded row for TRL's trainer."""
     held = tokens(STEPPED, EPISODES)
     same = {"shape": STEPPED, "episodes": EPISODES, "support": "full", "top_k": 64}
-    got = in_turn({"mine": (f"{_HERE}step_cases:ours", {**same, "forward_tokens": 8192}),
+    got = in_turn({"mine": (f"{_HERE}step_cases:ours", {**same, "forward_tokens": 2048}),
                    "peer": (f"{_HERE}step_cases:trl", {**same, "batch": 4})}, ROUNDS, runs=1)
     _agree(got)
-    about = {**held, "shape": STEPPED, "adapter_rank": 16, "peer_batch": 4, "threads": 1, "rounds": ROUNDS}
+    about = {**held, "shape": STEPPED, "adapter_rank": 16, "forward_tokens": 2048, "peer_batch": 4, "threads": 1,
+             "rounds": ROUNDS}
     peer = f"trl {version('trl')} SDPOTrainer.compute_loss"
     speed = [held["loss_tokens"] / got[side].cpu_s for side in ("mine", "peer")]
     yield replace(_time("step_tokens_vs_trl", got["mine"], got["peer"], peer, about), detail={
