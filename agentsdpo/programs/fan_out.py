@@ -39,7 +39,7 @@ def collect_over_ray(config: RunConfig, uri: str, policies: str, *, address: str
         KeyboardInterrupt: interrupted; the collectors were told to stop.
     """
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError("collecting over a cluster needs ray, which is not installed",
                           fix="pip install 'agentsdpo[ray]' on every machine") from error
