@@ -20,7 +20,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from agentsdpo.learn.divergence import entropy, log_softmax, token_logp, top1_agree
-from agentsdpo.learn.products import add_head_gradient, hidden_gradient_into, logits_buffer, logits_into
+from agentsdpo.learn.products import (
+    add_head_gradient,
+    hidden_gradient_into,
+    keep_freed_memory,
+    logits_buffer,
+    logits_into,
+)
 from agentsdpo.learn.records import Head, LossTerms, LossTokens, TokenScores, Weigh
 from agentsdpo.learn.slope import divergence_slope, token_slope
 
@@ -29,8 +35,9 @@ Weights = tuple[Tensor | None, Tensor | None]
 _CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
 """Logits of one chunk and side: 64 MiB in float32 on a CPU; on a GPU enough rows to keep the products compute-bound."""
 _CHUNK_ROWS = {"cpu": (64, 4096), "cuda": (1024, 4096)}
-_BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
-"""Logits of the rows whose exps and sums are taken together: 4 MiB in float32 stay in a CPU's cache."""
+_BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
+"""Logits of the rows whose exps and sums are taken together: on a CPU 1 MiB in float32, of which ten fit into its
+cache."""
 
 
 def chunked_loss(student: Head, teacher: Head, tokens: LossTokens, terms: LossTerms, weigh: Weigh, *,
@@ -103,6 +110,7 @@ class _Run:
         # rows of the gradient can be scaled when all is known, but neither the sum of two kinds of them nor the head's
         later = weigh.turns and not (needs_hidden and (needs_head or mixed))
         ahead = weigh(*self._look_ahead(weigh), slice(None)) if weigh.turns and not later else None
+        keep_freed_memory(self.student.hidden.device)
         hidden = torch.empty_like(self.student.hidden) if needs_hidden else None
         head = torch.zeros_like(self.student.weight, dtype=self.wide) if needs_head else None
         seen = TokenScores.empty(len(self.tokens.tok), self.wide, self.student.hidden.device)
