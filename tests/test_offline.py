@@ -105,16 +105,16 @@ def far(store: Path, by: float) -> list[Episode]:
 
 
 def test_a_batch_of_which_every_token_is_gated_is_skipped_and_counted(played: Path, tmp_path: Path) -> None:
-    ReplayStore.open(tmp_path / "store").append([*later(played, 0)[:4], *far(played, 5.0)])
-    found = config("learn.batch=1", "learn.gate=k3", "publish.every=1", steps=6)
+    ReplayStore.open(tmp_path / "store").append([*later(played, 0), *far(played, 5.0)])
+    found = config("learn.batch=1", "learn.gate=k3", "publish.every=1", steps=8)
     summary = learn_alone(found, tmp_path / "store", out=tmp_path / "run", mode="none")
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     skipped = [row for row in rows if row.get("learn/skipped/gated")]
     trained = [row for row in rows if "learn/loss" in row]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows] == list(range(1, 9))
     assert skipped
     assert trained
-    assert len(skipped) + len(trained) == 6
+    assert len(skipped) + len(trained) == 8
     assert all(row["learn/rows"] == row["learn/tokens"] == 0 for row in skipped)
     assert summary["version"] == 1 + len(trained), "a step without an update publishes nothing"
 

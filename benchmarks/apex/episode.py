@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from agentsdpo.benchmarks.apex.runfolder import BenchFolder, RunNotFound
 from agentsdpo.collect.episode_log import CHECKPOINTS, EVENTS, EpisodeLog
 from agentsdpo.collect.rollout import Rollout
 from agentsdpo.errors import FormatError
-from agentsdpo.files import sync
+from agentsdpo.files import write_bytes
 from agentsdpo.types import Grade, Json, Outcome, Task
 
 STATE = ".apps_data/agentsdpo/state"
@@ -141,10 +140,4 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write some files into a folder: each is whole or not there, all are durable when this returns."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
-        temporary = folder / f".{name}.new"
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / name)
-    sync(folder)
+        write_bytes(folder / name, data)
