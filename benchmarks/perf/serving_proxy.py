@@ -195,6 +195,12 @@ def rate() -> Iterator[Figure]:
 MEASURES: dict[str, Measure] = {"added": added, "rate": rate}
 
 
+def measure() -> Iterator[Figure]:
+    """All of them, for the benchmark of serving."""
+    for part in MEASURES.values():
+        yield from part()
+
+
 async def _serve(delay_s: float) -> None:
     runner = web.AppRunner(BareEngine(delay_s).app(), access_log=None)
     await runner.setup()
