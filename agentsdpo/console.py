@@ -54,7 +54,7 @@ class View(Protocol):
         """A new part of the run begins."""
         ...
 
-    def eval(self, row: Mapping[str, Any]) -> None:
+    def evaluation(self, row: Mapping[str, Any]) -> None:
         """An evaluation ended; ``row`` is the ``eval`` row of ``metrics.jsonl``."""
         ...
 
@@ -82,7 +82,7 @@ def training(total_steps: int, title: str, mode: str = "auto", file: TextIO | No
 
     >>> with training(2, "demo", mode="plain", file=sys.stdout) as view:
     ...     view.stage("zero-shot evaluation")
-    ...     view.eval({"step": 0, "split": "val", "pass": 0.25, "n": 64})
+    ...     view.evaluation({"step": 0, "split": "val", "pass": 0.25, "n": 64})
     demo: 2 steps
     zero-shot evaluation
     step 0/2  eval val sampled  pass 25.0 % [16.0, 36.8]  n 64
@@ -116,7 +116,7 @@ def show_row(view: View, row: Mapping[str, Any]) -> None:
     if row.get("kind") == "step":
         view.step(row)
     elif row.get("kind") == "eval":
-        view.eval(row)
+        view.evaluation(row)
     else:
         view.note(f"{row.get('level')} alarm at step {row.get('step')}: {row.get('action')}")
 
@@ -127,7 +127,7 @@ class SilentView:
     def stage(self, text: str) -> None:
         """Ignored."""
 
-    def eval(self, row: Mapping[str, Any]) -> None:
+    def evaluation(self, row: Mapping[str, Any]) -> None:
         """Ignored."""
 
     def step(self, metrics: Mapping[str, Any]) -> None:
@@ -153,7 +153,7 @@ class PlainView:
         """The stage's name on a line."""
         self._say(text)
 
-    def eval(self, row: Mapping[str, Any]) -> None:
+    def evaluation(self, row: Mapping[str, Any]) -> None:
         """Split, decoding and pass rate with its interval."""
         self._say(f"step {row.get('step', 0)}/{self._total}  {eval_words(row)}")
 

@@ -47,7 +47,7 @@ def play(run: Run, wanted: list[tuple[str, str, int]], metrics: MetricsWriter, v
         acts = {key: value for key, value in collect_metrics(episodes).items() if key in BEHAVIOUR}
         row = {"split": split, "decoding": decoding, "version": run.version, **run.totals, **scores(episodes), **acts}
         metrics.write("eval", run.step, row)
-        view.eval({"step": run.step, **row})
+        view.evaluation({"step": run.step, **row})
         rows.append(row)
     return rows
 

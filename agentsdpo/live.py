@@ -47,7 +47,7 @@ class LiveView:
         """Name what happens now."""
         self._stage = clean(text)
 
-    def eval(self, row: Mapping[str, Any]) -> None:
+    def evaluation(self, row: Mapping[str, Any]) -> None:
         """Add an evaluation to the table of pass rates."""
         key = clean(row.get("split", "")), clean(row.get("decoding", "sampled"))
         self._evals[key] = [*self._evals.get(key, [])[:1], row]

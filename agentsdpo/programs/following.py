@@ -193,7 +193,7 @@ class Following(Learning):
                 continue
             values = {**{key: value for key, value in row.items() if key != "step"}, **one.totals}
             metrics.write("eval", one.step, values, wall_s=one.wall_s)
-            view.eval({"step": one.step, **values})
+            view.evaluation({"step": one.step, **values})
             left = tuple(each for each in one.wanted if each[:2] != (row["split"], row["decoding"]))
             at = self.owed.index(one)
             self.owed[at:at + 1] = [replace(one, wanted=left)] if left else []

@@ -30,7 +30,7 @@ def show(arm_rows: Callable[..., list[dict[str, Any]]]) -> Show:
         with console.training(4, "demo [bold]x[/bold]", mode=mode, file=out) as view:
             view.stage("zero-shot evaluation")
             for row in arm_rows(0, steps=4):
-                (view.step if row["kind"] == "step" else view.eval)(row)
+                (view.step if row["kind"] == "step" else view.evaluation)(row)
             view.note("policy 3 published\x1b[2J\nand loaded")
         return out.getvalue()
     return run
