@@ -222,6 +222,18 @@ def read_json(text: str) -> tuple[Any, str]:
     return (None, f"nested more than {_DEPTH} levels deep") if deep else (data, "")
 
 
+def unfenced(text: str) -> str:
+    """A model's reply without the one code fence it stands in; where there are more, or none, it is left as it is.
+
+    >>> unfenced('```json\\n{"x": 1}\\n```'), unfenced("```{}``` and ```{}```"), unfenced(" plain\\n")
+    ('{"x": 1}', '```{}``` and ```{}```', 'plain')
+    """
+    body = text.strip()
+    if body.startswith("```") and body.endswith("```") and body.count("```") == 2:
+        body = body[3:-3].removeprefix("json").strip()
+    return body
+
+
 def _depth(value: Any) -> int:
     """Levels of nesting of a JSON value; 0 for a plain one."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None

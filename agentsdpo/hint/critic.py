@@ -5,11 +5,13 @@ The attempt is data to it: cleaned of nothing but fenced by a mark the agent nev
 
 import json
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from pydantic import TypeAdapter, ValidationError
 
+from agentsdpo.chat import unfenced
 from agentsdpo.errors import ConfigError, HintError
 from agentsdpo.hint.config import HintConfig, JudgeConfig
 from agentsdpo.hint.sources import Alone
@@ -105,25 +107,35 @@ class NextStep(Critic):
         """One text for each turn it speaks of.
 
         Raises:
-            HintError: the reply is not one JSON object of turns the attempt has and texts, or too long.
+            HintError: the conversation holds other assistant messages than those sampled here, so that nobody can say
+                which turn is which; or the reply is not one JSON object of turns the attempt has and texts, or too
+                long.
         """
-        turns = [i for i, message in enumerate(episode.messages) if message["role"] == "assistant"]
-        numbered = [{**message, "turn": turns.index(i)} if i in turns else message
+        turns = sorted({call.turn for branch in episode.branches for call in branch.calls})
+        said = [i for i, message in enumerate(episode.messages) if message["role"] == "assistant"]
+        if len(said) != len(turns):
+            raise HintError(f"episode {episode.episode_id} holds {len(said)} assistant messages and {len(turns)} "
+                            "sampled turns, so that turns cannot be told apart",
+                            fix="use the source judge for such episodes")
+        if not turns:
+            return None
+        number = dict(zip(said, turns, strict=True))
+        numbered = [{**message, "turn": number[i]} if i in number else message
                     for i, message in enumerate(episode.messages)]
         reply = await self._ask(STEPS, episode, numbered)
-        told = self._turns(reply, len(turns)) if reply else ()
+        told = self._turns(reply, turns) if reply else ()
         return self._hint("next_step", turns=told) if told else None
 
-    def _turns(self, reply: str, count: int) -> tuple[tuple[int, str], ...]:
-        body = reply.removeprefix("```json").removeprefix("```").removesuffix("```").strip()
+    def _turns(self, reply: str, known: Sequence[int]) -> tuple[tuple[int, str], ...]:
+        body = unfenced(reply)
         try:
             said = _TURNS.validate_json(body)
         except ValidationError as error:
             raise HintError(f"{self.model.name} did not answer with one JSON object of turns and texts: {body[:200]!r}",
                             fix="choose a model that follows the format, or the source judge") from error
-        if foreign := [turn for turn in said if not 0 <= turn < count]:
-            raise HintError(f"{self.model.name} speaks of turn {foreign[0]}, the attempt has turns 0 to {count - 1}",
-                            fix="choose a model that counts, or the source judge")
+        if foreign := sorted(said.keys() - known):
+            raise HintError(f"{self.model.name} speaks of turn {foreign[0]}, the attempt has turns {known[0]} to "
+                            f"{known[-1]}", fix="choose a model that counts, or the source judge")
         return tuple((turn, text.strip()) for turn, text in sorted(said.items()) if text.strip())
 
 

@@ -18,6 +18,7 @@ from agentsdpo.benchmarks.apex.checks import run_check
 from agentsdpo.benchmarks.apex.evidence import Evidence, gather
 from agentsdpo.benchmarks.apex.nothing import says_nothing
 from agentsdpo.benchmarks.apex.taskset import canonical
+from agentsdpo.chat import unfenced
 from agentsdpo.collect.hosted import HostedConfig, Reply
 from agentsdpo.collect.policy import ContextOverflow
 from agentsdpo.collect.provider import ProviderError
@@ -212,11 +213,8 @@ def read_verdict(text: str, criterion_id: str) -> tuple[bool | None, str]:
     >>> read_verdict("Yes, it is met.", "c1")[0] is None
     True
     """
-    body = text.strip()
-    if body.startswith("```") and body.endswith("```") and body.count("```") == 2:
-        body = body[3:-3].removeprefix("json").strip()
     try:
-        verdict = json.loads(body, object_pairs_hook=_object)
+        verdict = json.loads(unfenced(text), object_pairs_hook=_object)
     except (ValueError, RecursionError):
         return None, "it is not one JSON object"
     if not isinstance(verdict, dict) or set(verdict) != {"criterion_id", "rationale", "is_criteria_true"}:

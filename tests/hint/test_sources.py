@@ -5,6 +5,7 @@ import json
 import tomllib
 from typing import Any
 
+import numpy as np
 import pytest
 
 from agentsdpo.collect.collector import Collector
@@ -16,7 +17,19 @@ from agentsdpo.errors import ConfigError, TrainForbidden
 from agentsdpo.hint.config import HintConfig
 from agentsdpo.hint.hinter import Hinter, make_hinter
 from agentsdpo.hint.sources import Criteria
-from agentsdpo.types import CriterionResult, Episode, Grade, Hint, Json, StopReason
+from agentsdpo.types import (
+    Branch,
+    Call,
+    CriterionResult,
+    Episode,
+    Grade,
+    Hint,
+    Json,
+    Sampling,
+    StopReason,
+    TokenKind,
+    VersionSpan,
+)
 
 RULE = "For tax work use the audit sheet; unit k_usd."
 RESULTS = [CriterionResult(id="unit", score=0.0, feedback="the unit is wrong", rationale="AUDIT ONLY"),
@@ -44,6 +57,16 @@ def talk(ask: str, *turns: tuple[str, Json, str]) -> tuple[Json, ...]:
         messages += [{"role": "assistant", "content": "I think so.", "tool_calls": [call]},
                      {"role": "tool", "tool_call_id": f"c{i}", "content": answer}]
     return tuple(messages)
+
+
+def sampled(*turns: int) -> tuple[Branch, ...]:
+    """A branch of one sampled token for each turn."""
+    calls = tuple(Call(call_id=f"c{turn}", turn=turn, start=i, end=i + 1, prompt_sha256="", finish_reason="stop",
+                       sampling=Sampling(), versions=(VersionSpan(version=0, start=0, end=1),))
+                  for i, turn in enumerate(turns))
+    n = len(turns)
+    return (Branch(token_ids=np.zeros(n, np.int32), token_kind=np.full(n, TokenKind.SAMPLED, np.uint8),
+                   logprobs=np.full(n, -0.5, np.float32), calls=calls),)
 
 
 # ---------------------------------------------------------------------------------------------------------- the writer
@@ -243,13 +266,14 @@ def test_next_steps_are_hints_of_the_turns_they_speak_of_and_stand_beside_others
     chat_server.answer = lambda body: chat_server.say(reply)
     attempt = talk("Report tax.", ("file_read", {"path": "ledger"}, "7"), ("submit", {"answer": "7"}, "ok"))
     hinter = judge(chat_server, sources=("next_step",))
-    hint = hinter.hint(graded(messages=attempt))
+    hint = hinter.hint(graded(messages=attempt, branches=sampled(0, 1)))
     turns = ((0, "Read the audit sheet."), (1, "Use k_usd."))
     assert hint == Hint(turns=turns, source="next_step", author="openai/m")
     shown = json.loads(chat_server.seen[0]["messages"][1]["content"].split("\n")[1])["conversation"]
     assert [message.get("turn") for message in shown] == [None, None, 0, None, 1, None]
     assert [{k: v for k, v in message.items() if k != "turn"} for message in shown] == list(attempt)
-    both = judge(chat_server, sources=("criteria", "next_step"), pick="all").hint(graded(messages=attempt))
+    both = judge(chat_server, sources=("criteria", "next_step"), pick="all").hint(
+        graded(messages=attempt, branches=sampled(0, 1)))
     assert both is not None
     assert (both.text, both.turns, both.source) == (RULE, turns, "criteria")
 
@@ -263,13 +287,30 @@ def test_next_steps_that_cannot_be_placed_are_no_hint(chat_server: Any, reply: s
     chat_server.answer = lambda body: chat_server.say(reply)
     attempt = talk("Report tax.", ("file_read", {"path": "ledger"}, "7"), ("submit", {"answer": "7"}, "ok"))
     hinter = judge(chat_server, sources=("next_step",))
-    assert hinter.hint(graded(messages=attempt)) is None
+    assert hinter.hint(graded(messages=attempt, branches=sampled(0, 1))) is None
     assert said in hinter.broken
+
+
+def test_next_steps_go_by_the_turns_that_were_sampled_and_are_silent_where_these_are_not_all(chat_server: Any) -> None:
+    chat_server.answer = lambda body: chat_server.say('{"3": "Use k_usd."}')
+    attempt = talk("Report tax.", ("file_read", {"path": "ledger"}, "7"), ("submit", {"answer": "7"}, "ok"))
+    hinter = judge(chat_server, sources=("next_step",))
+    hint = hinter.hint(graded(messages=attempt, branches=sampled(1, 3)))
+    assert hint is not None
+    assert hint.turns == ((3, "Use k_usd."),), "requests that got no answer took the numbers 0 and 2"
+    shown = json.loads(chat_server.seen[0]["messages"][1]["content"].split("\n")[1])["conversation"]
+    assert [message.get("turn") for message in shown] == [None, None, 1, None, 3, None]
+    assert hinter.hint(graded(messages=attempt, branches=sampled(3))) is None
+    assert "episode e7 holds 2 assistant messages and 1 sampled turns" in hinter.broken
+    assert hinter.hint(graded(messages=talk("Report tax."))) is None
+    assert len(chat_server.seen) == 1, "nobody is asked about turns that cannot be told apart, or that are none"
+    assert hinter.counts == {"made": 1, "broken": 1, "silent": 1}
 
 
 @pytest.mark.parametrize("reply", ["NOTHING", "{}", '{"0": "  "}'])
 def test_no_step_may_have_been_wrong(chat_server: Any, reply: str) -> None:
     chat_server.answer = lambda body: chat_server.say(reply)
     hinter = judge(chat_server, sources=("next_step",))
-    assert hinter.hint(graded(messages=talk("Report tax.", ("submit", {"answer": "7"}, "ok")))) is None
+    attempt = talk("Report tax.", ("submit", {"answer": "7"}, "ok"))
+    assert hinter.hint(graded(messages=attempt, branches=sampled(0))) is None
     assert hinter.counts == {"silent": 1}
