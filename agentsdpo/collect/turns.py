@@ -1,6 +1,7 @@
-"""From an agent's raw text to calls, and the checks a call must pass before an environment sees it."""
+"""From an agent's raw text to calls, the checks a call must pass before an environment sees it, and failed answers."""
 
 import json
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -12,6 +13,7 @@ from agentsdpo.types import Completion, ErrorKind, Json, ModelTurn, ToolCall, To
 
 OPEN_CALL = "<tool_call>"
 _THINK, _END_THINK = "<think>", "</think>"
+_FAILED = re.compile(r"\s*(\{\s*\"(error|is_error)\"|error\b|traceback\b|exception\b)", re.IGNORECASE)
 
 
 def visible(text: str) -> str:
@@ -51,6 +53,21 @@ def printable(text: str) -> str:
 def refusal(call_id: str, kind: ErrorKind, why: str) -> ToolResult:
     """The answer to a call that no environment will see."""
     return ToolResult(call_id=call_id, content=f"Error: {why}", is_error=True, error_kind=kind)
+
+
+def failed(text: str) -> bool:
+    """Whether a tool's answer tells of a fault; an empty ``error`` field does not.
+
+    >>> failed("Error: no such file"), failed('{"error": null, "rows": 3}'), failed("No errors found")
+    (True, False, False)
+    """
+    if not _FAILED.match(text):
+        return False
+    try:
+        said = json.loads(text)
+    except (ValueError, RecursionError):
+        return True
+    return bool(said.get("error") or said.get("is_error")) if isinstance(said, dict) else True
 
 
 def unique_ids(calls: Sequence[ToolCall], turn: int, taken: set[str]) -> tuple[list[ToolCall], dict[str, list[str]]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from agentsdpo.chat import call_line
+from agentsdpo.collect.turns import failed
 from agentsdpo.errors import ConfigError
 from agentsdpo.hint.config import HintConfig
 from agentsdpo.types import Episode, Hint, Suite, Task
@@ -64,7 +65,7 @@ class Criteria(Alone):
 class Feedback(Alone):
     """What the environment itself complained about: each different error a tool answered with, and the call it met.
 
-    A tool's answer counts as an error when it begins with ``error``, as those of this package do.
+    What counts as an error: :func:`agentsdpo.collect.turns.failed`.
     """
 
     def __init__(self, config: HintConfig) -> None:
@@ -72,7 +73,7 @@ class Feedback(Alone):
 
     async def write(self, episode: Episode) -> Hint | None:
         """The errors, oldest first, as far as they fit."""
-        lines = [f"- {said} answered: {answer}" for said, answer in calls_of(episode) if answer.startswith("error")]
+        lines = [f"- {said} answered: {answer}" for said, answer in calls_of(episode) if failed(answer)]
         if not lines:
             return None
         text = fitted(["These calls failed, avoid them:", *dict.fromkeys(lines)], self.config.max_chars)

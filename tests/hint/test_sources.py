@@ -10,6 +10,7 @@ import pytest
 
 from agentsdpo.collect.collector import Collector
 from agentsdpo.collect.config import CollectConfig
+from agentsdpo.collect.turns import refusal
 from agentsdpo.config import from_mapping
 from agentsdpo.envs.desk import DeskSuite
 from agentsdpo.envs.desk.agents import greedy, oracle
@@ -147,6 +148,14 @@ def test_feedback_names_each_error_once_with_its_call() -> None:
     assert hint is not None
     assert hint.text == 'These calls failed, avoid them:\n- file_read {"path": "/x"} answered: error: no file /x'
     assert hinter.hint(graded(messages=talk("Go.", ("note_get", {"key": "a"}, "fine")))) is None
+
+
+def test_a_call_that_the_loop_refused_is_an_error_too() -> None:
+    refused = refusal("c0", "unknown_tool", "no tool 'wish'").content
+    hint = make_hinter(HintConfig(sources=("feedback",)), DeskSuite()).hint(
+        graded(messages=talk("Go.", ("wish", {}, refused))))
+    assert hint is not None
+    assert hint.text.endswith(f"- wish {{}} answered: {refused}")
 
 
 def test_a_peer_is_a_success_at_the_same_task_or_a_similar_one() -> None:

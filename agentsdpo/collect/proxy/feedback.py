@@ -5,17 +5,15 @@ An item is ``{"kind", "turn", "text", "value", "author"}``. Kinds: ``text`` (som
 ``next`` (the user's next message) and ``tool_error``.
 """
 
-import json
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from agentsdpo.collect.proxy.refusals import Refused
+from agentsdpo.collect.turns import failed
 from agentsdpo.types import Grade, Hint, Json
 
 MOST = 8_000
 """Characters of one item's text: it is read by the teacher in front of the whole conversation."""
-_FAILED = re.compile(r"\s*(\{\s*\"(error|is_error)\"|error\b|traceback\b|exception\b)", re.IGNORECASE)
 _THUMBS = {"up": 1.0, "down": 0.0, 1: 1.0, 0: 0.0, -1: 0.0}
 """Values of thumbs; yes and no are 1 and 0 to Python."""
 
@@ -38,24 +36,9 @@ def said_next(turn: int | None, news: Sequence[Json]) -> list[Json]:
         text = message["content"].strip()
         if message["role"] == "user" and text:
             found.append(item("next", text, turn=turn))
-        elif message["role"] == "tool" and _failed(text):
+        elif message["role"] == "tool" and failed(text):
             found.append(item("tool_error", text, turn=turn, author="tool"))
     return found
-
-
-def _failed(text: str) -> bool:
-    """Whether a tool's answer tells of a fault; an empty ``error`` field does not.
-
-    >>> _failed("Error: no such file"), _failed('{"error": null, "rows": 3}'), _failed("No errors found")
-    (True, False, False)
-    """
-    if not _FAILED.match(text):
-        return False
-    try:
-        said = json.loads(text)
-    except (ValueError, RecursionError):
-        return True
-    return bool(said.get("error") or said.get("is_error")) if isinstance(said, dict) else True
 
 
 def read_feedback(body: Json) -> list[Json]:
