@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from agentsdpo.errors import ConfigError
 from agentsdpo.verbs.base import Json, Sets, fail, stopped
 
 UNSCORED = 3
@@ -135,6 +136,8 @@ def import_(path: Annotated[Path, typer.Argument(metavar="PATH", help="File or f
     """Make a run of attempts that another tool made; every message stays as it was said."""
     from agentsdpo.benchmarks.apex.imports import import_run
 
+    if suite is None and (tasks is not None or sets):
+        raise ConfigError("--tasks and --set are settings of a benchmark, and none is named", fix="give --suite")
     made = import_run(path, fmt, out, _settings(None, {"suite": suite, "tasks": tasks}, None, sets) if suite else None)
     if as_json:
         typer.echo(json.dumps(made))
@@ -212,9 +215,10 @@ def _finish(folder: Any, as_json: bool) -> None:
     result = make_report(folder)
     _tell(result, as_json, print_report)
     typer.echo(f"pages: {folder.path / 'report.html'}", err=True)
-    lost = result["n_asked"] - result["overall"]["n_scored"]
+    imported = "imported" in folder.about()  # who knows how many attempts were asked for
+    lost = sum(result["overall"]["n_unscored"].values()) + (0 if imported else result["n_missing"])
     if lost:
-        again = "grade" if "imported" in folder.about() else "resume"
+        again = "grade" if imported else "resume"
         fail(f"{lost} attempts have no score; try them again with: agentsdpo bench {again} {folder.path}", UNSCORED)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from agentsdpo.benchmarks.apex import branchfile, shapes
 from agentsdpo.benchmarks.apex.records import Attempt, opening_of
@@ -34,21 +35,27 @@ class About:
 
 def write_episode(folder: BenchFolder, task: Task, attempt: Attempt, run: Rollout, about: About) -> None:
     """Write everything an attempt left behind but its grade; durable when this returns."""
-    place, outcome = folder.episode(task.task_id, attempt.attempt), run.outcome
-    initial = keep_initial(folder, outcome.initial) if outcome else ""
-    files: dict[str, object] = {
+    files = {name: text(value) for name, value in documents(folder, task, attempt, run, about).items()}
+    write_files(folder.episode(task.task_id, attempt.attempt), files | states(task, run))
+
+
+def documents(folder: BenchFolder, task: Task, attempt: Attempt, run: Rollout, about: About) -> dict[str, Any]:
+    """The JSON files of an attempt but its grade, by name; the state that it began from is kept."""
+    initial = keep_initial(folder, run.outcome.initial) if run.outcome else ""
+    return {
         "initial_messages.json": opening_of(run.messages),
         "agent_config.json": shapes.agent_config(task, attempt, about.agent, about.budget),
         "trajectory.json": shapes.trajectory(attempt, run, initial_sha256=initial),
         "verifiers.json": shapes.verifiers(task), "eval_configs.json": shapes.eval_configs(),
         "scoring_config.json": shapes.scoring_config(), "grading_settings.json": shapes.grading_settings(about.judge),
     }
-    data = {name: text(value) for name, value in files.items()}
-    if outcome:
-        data["final_snapshot.zip"] = zipped(outcome.final)
-    if run.branches:
-        data["branches.npz"] = branchfile.pack(run.branches, train_allowed=task.train_allowed)
-    write_files(place, data)
+
+
+def states(task: Task, run: Rollout) -> dict[str, bytes]:
+    """The state that an attempt left behind and its tokens, by name of their files; without those it has not."""
+    final = {"final_snapshot.zip": zipped(run.outcome.final)} if run.outcome else {}
+    tokens = {"branches.npz": branchfile.pack(run.branches, train_allowed=task.train_allowed)} if run.branches else {}
+    return final | tokens
 
 
 def write_grade(folder: BenchFolder, attempt: Attempt, grade: Grade | None) -> None:

@@ -47,7 +47,7 @@ def message_out(message: Json) -> Json:
 
 
 def _call_out(call: Json) -> Json:
-    arguments = call["function"]["arguments"]
+    arguments = call["function"].get("arguments", {})
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     return {**call, "function": {**call["function"], "arguments": text}}
 
@@ -56,7 +56,7 @@ def _named(messages: list[Json]) -> list[Json]:
     """Tool messages with the name of the tool that answered."""
     names: dict[str, str] = {}
     for message in messages:
-        names |= {call["id"]: call["function"]["name"] for call in message.get("tool_calls") or ()}
+        names |= {call.get("id", ""): call["function"]["name"] for call in message.get("tool_calls") or ()}
     return [{**m, "name": names.get(m.get("tool_call_id", ""), "")} if m["role"] == "tool" else m for m in messages]
 
 

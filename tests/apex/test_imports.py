@@ -198,7 +198,7 @@ def test_inspect_scores_limits_and_errors(tmp_path: Path) -> None:
     assert found[("1", 0)] == ("completed", True, {"match": 1.0, "f1": 0.5}, "")
     assert found[("1", 1)] == ("budget_tokens", True, {"a": 1.0, "b": 0.0}, "")
     assert found[("2", 0)] == ("env_error", False, None, "gone")
-    assert found[("3", 0)] == ("judge_error", False, None, "odd: error: no score was given")
+    assert found[("3", 0)] == ("judge_error", False, None, "odd: error: [1] is no score from 0 to 1")
 
 
 def test_atif_comes_in(played: BenchFolder, tmp_path: Path) -> None:
@@ -227,13 +227,15 @@ def test_harbor_trials(tmp_path: Path) -> None:
     trial(job / "q3__b", verifier_result={"rewards": {"reward": 0.0}},
           exception_info={"exception_type": "AgentTimeoutError", "exception_message": "late"})
     trial(job / "q3__c", exception_info={"exception_type": "DockerError", "exception_message": "gone"})
+    trial(job / "q3__d", verifier_result={"rewards": {"reward": 3.5}})
     (job / "result.json").write_text('{"stats": {}}')
     made = import_run(job, "harbor", tmp_path / "run")
-    assert made["attempts"] == 3
+    assert (made["attempts"], made["scored"]) == (4, 2)
     found = [(r.outcome, r.scored, r.passed, r.message, r.wall_s, r.cost_usd)
              for r in BenchFolder(tmp_path / "run").records()]
     assert found == [("completed", True, True, "", 60.0, 0.5), ("budget_time", True, False, "", 60.0, 0.5),
-                     ("env_error", False, None, "DockerError: gone", 60.0, 0.5)]
+                     ("env_error", False, None, "DockerError: gone", 60.0, 0.5),
+                     ("judge_error", False, None, "reward: error: 3.5 is no score from 0 to 1", 60.0, 0.5)]
     assert messages(BenchFolder(tmp_path / "run"), ("q3", 0)) == [
         {"role": "user", "content": "Revenue?"}, {"role": "assistant", "content": "512"}]
 
@@ -250,6 +252,13 @@ def test_harbor_trials(tmp_path: Path) -> None:
     ("inspect", "log.eval", "PK", "holds nothing to import"),
     ("inspect", "log.json", '{"version": 1}', "version 1, not"),
     ("inspect", "log.json", '{"version": 2, "samples": [{"id": 1, "messages": [{"role": "x"}]}]}', "role"),
+    ("inspect", "log.json", '{"version": 2, "samples": [{"id": 1, "epoch": 0}]}', "epoch"),
+    ("inspect", "log.json", '{"version": 2, "samples": [{"id": 1, "model_usage": {"m": {"input_tokens": "many"}}}]}',
+     "model_usage.m.input_tokens"),
+    ("inspect", "log.json", '{"version": 2, "samples": [{"id": 1, "messages": [{"role": "user", "tool_calls": 5}]}]}',
+     "tool_calls"),
+    ("inspect", "log.json", '{"version": 2, "samples": [{"id": 1, "messages": [{"role": "user", "tool_calls": [1]}]}]}',
+     r"tool_calls\[0\]"),
     ("atif", "a.json", '{"schema_version": "ATIF-v9"}', "a.json"),
     ("harbor", "result.json", '{"trial_name": "a"}', "task_name"),
     ("harbor", "result.json", '{"trial_name": "a", "task_name": "t"}', "no agent/trajectory.json"),
@@ -259,7 +268,7 @@ def test_what_cannot_be_read(tmp_path: Path, fmt: str, name: str, text: str, wor
     (tmp_path / "dump" / name).write_text(text)
     with pytest.raises(FormatError, match=words):
         import_run(tmp_path / "dump", fmt, tmp_path / "run")
-    assert not (tmp_path / "run" / "run.json").exists()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("name", "said", "words"), [
@@ -271,6 +280,20 @@ def test_files_beside_a_trajectory_that_are_none(tmp_path: Path, name: str, said
     written(tmp_path / "dump", trajectory={"messages": SAID}, **{name: said})
     with pytest.raises(FormatError, match=words):
         import_run(tmp_path / "dump", "apex", tmp_path / "run")
+
+
+def test_calls_that_lack_what_they_may_lack(tmp_path: Path) -> None:
+    said = [SAID[1], {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look"}}]},
+            {"role": "tool", "content": "nothing"}]
+    written(tmp_path / "dump", trajectory={"messages": said, "task_id": "t"}, grades={"verifier_results": [
+        {"verifier_id": "v1", "score": 1.0}]})
+    made = import_run(tmp_path / "dump", "apex", tmp_path / "run")
+    assert json.dumps(made["scored"]) == "1"
+    folder = BenchFolder(tmp_path / "run")
+    assert within(said, messages(folder, ("t", 0)))
+    make_report(folder)
+    for to in ("inspect", "atif", "archipelago"):
+        export_run(folder, to)
 
 
 def test_what_agents_wrote_stays_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -318,5 +341,6 @@ def test_wrong_requests(tmp_path: Path, played: BenchFolder) -> None:
     ):
         with pytest.raises(error, match=words):
             import_run(tmp_path / call[0], call[1], tmp_path / call[2])
+    assert not (tmp_path / "twice").exists(), "the first attempt was written before the second was read"
     with pytest.raises(FormatError, match="desk-mini has no task '1'"):
         import_run(tmp_path / "log.json", "inspect", tmp_path / "suite", BenchConfig(tasks=1))

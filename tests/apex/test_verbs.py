@@ -1,6 +1,7 @@
 """The verbs of the benchmark as a user types them."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,11 @@ def test_run_report_show_and_compare_work_out_of_the_box(tmp_path: Path) -> None
     assert "6 attempts at 3 tasks" in call("import", str(tmp_path / "a" / "export" / "atif.jsonl"), "--from", "atif",
                                            "--out", str(tmp_path / "d")).stdout
     assert data(call("compare", a, str(tmp_path / "c"), "--force", "--json"))["pass@1"]["estimate"] == 0.0
+    shutil.rmtree(next((tmp_path / "a" / "export" / "archipelago").rglob("trajectory.json")).parent)
+    call("import", str(tmp_path / "a" / "export" / "archipelago"), "--from", "apex", "--suite", "desk-mini", "--out",
+         str(tmp_path / "e"))
+    again = data(call("grade", str(tmp_path / "e"), "--json"))
+    assert (again["overall"]["n_scored"], again["overall"]["n_unscored"]) == (5, {})
     assert data(call("grade", a, "--json"))["grading"]["id"] == 1
     assert len(list((tmp_path / "a").glob("episodes/*/*/grades-0.json"))) == 6
 
@@ -105,6 +111,7 @@ def test_doctor_finds_a_licence_that_is_not_kept_and_a_rubric_that_leaks(sums: S
     (["export", "nowhere", "--to", "atif"], 4, "holds no benchmark run"),
     (["import", "nowhere", "--from", "apex", "--out", "r"], 1, "nowhere is not there"),
     (["import", ".", "--from", "word", "--out", "r"], 2, "there is no import from 'word'"),
+    (["import", ".", "--from", "apex", "--out", "r", "--tasks", "3"], 2, "and none is named; give --suite"),
     (["run", "--suite", "nothing"], 2, "there is no suite 'nothing'"),
     (["run", "--set", "atempts=3"], 2, "did you mean attempts?"), (["run", "--attempts", "0"], 2, "0"),
     (["run", "missing.toml"], 2, "cannot be read"), (["run", "--model", "./nowhere"], 2, "no model folder")])

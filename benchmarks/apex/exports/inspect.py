@@ -135,7 +135,7 @@ def _message(message: Json) -> Json:
 
 def _call(call: Json) -> Json:
     function, arguments = call["function"], call["function"]["arguments"]
-    made: Json = {"id": call["id"], "function": function["name"] or "unreadable", "type": "function"}
+    made: Json = {"id": call.get("id") or "", "function": function["name"] or "unreadable", "type": "function"}
     try:
         read = json.loads(arguments) if isinstance(arguments, str) else arguments
     except ValueError as error:

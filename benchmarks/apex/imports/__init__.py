@@ -10,6 +10,7 @@
 Nothing imported is ever trained on: its tasks are stamped ``train_allowed=false``, whatever they say.
 """
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -46,15 +47,19 @@ def import_run(path: Path, fmt: str, out: Path, config: BenchConfig | None = Non
 
     Raises:
         ConfigError: no such format. FormatError: nothing there, or not in the format; a task the suite does not have.
-        RunError: ``out`` holds a run.
+        RunError: ``out`` holds something. Nothing is left there when anything is raised.
     """
     if fmt not in IMPORTS:
         raise ConfigError(f"there is no import from {fmt!r}", fix=f"choose one of {', '.join(IMPORTS)}")
     if not path.exists():
         raise FormatError(f"{path} is not there", fix="give a file or a folder")
     notes, writer = Notes(), Writer(out, config)
-    for one in IMPORTS[fmt](path, notes):
-        writer.add(one)
-    if not writer.attempts:
-        raise FormatError(f"{path} holds nothing to import from {fmt}", fix=f"choose another of {', '.join(IMPORTS)}")
-    return {**writer.finish(fmt, path), "lost": counted(notes.lost)}
+    try:
+        for one in IMPORTS[fmt](path, notes):
+            writer.add(one)
+        if writer.attempts:
+            return {**writer.finish(fmt, path), "lost": counted(notes.lost)}
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)  # it was empty before
+        raise
+    raise FormatError(f"{path} holds nothing to import from {fmt}", fix=f"choose another of {', '.join(IMPORTS)}")

@@ -101,8 +101,14 @@ def answer_of(messages: Sequence[Json]) -> str | None:
     return said if handed is None else handed
 
 
-def scored(values: Mapping[str, float | None]) -> tuple[CriterionResult, ...]:
-    """Results of criteria by id; None is one that could not be judged."""
-    return tuple(CriterionResult(id=name, score=value) if value is not None else
-                 CriterionResult(id=name, status="error", score=None, rationale="no score was given")
+def scored(values: Mapping[str, Any]) -> tuple[CriterionResult, ...]:
+    """Results of criteria by id; one whose value is no number from 0 to 1 could not be judged.
+
+    >>> [(result.score, result.rationale) for result in scored({"a": True, "b": 3.5})]
+    [(1.0, ''), (None, '3.5 is no score from 0 to 1')]
+    """
+    return tuple(CriterionResult(id=name, score=float(value))
+                 if isinstance(value, (int, float)) and 0 <= value <= 1 else
+                 CriterionResult(id=name, status="error", score=None,
+                                 rationale=f"{str(value)[:80]} is no score from 0 to 1")
                  for name, value in values.items())

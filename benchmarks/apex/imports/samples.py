@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from agentsdpo.benchmarks.apex.imports.found import Imported, Said, scored
 from agentsdpo.errors import FormatError
 from agentsdpo.replay.formats.files import read_lines
@@ -19,7 +21,7 @@ OUTCOMES = {"turn": "budget_turns", "message": "budget_turns", "token": "budget_
             "time": "budget_time", "working": "budget_time", "context": "context_overflow", "custom": "budget_calls",
             "operator": "cancelled"}
 """Outcomes of Inspect's limits."""
-LETTERS = {"C": 1.0, "P": 0.5, "I": 0.0, "N": 0.0}
+LETTERS: dict[Any, float] = {"C": 1.0, "P": 0.5, "I": 0.0, "N": 0.0}
 """Inspect's values for correct, partial, incorrect and no answer."""
 
 
@@ -40,15 +42,20 @@ class _Output(Said):
     model: str = ""
 
 
+class _Usage(Said):
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+
+
 class _Sample(Said):
     id: int | str
-    epoch: int = 1
+    epoch: int = Field(default=1, ge=1)
     messages: list[Json] = []
     output: _Output = _Output()
     scores: dict[str, _Score] | None = None
     error: _Error | None = None
     limit: _Limit | None = None
-    model_usage: dict[str, dict[str, Any]] = {}
+    model_usage: dict[str, _Usage] = {}
     total_time: float | None = None
     working_time: float | None = None
 
@@ -99,39 +106,33 @@ def _attempt(said: Json, where: str, model: str) -> Imported:
         fault=sample.error.message if sample.error else "", results=scored(values),
         criteria=tuple(Criterion(id=name, text=name) for name in values), model=model or sample.output.model,
         kept={"sample": {name: value for name, value in said.items() if name != "messages"}},
-        prompt_tokens=sum(int(one.get("input_tokens") or 0) for one in usage),
-        completion_tokens=sum(int(one.get("output_tokens") or 0) for one in usage),
+        prompt_tokens=sum(one.input_tokens or 0 for one in usage),
+        completion_tokens=sum(one.output_tokens or 0 for one in usage),
         wall_s=sample.total_time or 0.0, working_s=sample.working_time or 0.0)
 
 
-def _values(scores: dict[str, _Score]) -> dict[str, float | None]:
-    """Criteria of a sample, by name."""
+def _values(scores: dict[str, _Score]) -> dict[str, Any]:
+    """Criteria of a sample, by name; letters as numbers.
+
+    >>> _values({"match": _Score(value="C"), "f1": _Score(value=0.5)})
+    {'match': 1.0, 'f1': 0.5}
+    """
     inside = {name: value for score in scores.values() if isinstance(score.value, dict)
               for name, value in score.value.items()}
-    return {name: _value(value) for name, value in
-            (inside or {name: score.value for name, score in scores.items()}).items()}
-
-
-def _value(value: Any) -> float | None:
-    """A score from 0 to 1; None where it is none.
-
-    >>> _value("C"), _value(True), _value(7), _value(None)
-    (1.0, 1.0, None, None)
-    """
-    number = LETTERS.get(value) if isinstance(value, str) else value
-    return float(number) if isinstance(number, (int, float)) and 0 <= number <= 1 else None
+    found = inside or {name: score.value for name, score in scores.items()}
+    return {name: LETTERS.get(value, value) if isinstance(value, str) else value for name, value in found.items()}
 
 
 def _message(message: Json) -> Json:
-    """A message in OpenAI's shape; arguments that Inspect could not read are as they were said."""
+    """A message in OpenAI's shape; what is none stays as it is, for :class:`_Conversation` to refuse."""
     calls = message.get("tool_calls")
-    if not calls:
+    if not isinstance(calls, list):
         return message
-    return {**message, "tool_calls": [{
-        "id": call.get("id"), "type": "function", "function": {"name": call.get("function"),
-                                                               "arguments": call.get("arguments")}, **_more(call)}
-        for call in calls]}
+    return {**message, "tool_calls": [_call(call) if isinstance(call, dict) else call for call in calls]}
 
 
-def _more(call: Json) -> Json:
-    return {name: value for name, value in call.items() if name not in ("id", "type", "function", "arguments")}
+def _call(call: Json) -> Json:
+    """A call; arguments that Inspect could not read are as they were said."""
+    more = {name: value for name, value in call.items() if name != "arguments"}
+    return {**more, "type": "function",
+            "function": {"name": call.get("function"), "arguments": call.get("arguments")}}

@@ -57,7 +57,9 @@ class _Trial(_Span):
 
 
 def read_atif(path: Path, notes: Notes) -> Iterator[Imported]:
-    """Trajectories of a file, one a line or one in a ``.json`` file, or of all such files of a folder; no grades.
+    """Trajectories of a file, one a line or one in a ``.json`` file, or of all such files of a folder.
+
+    ATIF has no grades; those that this project put into its own are read.
 
     Raises:
         FormatError: not ATIF 1.0 to 1.8.
@@ -87,17 +89,16 @@ def read_harbor(path: Path, notes: Notes) -> Iterator[Imported]:
 
 
 def _attempt(found: Found) -> Imported:
-    """A trajectory without a grade."""
-    episode, grade = found.episode, found.episode.grade
-    messages = list(episode.messages)
-    results = grade.results if grade else ()
-    return Imported(where=found.where, task_id=episode.task_id, messages=messages, answer=answer_of(messages),
-                    outcome="completed", tools=episode.tools, model=episode.model_id, results=tuple(results),
+    """A trajectory that nothing else is said of."""
+    episode, results = found.episode, found.episode.grade.results if found.episode.grade else ()
+    return Imported(where=found.where, task_id=episode.task_id, messages=episode.messages,
+                    answer=answer_of(episode.messages), outcome="completed", tools=episode.tools,
+                    model=episode.model_id, results=results,
                     criteria=tuple(Criterion(id=result.id, text=result.id) for result in results))
 
 
 def _trial(trial: _Trial, where: str, found: Found | None, said: object) -> Imported:
-    messages = list(found.episode.messages) if found else []
+    messages = found.episode.messages if found else ()
     fault, usage = trial.exception_info, trial.agent_result or _Usage()
     rewards = (trial.verifier_result.rewards if trial.verifier_result else None) or {}
     timed_out = fault is not None and fault.exception_type == TIMED_OUT

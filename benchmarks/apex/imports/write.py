@@ -18,6 +18,7 @@ from agentsdpo.benchmarks.apex.taskset import TaskSet, tasks_sha256
 from agentsdpo.collect.rollout import Rollout
 from agentsdpo.envs.archives import zip_bytes
 from agentsdpo.errors import EnvError, FormatError, RunError
+from agentsdpo.replay.formats.shapes import text_of
 from agentsdpo.types import Env, Grade, Grader, Json, Outcome, StopReason, Task
 
 EMPTY = zip_bytes({})
@@ -64,12 +65,12 @@ class Writer:
     def __init__(self, out: Path, config: BenchConfig | None) -> None:
         if out.exists() and any(out.iterdir()):
             raise RunError(f"{out} is not empty", fix="choose another --out")
-        self.folder, self.config, self.attempts = BenchFolder(out), config, 0
+        self.folder, self.config = BenchFolder(out), config
         self.suite = open_suite(config) if config else None
         self._known = {task.task_id: task for task in self.suite.tasks} if self.suite else {}
         self._tasks: dict[str, Task] = {}
         self._numbers: dict[str, set[int]] = defaultdict(set)
-        self._counts: Counter[str] = Counter()
+        self.attempts, self.scored, self.messages = 0, 0, 0
         self._models: Counter[str] = Counter()
         self._judges: Counter[str | None] = Counter()
 
@@ -94,7 +95,8 @@ class Writer:
         self._files(one, task, attempt, run, grade)
         self.folder.append(attempt)
         self.attempts += 1
-        self._counts.update(messages=len(one.messages), scored=attempt.scored)
+        self.scored += attempt.scored
+        self.messages += len(one.messages)
         self._models[one.model] += 1
         self._judges[one.judge] += 1
 
@@ -105,9 +107,8 @@ class Writer:
                 raise FormatError(f"{one.where}: {self.suite.name} has no task {one.task_id!r}",
                                   fix="give the suite that was played, or leave --suite out")
             return self._known[one.task_id].model_copy(update={"train_allowed": False})
-        asked = next((m for m in one.messages if m["role"] == "user"), {}).get("content") or ""
-        task = Task(task_id=one.task_id, world_id=one.world_id, prompt=asked if isinstance(asked, str) else str(asked),
-                    rubric=one.criteria, train_allowed=False)
+        asked = next((text_of(m.get("content")) for m in one.messages if m["role"] == "user"), "")
+        task = Task(task_id=one.task_id, world_id=one.world_id, prompt=asked, rubric=one.criteria, train_allowed=False)
         if not self._tasks.setdefault(one.task_id, task).rubric:
             self._tasks[one.task_id] = task
         return task
@@ -124,21 +125,18 @@ class Writer:
 
     def _files(self, one: Imported, task: Task, attempt: Attempt, run: Rollout, grade: Grade | None) -> None:
         """Ours, and over them what the attempt came with."""
-        folder, place = self.folder, self.folder.episode(task.task_id, attempt.attempt)
         about = episode.About({"name": one.model or "imported", "engine": "imported"}, task.budget.model_dump(),
                               {"model": one.judge})
-        episode.write_episode(folder, task, attempt, run, about)
-        episode.write_grade(folder, attempt, grade)
-        opening = opening_of(run.messages)
-        kept = {f"{name}.json": value for name, value in one.kept.items()}
-        if task.rubric and self.suite is not None:
-            kept.pop("verifiers.json", None)  # it is graded by the suite's
-        made = {name: _over(_read(place / name), value) for name, value in kept.items()}
-        said = made.get("trajectory.json") or _read(place / "trajectory.json")
-        said["messages"] = [shapes.message_out(message) for message in run.messages[len(opening):]]
+        files = episode.documents(self.folder, task, attempt, run, about)
+        files["grades.json"] = shapes.grades(attempt, grade)
+        for name, value in one.kept.items():
+            if name != "verifiers" or self.suite is None:  # it is graded by the suite's
+                files[f"{name}.json"] = _over(files.get(f"{name}.json"), value)
+        said = files["trajectory.json"]
+        said["messages"] = [shapes.message_out(message) for message in run.messages[len(opening_of(run.messages)):]]
         said["final_answer"], said[shapes.OURS]["tools"] = one.answer, list(one.tools)
-        made |= {"initial_messages.json": opening, "trajectory.json": said}
-        episode.write_files(place, {name: json.dumps(value, indent=1).encode() for name, value in made.items()})
+        texts = {name: json.dumps(value, indent=1).encode() for name, value in files.items()}  # \ud800 stays what it is
+        episode.write_files(self.folder.episode(task.task_id, attempt.attempt), texts | episode.states(task, run))
 
     def finish(self, fmt: str, path: Path) -> Json:
         """Write what holds for all of them; returns counts."""
@@ -152,7 +150,7 @@ class Writer:
         self.folder.write_about({**about, "train_allowed": False, "judge": {"model": judge, "prompt_sha256": None},
                                  "imported": {"from": fmt, "path": path.name}})
         return {"path": str(self.folder.path), "attempts": self.attempts, "tasks": len(self._numbers),
-                "scored": self._counts["scored"], "messages": self._counts["messages"]}
+                "scored": self.scored, "messages": self.messages}
 
 
 def _over(ours: Any, theirs: Any) -> Any:
@@ -166,7 +164,3 @@ def _over(ours: Any, theirs: Any) -> Any:
     if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
         return [_over(*pair) for pair in zip(ours, theirs, strict=True)]
     return theirs
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_bytes()) if path.is_file() else None
