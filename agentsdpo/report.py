@@ -27,6 +27,7 @@ from agentsdpo.results import (
     zero_shot,
 )
 from agentsdpo.runfolder import Arm, RunData, read_run
+from agentsdpo.stats import difference
 from agentsdpo.types import Json
 
 PROVENANCE = ("command", "commit", "seed", "hardware")
@@ -158,7 +159,7 @@ def _control(splits: Mapping[str, Json]) -> str:
         return (f"The control split {CONTROL_SPLIT} (a firm whose rules were never taught) was not evaluated, "
                 "so nothing here rules out that the gain comes from elsewhere than the taught rules.")
     words = f"{formats.percent(before.estimate)} before and {formats.percent(after.estimate)} after training"
-    if after.low > before.high:
+    if difference(after, before).low > 0:
         return (f"Warning: the pass rate on the untaught firm rose above zero-shot, {words}. Its rules were never "
                 "taught, so look for a leak before trusting the gain elsewhere.")
     return (f"The untaught firm cannot be told from its zero-shot level, {words}, as it must be: its rules were never "

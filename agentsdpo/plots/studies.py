@@ -3,7 +3,7 @@
 The first kind of arm is blue and bold, the others are grey with a dash of their own, as all of them are students.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -11,10 +11,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from agentsdpo.formats import percent
 from agentsdpo.plots.curves import VALUES, draw_band, draw_seeds
 from agentsdpo.plots.style import AXES, ROLES, STYLE, canvas, finish, reference
 from agentsdpo.plots.tables import NEVER, arms_of, final, held_out, kind_of, records
-from agentsdpo.results import evals
+from agentsdpo.results import HELD_OUT, evals
 from agentsdpo.types import Json
 
 _MARKS: Any = (("o", "-"), ("s", (0, (4, 2))), ("^", (0, (1, 1.5))), ("D", (0, (6, 2, 1, 2))), ("v", (0, (3, 1))))
@@ -47,9 +48,9 @@ def age_curve(frame: Any, *, value: str = "pass", main: str = "robust") -> Figur
     kinds = sorted({kind_of(row["arm"]) for row in rows}, key=lambda kind: (kind != main, kind))
     for i, kind in enumerate(kinds):
         _age_line(axes, [row for row in rows if kind_of(row["arm"]) == kind], ages, value, i, len(kinds), kind == main)
-    first = [row[value] for row in evals(rows, None, "sampled") if row["step"] == 0 and row["split"] != "test_firm"]
+    first = [row[value] for row in evals(rows, None, "sampled") if row["step"] == 0 and row["split"] in HELD_OUT]
     if first:
-        reference(axes, 100 * float(np.mean(first)), f"zero-shot {100 * float(np.mean(first)):.1f} %", (0, (6, 3)))
+        reference(axes, 100 * float(np.mean(first)), f"zero-shot {percent(np.mean(first))}", (0, (6, 3)))
     reference(axes, 100, "oracle 100 %", (0, (1, 2)))
     axes.set_xticks(range(len(ages)), [age_words(age) for age in ages])
     axes.set(ylim=(-3, 104), xlim=(-0.5, len(ages) - 0.5), xlabel="staleness of the collected data [policy versions]",
@@ -68,8 +69,8 @@ def _age_line(axes: Axes, rows: Sequence[Json], ages: Sequence[int], value: str,
         if middle is None:
             continue
         points.append((at, middle))
-        axes.plot([at] * len(ends), [100 * float(np.mean(one)) for one in ends.values()], "_", color=colour, alpha=0.5,
-                  markersize=9, zorder=2)
+        own = [100 * float(np.mean([row[value] for row in one])) for one in ends.values()]
+        axes.plot([at] * len(own), own, "_", color=colour, alpha=0.5, markersize=9, zorder=2)
     if not points:
         return
     low, high = (np.array([100 * abs(np.nan_to_num(getattr(p, end) - p.estimate)) for _, p in points])
@@ -108,44 +109,3 @@ def _seed_words(rows: Sequence[Json]) -> str:
     counts = sorted({len({row["seed"] for row in own}) for own in arms_of(rows).values()})
     words = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return f"{words} seed{'' if counts == [1] else 's'}"
-
-
-@matplotlib.rc_context(STYLE)
-def first_reach(arms: Mapping[str, Sequence[Json]], *, level: float = 0.8, split: str = "test_names",
-                x: str = "episodes") -> Figure:
-    """What each arm spent until its pass rate first stood at a level: a dot per seed, their median a bar.
-
-    Seeds that never got there stand at the right edge, hollow, and count in the words.
-    """
-    figure, axes = canvas((8.2, 1.3 + 0.45 * len(arms)))
-    spent = {name: reached_at(rows, level, split, x) for name, rows in arms.items()}
-    most = max((row[x] for rows in arms.values() for row in evals(rows, split, "sampled")), default=1)
-    for i, found in enumerate(spent.values()):
-        there = [at for at in found.values() if at is not None]
-        axes.plot(there, [i] * len(there), "o", color=ROLES["student"], markersize=6, alpha=0.7, clip_on=False)
-        axes.plot([most] * (len(found) - len(there)), [i] * (len(found) - len(there)), "o", markersize=7,
-                  markerfacecolor="none", markeredgecolor=ROLES["behaviour"], clip_on=False)
-        if 2 * len(there) > len(found):
-            middle = float(np.median([most if at is None else at for at in found.values()]))
-            axes.plot([middle, middle], [i - 0.3, i + 0.3], color=ROLES["student"], linewidth=3)
-    words = [f"{name}\n{sum(at is not None for at in found.values())} of {len(found)} seeds"
-             for name, found in spent.items()]
-    axes.set_yticks(range(len(spent)), words)
-    axes.set(xlim=(0, most), ylim=(len(spent) - 0.5, -0.5), xlabel=AXES[x])
-    axes.set_title(f"Until {100 * level:.0f} % of {split} pass (bar: median; hollow: never)")
-    return finish(figure, axes)
-
-
-def reached_at(rows: Sequence[Json], level: float, split: str, x: str = "episodes") -> dict[Any, float | None]:
-    """By seed, what had been spent at the first evaluation at or above a level; None where that never came.
-
-    >>> curve = [{"kind": "eval", "split": "val", "seed": 0, "step": s, "episodes": 10 * s, "pass": 0.1 * s}
-    ...          for s in range(10)]
-    >>> reached_at(curve, 0.5, "val"), reached_at(curve, 0.95, "val")
-    ({0: 50}, {0: None})
-    """
-    found: dict[Any, float | None] = {}
-    for row in sorted(evals(rows, split, "sampled"), key=lambda row: row["step"]):
-        if found.setdefault(row.get("seed", 0)) is None and row["pass"] >= level:
-            found[row.get("seed", 0)] = row[x]
-    return found

@@ -1,9 +1,8 @@
 """Rows that figures are drawn from: run folders, tables of studies, data frames."""
 
-import json
 import os
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ import numpy as np
 
 from agentsdpo.errors import RunError
 from agentsdpo.formats import is_number
-from agentsdpo.results import HELD_OUT, HELD_OUT_FIRST, evals
-from agentsdpo.runfolder import RunData, arm_records, read_run
+from agentsdpo.results import HELD_OUT, evals
+from agentsdpo.runfolder import RunData, read_run
 from agentsdpo.stats import Interval, stratified_bootstrap, wilson
 from agentsdpo.types import Json
 
@@ -33,43 +32,17 @@ def records(frame: Any) -> list[Json]:
     return [dict(row) for row in frame]
 
 
-def read_study(*paths: Path | str) -> list[Json]:
-    """Evaluations of a study: one row per arm, seed, step, split and decoding.
-
-    Args:
-        paths: tables ``docs/results/<study>.parquet``, or stored ``summary.json`` files, of which the first and the
-            last evaluation of every split are known.
+def read_study(path: Path | str) -> list[Json]:
+    """Evaluations of a study, ``docs/results/<study>.parquet``: one row per arm, seed, step, split and decoding.
 
     Raises:
         RunError: there is no such file.
     """
-    rows: list[Json] = []
-    for path in map(Path, paths):
-        if not path.is_file():
-            raise RunError(f"there is no table of a study at {path}", fix="run the study, or name another file")
-        rows += _summary_rows(json.loads(path.read_text())) if path.suffix == ".json" else _table_rows(path)
-    return rows
-
-
-def _table_rows(path: Path) -> list[Json]:
     import pyarrow.parquet as pq
 
+    if not Path(path).is_file():
+        raise RunError(f"there is no table of a study at {path}", fix="run the study, or name another file")
     return [{"kind": "eval", **row} for row in pq.read_table(path).to_pylist()]
-
-
-def _summary_rows(summary: Json) -> list[Json]:
-    """The two ends of every arm of a run."""
-    rows = []
-    for name, arm in arm_records(summary).items():
-        about = {"kind": "eval", "arm": arm_name(name, arm["staleness"]), "preset": name, "staleness": arm["staleness"],
-                 "seed": arm["seed"], "commit": arm.get("commit")}
-        for split, record in arm["splits"].items():
-            for when, step, episodes in (("zero_shot", 0, 0), ("final", arm["steps"], arm["episodes"])):
-                for decoding, part in (("sampled", when), ("greedy", f"{when}_greedy")):
-                    rows.append({**about, "step": step, "episodes": episodes, "split": split, "decoding": decoding,
-                                 "n": record["n"], "pass": record.get(f"{part}_pass"),
-                                 "score": record.get(f"{part}_score")})
-    return rows
 
 
 def arm_name(kind: str, staleness: float) -> str:
@@ -143,47 +116,35 @@ def kind_of(arm: str) -> str:
     return head if dash and (tail.isdigit() or tail == "off") else arm
 
 
-def final(rows: Sequence[Json], value: str = "pass", decoding: str = "sampled",
-          splits: Sequence[str] = HELD_OUT) -> dict[int, list[float]]:
-    """Of one arm: by seed, the last evaluation of each split, as fractions."""
+def final(rows: Sequence[Json], value: str = "pass") -> dict[int, list[Json]]:
+    """Of one arm: by seed, the last sampled evaluations that have a value, one row for each held-out split."""
     ends: dict[int, dict[str, Json]] = {}
-    for row in sorted(evals(rows, None, decoding), key=lambda row: row["step"]):
-        if row["split"] in splits and is_number(row.get(value)):
+    for row in sorted(evals(rows, None, "sampled"), key=lambda row: row["step"]):
+        if row["split"] in HELD_OUT and is_number(row.get(value)):
             ends.setdefault(row["seed"], {})[row["split"]] = row
     last = {seed: max(row["step"] for row in own.values()) for seed, own in ends.items()}
-    return {seed: [float(row[value]) for row in own.values() if row["step"] == last[seed]]
-            for seed, own in ends.items()}
+    return {seed: [row for row in own.values() if row["step"] == last[seed]] for seed, own in ends.items()}
 
 
-def spread(ends: Mapping[int, Sequence[float]]) -> Interval:
+def spread(ends: Sequence[Sequence[float]]) -> Interval:
     """Interquartile mean over seeds and splits, and its stratified bootstrap interval; one seed has no interval."""
-    fewest = min(map(len, ends.values()))
-    table = [list(values)[:fewest] for values in ends.values()]
-    found = stratified_bootstrap(table)
-    return found if len(table) > 1 else Interval(found.estimate, np.nan, np.nan)
+    fewest = min(map(len, ends))
+    found = stratified_bootstrap([list(values)[:fewest] for values in ends])
+    return found if len(ends) > 1 else Interval(found.estimate, np.nan, np.nan)
 
 
 def held_out(rows: Sequence[Json], value: str = "pass", step: int | None = None) -> Interval | None:
-    """An arm's rate on the held-out splits, sampled: over several seeds :func:`spread`, of one :func:`pooled`.
+    """An arm's rate on the held-out splits, sampled: over several seeds :func:`spread`, of one Wilson's, pooled.
 
     Args:
         rows: of one arm.
         value: ``pass`` or ``score``.
         step: at which; each seed's last when not given.
     """
-    known = rows if step is None else [row for row in rows if row.get("step") == step]
-    ends = final(known, value)
+    ends = final(rows if step is None else [row for row in rows if row.get("step") == step], value)
     if not ends:
         return None
     if len(ends) > 1 or value != "pass":
-        return spread(ends)
-    return pooled(known, max(row["step"] for row in evals(known, None, "sampled") if row["split"] in HELD_OUT))
-
-
-def pooled(rows: Sequence[Json], step: int, value: str = "pass", decoding: str = "sampled") -> Interval | None:
-    """Pass rate of one run over the held-out splits after some steps, Wilson's interval over their episodes."""
-    known = [row for row in evals(rows, None, decoding)
-             if row["step"] == step and row["split"] in HELD_OUT_FIRST and is_number(row.get(value))]
-    held = [row for row in known if row["split"] in HELD_OUT] or known
-    n = sum(row["n"] for row in held)
-    return wilson(round(sum(row[value] * row["n"] for row in held)), n) if n else None
+        return spread([[float(row[value]) for row in own] for own in ends.values()])
+    (own,) = ends.values()
+    return wilson(round(sum(row["pass"] * row["n"] for row in own)), sum(row["n"] for row in own))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from agentsdpo.formats import interval, number, percent
 from agentsdpo.plots.tables import NEVER, arms_of, final, held_out, kind_of, records
 from agentsdpo.plots.tokens import PARTS, by_hint, corrections_kept, episode_means, part_shares
 from agentsdpo.results import CONTROL_SPLIT, HELD_OUT, POOLED_WORDS, evals
-from agentsdpo.stats import Interval
+from agentsdpo.stats import Interval, difference
 from agentsdpo.types import Json
 
 
@@ -35,7 +36,7 @@ def learning_answer(rows: Sequence[Json]) -> Words:
     """Whether one run, or several seeds of it, learned: held-out rates before and after, and the control."""
     first, last = min(row["step"] for row in evals(rows)), max(row["step"] for row in evals(rows))
     before, after = held_out(rows, step=first), held_out(rows, step=last)
-    verdict = "**Yes.**" if before and after and after.low > before.high else "**Not visibly.**"
+    verdict = "**Yes.**" if before and after and difference(after, before).low > 0 else "**Not visibly.**"
     spent = max((row.get("episodes") or 0 for row in evals(rows)), default=0)
     return Words(f"{verdict} The pass rate on {POOLED_WORDS}, goes from {_rate(before)} to {_rate(after)} after "
                  f"{number(int(spent))} episodes ({_sample(rows, last)}). {_control(rows, first, last)}".strip())
@@ -85,10 +86,14 @@ def _age(staleness: float) -> str:
 
 
 def _oldest(ends: Sequence[tuple[float, Interval | None, int]]) -> str:
-    """The oldest data whose interval still reaches the freshest arm's rate."""
+    """The oldest data that, as all before it, leaves a rate which cannot be told from the freshest arm's."""
     fresh = ends[0][1]
-    kept = [age for age, found, _ in ends[1:] if fresh and found and found.high >= fresh.low]
-    return f" **Up to {_age(max(kept)).removeprefix('at ')} it cannot be told from the freshest.**" if kept else ""
+    kept = [age for age, _, _ in takewhile(
+        lambda end: fresh and end[1] and not difference(fresh, end[1]).low > 0, ends[1:])]
+    if not kept:
+        return ""
+    oldest = f"Even {_age(kept[-1])}" if kept[-1] >= NEVER else f"Up to staleness {kept[-1]:.0f}"
+    return f" **{oldest} it cannot be told from the freshest.**"
 
 
 def hint_answer(frame: Any) -> Words:

@@ -77,9 +77,7 @@ def fresh(name: str) -> str:
     if name == "01_reward_curves":
         return str(words.learning_answer(plots.read_seeds([HOME / "data" / "demo"])[1]))
     if name == "02_staleness":
-        results = HOME.parent / "docs" / "results"
-        tables = sorted(results.glob("staleness.parquet")) or [results / "demo.json", results / "arms-staleness-8.json"]
-        return str(words.age_answer(plots.read_study(*tables)))
+        return str(words.age_answer(plots.read_study(HOME.parent / "docs" / "results" / "staleness.parquet")))
     folders = [HOME / "data" / "bench" / name for name in ("before", "after")]
     return str(words.card_answer({folder.name: plots.read_bench(folder) for folder in folders}))
 

@@ -1,6 +1,5 @@
 """Figures of studies, two runs, tokens and benchmark cards: what they claim, read from their artists and sentences."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 
 from agentsdpo import plots
 from agentsdpo.errors import RunError
-from agentsdpo.plots import card, studies, tables, tokens, versus, words
+from agentsdpo.plots import card, tables, tokens, versus, words
 from agentsdpo.stats import stratified_bootstrap, wilson
 
 HOME = Path(__file__).resolve().parents[2]
@@ -50,15 +49,13 @@ def test_every_kind_of_frame_is_read(tmp_path: Path) -> None:
         tables.read_study(tmp_path / "no.parquet")
 
 
-def test_stored_summaries_are_the_two_ends_of_a_study() -> None:
-    rows = tables.read_study(HOME / "docs" / "results" / "arms-staleness-8.json")
-    assert set(tables.arms_of(rows)) == {"naive-8", "robust-8", "sdpopp-8"}
-    assert {row["step"] for row in rows} == {0, 70}
-    summary = json.loads((HOME / "docs" / "results" / "arms-staleness-8.json").read_text())
-    found = tables.held_out(tables.arms_of(rows)["robust-8"])
-    assert found is not None
-    assert found.estimate == pytest.approx(summary["final_pass"])
-    assert found[1:] == pytest.approx(summary["final_pass_ci95"])
+def test_the_rates_of_a_run_are_those_of_its_summary() -> None:
+    run, rows = tables.read_seeds([HOME / "notebooks" / "data" / "demo"])
+    for when, step in (("zero_shot", 0), ("final", 70)):
+        found = tables.held_out(rows, step=step)
+        assert found is not None
+        assert found.estimate == pytest.approx(run.summary[f"{when}_pass"])
+        assert found[1:] == pytest.approx(run.summary[f"{when}_pass_ci95"])
 
 
 def test_folders_are_chosen_by_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,13 +85,16 @@ def test_age_curve_is_the_iqm_of_seeds_and_splits() -> None:
     axes = plots.age_curve(rows).axes[0]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0", "8", "16", "first policy\nonly"]
     line = labels(axes)["robust"].lines[0]
-    ends = tables.final(tables.arms_of(rows)["robust-16"])
+    last = tables.final(tables.arms_of(rows)["robust-16"])
+    ends = {seed: [row["pass"] for row in own] for seed, own in last.items()}
     assert ends == {0: [0.796875, 0.796875], 1: [0.765625, 0.765625], 2: [0.71875, 0.71875]}
     assert line.get_ydata()[1] == pytest.approx(100 * stratified_bootstrap(list(ends.values())).estimate)
     assert line.get_color() == plots.ROLES["student"]
     assert labels(axes)["naive"].lines[0].get_color() == plots.ROLES["behaviour"]
     assert axes.get_title("left") == "Held-out tasks, 3 seeds"
     assert "zero-shot 0.0 %" in labels(axes)
+    easier = [{**row, "split": split, "pass": 0.5} for row in rows for split in ("val", "train") if row["step"] == 0]
+    assert "zero-shot 0.0 %" in labels(plots.age_curve([*rows, *easier]).axes[0]), "that of the held-out splits"
 
 
 def test_one_seed_has_wilsons_interval() -> None:
@@ -112,13 +112,6 @@ def test_arms_side_by_side_share_their_axes() -> None:
     assert sorted(line.get_linewidth() for line in blue) == [0.8, 0.8, 0.8, 2.4]
 
 
-def test_first_reach_marks_what_never_came() -> None:
-    arms = {name: rows for name, rows in tables.arms_of(study()).items() if name in ("robust-0", "naive-8")}
-    axes = plots.first_reach(arms, level=0.8).axes[0]
-    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["naive-8\n0 of 3 seeds", "robust-0\n3 of 3 seeds"]
-    assert studies.reached_at(arms["robust-0"], 0.8, "test_names") == {0: 640, 1: 640, 2: 640}
-
-
 def test_the_answer_on_age_follows_the_rows() -> None:
     told = str(words.age_answer(study()))
     assert "at staleness 0 85.9 %" in told
@@ -128,6 +121,10 @@ def test_the_answer_on_age_follows_the_rows() -> None:
     alike = [row for row in study() if row["arm"] == "robust-0"]
     older = [{**row, "arm": "robust-32", "staleness": 32} for row in alike]
     assert "**Up to staleness 32 it cannot be told" in str(words.age_answer([*alike, *older]))
+    first = [{**row, "arm": "robust-off", "staleness": 1_000_000} for row in alike]
+    assert "**Even from the first policy alone it cannot" in str(words.age_answer([*alike, *older, *first]))
+    worse = [{**row, "pass": 0.5 * row["pass"]} for row in older]
+    assert "cannot be told" not in str(words.age_answer([*alike, *worse, *first])), "what lies between can be told"
     assert str(words.age_answer([])) == "No arm of the kind `robust` has finished yet."
 
 
