@@ -390,3 +390,18 @@ def test_key_is_sent_and_not_shown(monkeypatch: pytest.MonkeyPatch, fake: Any) -
         server.base()
     assert seen == ["Bearer very-secret"]
     assert "very-secret" not in str(caught.value)
+
+
+def test_a_proxy_of_the_environment_is_not_asked_for_a_server(monkeypatch: pytest.MonkeyPatch, fake: Any) -> None:
+    """Nobody else's requests to model servers go there either: a collector's reach a server, and so must a push."""
+    listener, url = fake.listen()
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    try:
+        with VllmControl(url) as server:
+            assert server.label() == fake.label
+    finally:
+        listener.shutdown()
+        listener.server_close()
