@@ -180,11 +180,7 @@ class Pace:
 
     def words(self, row: Mapping[str, Any]) -> list[str]:
         """Seconds per step, episodes and sampled tokens per second, time left; empty until time has passed."""
-        found = self.rates(row)
-        if not found:
-            return []
-        rates = [f"{number(found[key])} {word}" for key, word in RATES if key in found]
-        return [*rates, f"left {duration(found['left_s'])}"] if found["left_s"] else rates
+        return rate_words(self.rates(row))
 
     def rates(self, row: Mapping[str, Any]) -> dict[str, float]:
         """One more step: ``s_per_step``, ``left_s``, and ``episodes_per_s``, ``tokens_per_s`` where rows count them."""
@@ -223,6 +219,16 @@ def step_words(metrics: Mapping[str, Any]) -> list[str]:
     ['pass 50.0 %', 'staleness 3.14']
     """
     return [f"{word} {show(metrics[key])}" for key, word, show in SHOWN if is_number(metrics.get(key))]
+
+
+def rate_words(rates: Mapping[str, float]) -> list[str]:
+    """What :meth:`Pace.rates` found; the time left where there is any.
+
+    >>> rate_words({"s_per_step": 2.0, "left_s": 90.0}), rate_words({})
+    (['2 s/step', 'left 1 min 30 s'], [])
+    """
+    left = [f"left {duration(rates['left_s'])}"] if rates.get("left_s") else []
+    return [*(f"{number(rates[key])} {word}" for key, word in RATES if key in rates), *left]
 
 
 def alarm_words(metrics: Mapping[str, Any]) -> list[str]:

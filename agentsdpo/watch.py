@@ -246,15 +246,15 @@ def follow(path: Path | str, *, mode: str = "auto", out: TextIO | None = None, p
 
 def state_words(sight: Sight) -> list[str]:
     """How the run stands: process, age of the newest line, size of the store."""
-    about = {"finished": "finished", "running": f"running, process {sight.pid}",
-             "silent": "no process of this machine runs it"}[sight.state]
-    words = [about]
+    found = [{"finished": "finished", "running": f"running, process {sight.pid}",
+              "silent": "no process of this machine runs it"}[sight.state]]
     if sight.state != "finished" and sight.silent_s is not None:
-        words.append(f"last line {duration(sight.silent_s)} ago")
-    store = sight.store()
-    if store:
-        words.append(f"store {number(store['bytes'] / 1e6)} MB in {number(store['files'])} files")
-    return words
+        found.append(f"last line {duration(sight.silent_s)} ago")
+    return found + _store_words(sight.store())
+
+
+def _store_words(store: Json | None) -> list[str]:
+    return [f"store {number(store['bytes'] / 1e6)} MB in {number(store['files'])} files"] if store else []
 
 
 def words(about: Json) -> list[str]:
@@ -267,16 +267,13 @@ def words(about: Json) -> list[str]:
     """
     lines = [f"{about['name']}: step {about['step']}/{about['steps']}, {about['state']}, {duration(about['wall_s'])}"]
     lines.append("  ".join(console.step_words(about["metrics"])))
-    lines.append("  ".join(f"{number(about['rates'][key])} {word}" for key, word in console.RATES
-                           if key in about["rates"]))
+    lines.append("  ".join(console.rate_words(about["rates"])))
     lines += [_eval_words(one) for one in about["evals"]]
-    if about["store"]:
-        lines.append(f"store: {number(about['store']['bytes'] / 1e6)} MB in {number(about['store']['files'])} files")
+    lines += _store_words(about["store"])
     lines += [f"{one['name']}, {duration(one['age_s'])} ago: {one['said']}" for one in about["programs"]]
     alarms = about["alarms"]
-    last = alarms[-1] if alarms else {}
-    newest = f", the newest {last.get('level')} at step {last.get('step')}: {last.get('action')}"
-    lines.append(f"alarms: {len(alarms)}{newest}" if alarms else "alarms: none")
+    newest = [f", the newest {one.get('level')} at step {one.get('step')}: {one.get('action')}" for one in alarms[-1:]]
+    lines.append(f"alarms: {len(alarms) or 'none'}{''.join(newest)}")
     return [console.clean(line) for line in lines if line]
 
 

@@ -20,8 +20,9 @@ def watch(
     """Look on at a run from any terminal, until it has finished."""
     from agentsdpo import watch as looking
 
-    if as_json and mode != "auto":
-        raise ConfigError(f"--mode is {mode!r} and --json is set", fix="leave one of them out")
+    if (as_json or once) and mode != "auto":
+        raise ConfigError(f"--mode is {mode!r} and --{'json' if as_json else 'once'} is set",
+                          fix="leave one of them out")
     try:
         if once:
             about = looking.snapshot(run)

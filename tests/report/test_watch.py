@@ -204,7 +204,8 @@ def test_how_it_stands_as_data(tmp_path: Path) -> None:
     assert [one["level"] for one in about["alarms"]] == ["soft"]
     assert about["rates"]["episodes_per_s"] == pytest.approx(2.0)
     said = "\n".join(watch.words(about))
-    for expected in ("step 8/9, running", "val sampled: pass 0.0 % at first, 50.0 % [38.1, 61.9] at step 6",
+    for expected in ("step 8/9, running", "2 s/step  2 episodes/s  50 tokens/s  left 2.0 s",
+                     "val sampled: pass 0.0 % at first, 50.0 % [38.1, 61.9] at step 6",
                      "hints, ", "alarms: 1, the newest soft at step 7: hold the teacher"):
         assert expected in said, expected
 
@@ -248,7 +249,8 @@ def test_the_verb(run_dir: Path) -> None:
     assert [json.loads(line)["step"] for line in call("--json").stdout.splitlines()] == [60]
     assert "step 60/60" in call("--mode", "plain").stdout
     assert call("--mode", "none").stdout == ""
-    assert isinstance(call("--json", "--mode", "rich").exception, ConfigError)
+    for other in ("--json", "--once"):
+        assert isinstance(call(other, "--mode", "rich").exception, ConfigError)
 
 
 def test_the_data_tells_the_end_as_well(tmp_path: Path, later: Later) -> None:
