@@ -7,7 +7,7 @@ from agentsdpo.collect.metrics import collect_metrics
 from agentsdpo.config import RunConfig
 from agentsdpo.console import View
 from agentsdpo.learn.alarms import BEHAVIOUR
-from agentsdpo.results import HELD_OUT as HELD_OUT  # callers find it beside what plays them
+from agentsdpo.results import HELD_OUT
 from agentsdpo.stats import wilson
 from agentsdpo.track import MetricsWriter
 from agentsdpo.types import Episode, Json

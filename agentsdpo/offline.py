@@ -144,13 +144,13 @@ def assemble_alone(config: RunConfig, uri: Path | str, out: Path | str, *, resum
     check_trackers(config.track)
     path = model_path(config)
     chat, store = load_chat(path), open_store(uri)
-    newest = max((row.version_max for row in store.snapshot().rows.values()), default=0)
+    newest = max([0, *(row.version_max for row in store.snapshot().rows.values())])  # -1: unknown
     if not resume:
-        refuse_unfit(make_sampler(config, store, chat), max(newest, 0), store.storage.uri, config)
+        refuse_unfit(make_sampler(config, store, chat), newest, store.storage.uri, config)
         require_store_lift(config, store.snapshot())
     learner = make_learner(config, ranks)
     folder = open_run(out, config, resume=resume)
-    registry = make_registry(config, folder, chat, first=max(newest, 0))
+    registry = make_registry(config, folder, chat, first=newest)
     sampler = make_sampler(config, store, chat, index=SideIndex(folder.uses, store.about["store_id"]))
     return Offline(config=config, folder=folder, chat=chat, store=store, sampler=sampler, learner=learner,
                    registry=registry)

@@ -30,7 +30,6 @@ from agentsdpo.config import KEEPING, RunConfig
 from agentsdpo.errors import RunError
 from agentsdpo.files import FULL, write_text
 from agentsdpo.provenance import describe_environment
-from agentsdpo.provenance import git_commit as git_commit  # callers find it beside the folder it is written into
 from agentsdpo.track import read_metrics
 from agentsdpo.types import Json
 

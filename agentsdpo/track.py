@@ -112,11 +112,8 @@ def read_metrics(path: Path) -> list[Json]:
     lines = [line for line in text.split("\n") if line.strip()]
     rows: list[Json] = []
     for i, line in enumerate(lines):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict):
+        row = _object(line)
+        if row is not None:
             rows.append(row)
         elif i < len(lines) - 1:
             raise RunError(f"line {i + 1} of {len(lines)} in {path} is not a JSON object",
@@ -167,13 +164,19 @@ class Tail:
 
 
 def _row(line: bytes, path: Path) -> Json:
+    row = _object(line)
+    if row is None:
+        raise RunError(f"a line of {path} is not a JSON object: {line[:60]!r}", fix="remove the broken line")
+    return row
+
+
+def _object(line: str | bytes) -> Json | None:
+    """A JSON object; None where the line is anything else."""
     try:
         row = json.loads(line)
     except ValueError:
-        row = None
-    if not isinstance(row, dict):
-        raise RunError(f"a line of {path} is not a JSON object: {line[:60]!r}", fix="remove the broken line")
-    return row
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def _plain(value: Any) -> Any:

@@ -19,6 +19,13 @@ Sets = Annotated[list[str] | None, typer.Option(
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of words.")]
 
 
+def find_here() -> None:
+    """Let modules of the folder this was called from be imported, after all installed ones."""
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)
+
+
 @contextmanager
 def keeping(folder: Path, *, resume: str | None) -> Iterator[None]:
     """Let modules of this folder be imported; on Ctrl-C and on a full disk, say what is kept and how to go on.
@@ -27,9 +34,7 @@ def keeping(folder: Path, *, resume: str | None) -> Iterator[None]:
         folder: of the run.
         resume: the flag with which the verb goes on with a run; None when it does so by itself.
     """
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.append(here)
+    find_here()
     try:
         yield
     except KeyboardInterrupt:

@@ -1,8 +1,6 @@
 """Verbs that run one program of a cluster: ``collect``, ``evaluate``; the learner is ``learn --follow``."""
 
 import json
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from agentsdpo.errors import ConfigError
-from agentsdpo.verbs.base import Json, Sets, stopped
+from agentsdpo.verbs.base import Json, Sets, find_here, stopped
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="Settings of the run: its RUN/config.toml.")]
 Store = Annotated[str, typer.Option(metavar="URI", help="Replay store: a folder or s3://bucket/prefix.")]
@@ -75,9 +73,7 @@ def prepare() -> None:
     """Find modules in the folder this was called from, and stop when told to."""
     from agentsdpo.programs.tether import stoppable
 
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.append(here)
+    find_here()
     stoppable()
 
 

@@ -14,8 +14,6 @@ from agentsdpo.verbs.programs import prepare, say
 if TYPE_CHECKING:
     from agentsdpo.solve import Attempt, Solution
 
-BARS = "▁▂▃▄▅▆▇█"
-
 
 def solve(
     task: Annotated[str, typer.Argument(metavar="TASK", help="SPLIT/INDEX, as in train/3, or an index of train.")],
@@ -61,8 +59,9 @@ def words(found: "Solution") -> str:
 
 def strip(attempts: "Sequence[Attempt]") -> str:
     """One sign per attempt: its score as a bar, a tick for a success, a cross where it could not be scored."""
-    return "".join("✓" if one.passed else "✗" if one.score is None else BARS[min(int(one.score * len(BARS)), 7)]
-                   for one in attempts)
+    from agentsdpo.console import sparkline
+
+    return "".join("✓" if one.passed else "✗" if one.score is None else sparkline([one.score]) for one in attempts)
 
 
 def _line(fresh: "Sequence[Attempt]") -> str:

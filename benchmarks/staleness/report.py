@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from agentsdpo.evaluate import HELD_OUT
+from agentsdpo.results import HELD_OUT
 from agentsdpo.stats import Interval, iqm, stratified_bootstrap, wilson
 from agentsdpo.types import Json
 
