@@ -64,7 +64,7 @@ def print_comparison(found: Json) -> None:
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for i, name in enumerate(("pass", found["a"]["name"], found["b"]["name"], "difference [points]")):
-        table.add_column(Text(name), justify="right" if i else "left")
+        table.add_column(Text(name), justify="right" if i else "left", overflow="fold")
     for row in [*found["rates"], *found["splits"]]:
         cells = [" ".join((formats.percent(one[0]), _ends(one))).strip() if one else formats.MISSING
                  for one in (row["a"], row["b"])]
@@ -84,11 +84,13 @@ def _ends(found: list[float]) -> str:
 
 
 def _named(a: RunData, b: RunData) -> dict[str, RunData]:
-    """Both runs under names that differ: of the folder, else its path, else A and B."""
-    for names in ([run.path.resolve().name for run in (a, b)], [str(run.path) for run in (a, b)], ["A", "B"]):
-        if names[0] != names[1]:
-            break
-    return dict(zip(names, (a, b), strict=True))
+    """Both runs under names that differ: as much of the ends of their paths as that takes, else A and B."""
+    paths = [run.path.resolve().parts for run in (a, b)]
+    for i in range(1, max(map(len, paths)) + 1):
+        first, second = (str(Path(*parts[-i:])) for parts in paths)
+        if first != second:
+            return {first: a, second: b}
+    return {"A": a, "B": b}
 
 
 # --------------------------------------------------------------------------------------------------------- numbers
@@ -165,7 +167,8 @@ def _warnings(a: RunData, b: RunData) -> Iterator[str]:
         yield "The two were evaluated on other splits or other numbers of episodes."
     known = [{key for key, _ in _flat(tomllib.loads(run.main.config or run.config))} for run in (a, b)]
     if lone := known[0] ^ known[1]:
-        yield f"{len(lone)} settings are stored with one of the two alone: {', '.join(sorted(lone)[:5])}" + (
+        many = f"{len(lone)} settings are" if len(lone) > 1 else "One setting is"
+        yield f"{many} stored with one of the two alone: {', '.join(sorted(lone)[:5])}" + (
             ", ..." if len(lone) > 5 else ".")
     machines = [plain(run.summary.get("hardware")) for run in (a, b)]
     if all(machines) and machines[0] != machines[1]:
@@ -198,12 +201,11 @@ def _pictures(runs: Mapping[str, RunData]) -> Json:
         if figure is None:
             missing.append(versus.leading(panel).key)
         else:
-            title = f"{panel.title}: {versus.leading(panel).label}"
+            title = f"{panel.title}: {versus.leading(panel).label}" if len(panel.series) > 1 else panel.title
             found.append(picture(figure, f"panel-{panel.name}", f"{title}, both runs", title))
     splits = {name: _splits(run.main) for name, run in runs.items()}
-    first, second = splits.values()
     drawn = None
-    if set(first) & set(second):
+    if set.intersection(*map(set, splits.values())):
         drawn = picture(versus.versus_splits(splits), "splits", "Final pass rate of both runs on each split", wide=True)
     return {"curves": curves, "diagnostics": found, "missing": missing, "splits_picture": drawn}
 

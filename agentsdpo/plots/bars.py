@@ -33,9 +33,7 @@ def split_bars(splits: Mapping[str, Json]) -> Figure:
     if found:
         axes.plot(*zip(*found, strict=True), "D", markersize=6, markerfacecolor="none", markeredgecolor=ROLES["ink"],
                   markeredgewidth=1.4, label="final, greedy", zorder=4)
-    axes.set_yticks(range(len(names)), [_split_label(name, splits[name].get("n")) for name in names])
-    axes.axvline(100, color=ROLES["ink"], linestyle=(0, (1, 2)), linewidth=1.2, label="oracle 100 %")
-    axes.set(xlim=(0, 103), ylim=(len(names) - 0.5, -0.5), xlabel="pass rate [%], 95 % interval")
+    rate_axis(axes, [split_label(name, splits[name].get("n")) for name in names], left=0)
     axes.grid(axis="y", visible=False)
     return finish(figure, axes)
 
@@ -49,7 +47,15 @@ def _bars(axes: Axes, places: Sequence[float], rates: Sequence[stats.Interval], 
                   zorder=3)
 
 
-def _split_label(name: str, n: Any) -> str:
+def rate_axis(axes: Axes, labels: Sequence[str], words: str = "pass rate", left: float = -2) -> None:
+    """A line for each label, the first on top, against percent; the oracle at 100."""
+    axes.set_yticks(range(len(labels)), labels)
+    axes.axvline(100, color=ROLES["ink"], linestyle=(0, (1, 2)), linewidth=1.2, label="oracle 100 %")
+    axes.set(xlim=(left, 103), ylim=(len(labels) - 0.5, -0.5), xlabel=f"{words} [%], 95 % interval")
+
+
+def split_label(name: str, n: Any = None) -> str:
+    """A split with its episodes, and below it what it asks."""
     words = SPLIT_WORDS.get(name, "")
     return "\n".join(part for part in (f"{name} (n = {n})" if is_number(n) else name, words) if part)
 
@@ -70,16 +76,15 @@ def arms_comparison(arms: Mapping[str, Json]) -> Figure:
         dot(axes, i, after, ROLES["student"], "final" if i == 0 else None)
     labels = [f"{name}\nstaleness {record['staleness']:.1f}" if is_number(record.get("staleness")) else name
               for name, record in arms.items()]
-    axes.set_yticks(range(len(arms)), labels)
-    axes.axvline(100, color=ROLES["ink"], linestyle=(0, (1, 2)), linewidth=1.2, label="oracle 100 %")
-    axes.set(xlim=(-2, 103), ylim=(len(arms) - 0.5, -0.5), xlabel="pass rate [%], 95 % interval")
+    rate_axis(axes, labels)
     return finish(figure, axes)
 
 
-def dot(axes: Axes, y: float, value: stats.Interval | None, colour: str, label: str | None) -> None:
-    """One rate with its interval, both in percent; nothing where it is not known."""
+def dot(axes: Axes, y: float, value: stats.Interval | None, colour: str, label: str | None = None, *,
+        scale: float = 100) -> None:
+    """One rate with its interval, both in percent, or ``scale`` times as large; nothing where it is not known."""
     if value is None:
         return
-    ends = np.nan_to_num([[value.estimate - value.low], [value.high - value.estimate]]).clip(0) * 100
-    axes.errorbar([100 * value.estimate], [y], xerr=ends, fmt="o", color=colour, markersize=7, elinewidth=2,
+    ends = np.nan_to_num([[value.estimate - value.low], [value.high - value.estimate]]).clip(0) * scale
+    axes.errorbar([scale * value.estimate], [y], xerr=ends, fmt="o", color=colour, markersize=7, elinewidth=2,
                   capsize=3, label=label, zorder=3)

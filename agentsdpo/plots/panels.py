@@ -1,6 +1,6 @@
 """The diagnostics of a run: one panel per alarm of the learner, each with its on-policy value or its alarm line.
 
-Keys and alarm levels are those of the metric table; a panel without a recorded metric is left out, not faked.
+Keys are those of the metric table, alarms its own and the tripwire's; a panel without a recorded metric is left out.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -75,7 +75,7 @@ PANELS = (
         Series("learn/ratio/p99", "99 %", "student", (0, (4, 2))),
         Series("learn/ratio/p95", "95 %", "student", (0, (1, 1))),
         Series("learn/ratio/p50", "median", "student"),
-        Series("learn/ratio/mean", "mean", "student")), lambda _: [(1.0, "on-policy")], log=True),
+        Series("learn/ratio/mean", "mean", "student", (0, (6, 2, 1, 2)))), lambda _: [(1.0, "on-policy")], log=True),
     Panel("ess", "Effective sample size", "share of the tokens",
           (Series("learn/ess_frac", "ESS", "student"),), lambda _: [(1.0, "on-policy"), (0.5, "alarm below 0.5")]),
     Panel("clipped", "Clipped, capped and masked tokens", "share of the tokens", (
@@ -84,7 +84,7 @@ PANELS = (
         Series("learn/gated_frac", "gated", "hint"),
         Series("learn/masked_frac/pos", "masked, gap > 0", "behaviour"),
         Series("learn/masked_frac/neg", "masked, gap < 0", "behaviour", (0, (4, 2)))),
-        lambda _: [(0.0, "nothing cut"), (0.5, "alarm above 0.5")]),
+        lambda _: [(0.0, "nothing cut"), (0.5, "alarm above 0.5, of gaps 0.25")]),
     Panel("gap", "Teacher-student gap", "gap [nats per token]", (
         Series("learn/gap/abs", "mean size", "teacher"),
         Series("learn/gap/mean", "mean", "teacher", (0, (4, 2)))), _gap_references),
@@ -129,13 +129,11 @@ def log_scale(axes: Axes, panel: Panel) -> None:
 
 
 def _fan(axes: Axes, table: Sequence[Json], columns: Mapping[str, np.ndarray]) -> None:
-    """Shade between the ratio's upper quantiles and their lower twins, or 1 where those were not recorded."""
-    for upper, lower in (("p99", "p1"), ("p95", "p5")):
-        top = columns.get(f"learn/ratio/{upper}")
-        if top is not None:
-            low = column(table, f"learn/ratio/{lower}")
-            axes.fill_between([row["step"] for row in table], np.where(np.isfinite(low), low, 1.0), top,
-                              color=ROLES["student"], alpha=0.14, linewidth=0)
+    """Shade between 1 and the ratio's upper quantiles."""
+    for key in ("learn/ratio/p99", "learn/ratio/p95"):
+        if key in columns:
+            axes.fill_between([row["step"] for row in table], 1.0, columns[key], color=ROLES["student"], alpha=0.14,
+                              linewidth=0)
 
 
 def column(rows: Sequence[Json], key: str) -> np.ndarray:

@@ -13,6 +13,7 @@ from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from agentsdpo.plots.bars import dot
 from agentsdpo.plots.style import DARK, ROLES, STYLE, canvas, finish, tint
 from agentsdpo.plots.tables import records
 from agentsdpo.stats import Interval, bootstrap, cluster_bootstrap
@@ -86,18 +87,18 @@ def attribution_strip(frame: Any, *, by: str = "weight") -> Figure:
     """
     rows = records(frame)
     lines = _lines(rows)
-    height = sum(1.9 if any(_wish(row) for _, row in line) else 1.25 for _, line in lines)
-    figure = Figure(figsize=(9.2, 0.5 + 0.18 * height), layout="constrained")
+    heights = [2.2 if any(_wish(row) for _, row in line) else 1.25 for _, line in lines]
+    figure = Figure(figsize=(9.2, 0.5 + 0.18 * sum(heights)), layout="constrained")
     axes = figure.add_subplot()
-    axes.set(xlim=(-8, COLUMNS), ylim=(height + 0.2, -0.9))
+    axes.set(xlim=(-8, COLUMNS), ylim=(sum(heights) + 0.2, -0.9))
     axes.axis("off")
     largest = max(abs(row[by]) for row in rows) or 1.0
     at = 0.0
-    for label, line in lines:
+    for (label, line), height in zip(lines, heights, strict=True):
         axes.text(-8, at, label, fontsize=8, va="center")
         for column, row in line:
             _token(axes, column, at, row, row[by] / largest)
-        at += 1.9 if any(_wish(row) for _, row in line) else 1.25
+        at += height
     axes.set_title(f"Shaded by {'gradient weight' if by == 'weight' else by}; below: what the teacher holds likeliest "
                    "where it differs", fontsize=10, pad=2)
     return figure
@@ -182,20 +183,15 @@ def hint_control(frame: Any) -> Figure:
     for i, rows in enumerate(hints.values()):
         means = episode_means(rows)
         left.plot(list(means.values()), [i] * len(means), "|", color=ROLES["hint"], alpha=0.6, markersize=9)
-        _interval(left, i, bootstrap(list(means.values())))
+        dot(left, i, bootstrap(list(means.values())), ROLES["hint"], scale=1)
     for i, share in enumerate(corrections_kept(hints).values()):
-        _interval(right, i, Interval(*(100 * end for end in share)))
+        dot(right, i, share, ROLES["hint"])
     left.set_yticks(range(len(hints)), list(hints))
     left.set(ylim=(len(hints) - 0.5, -0.5), xlabel="size of the gap [nats per token]")
     left.set_title("How far the teacher moves", fontsize=10)
     right.set(xlim=(-3, 105), xlabel="corrections of its own hint it asks for [%]")
     right.set_title("Whether it asks for the same", fontsize=10)
     return figure
-
-
-def _interval(axes: Axes, y: float, found: Interval) -> None:
-    ends = np.array([[found.estimate - found.low], [found.high - found.estimate]]).clip(0)
-    axes.errorbar([found.estimate], [y], xerr=ends, fmt="o", color=ROLES["hint"], markersize=7, elinewidth=2, capsize=3)
 
 
 def episode_means(rows: Sequence[Json]) -> dict[str, float]:

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from agentsdpo.formats import is_number
-from agentsdpo.plots.bars import dot
+from agentsdpo.plots.bars import dot, rate_axis, split_label
 from agentsdpo.plots.curves import VALUES, draw_band, draw_seeds, x_unit
 from agentsdpo.plots.panels import Panel, Series, column, log_scale
 from agentsdpo.plots.style import AXES, ROLES, STYLE, canvas, finish, reference
@@ -56,9 +56,7 @@ def versus_splits(runs: Mapping[str, Mapping[str, Json]]) -> Figure:
     for i, split in enumerate(splits):
         for offset, (role, _), name, record in zip((-0.14, 0.14), LOOKS, (first, second), (own, other), strict=True):
             dot(axes, i + offset, rate(record[split], "final"), ROLES[role], name if i == 0 else None)
-    axes.set_yticks(range(len(splits)), [f"{name}\n{SPLIT_WORDS.get(name, '')}".strip() for name in splits])
-    axes.axvline(100, color=ROLES["ink"], linestyle=(0, (1, 2)), linewidth=1.2, label="oracle 100 %")
-    axes.set(xlim=(-2, 103), ylim=(len(splits) - 0.5, -0.5), xlabel="final pass rate [%], 95 % interval")
+    rate_axis(axes, [split_label(name) for name in splits], "final pass rate")
     return finish(figure, axes)
 
 
@@ -73,8 +71,9 @@ def versus_panel(panel: Panel, runs: Mapping[str, Sequence[Json]]) -> Figure | N
     for name, table, (role, dash) in zip(runs, tables, LOOKS, strict=True):
         axes.plot([row["step"] for row in table], column(table, series.key), color=ROLES[role], linestyle=dash,
                   linewidth=1.6, label=name)
-    for i, (value, label) in enumerate(panel.references({series.key: column(tables[0], series.key)})[:1]):
-        reference(axes, value, label, ((0, (6, 3)), (0, (1, 2)))[i])
+    (value, label), other = (panel.references({series.key: column(table, series.key)})[0] for table in tables)
+    if (value, label) == other:  # what is read from a run's own numbers is no baseline of the other
+        reference(axes, value, label, (0, (6, 3)))
     log_scale(axes, panel)
     axes.set(xlabel=AXES["step"], ylabel=panel.unit)
     return finish(figure, axes)

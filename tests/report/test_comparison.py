@@ -54,6 +54,11 @@ def test_a_run_cannot_be_told_apart_from_itself(runs: tuple[Path, Path]) -> None
     assert found["settings"] == []
 
 
+def test_runs_are_called_by_what_differs(tmp_path: Path, write_run: Write) -> None:
+    found = compare(write_run(tmp_path / "robust" / "0"), write_run(tmp_path / "grpo" / "0"))
+    assert (found["a"]["name"], found["b"]["name"]) == ("robust/0", "grpo/0")
+
+
 def test_what_is_unfair_is_said(runs: tuple[Path, Path], bare_run: Path) -> None:
     found = compare(runs[0], bare_run)
     assert "The second run has not finished: its numbers are as far as it got." in found["warnings"]

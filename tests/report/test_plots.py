@@ -126,6 +126,7 @@ def test_every_panel_has_a_baseline_and_its_data(panel: panels.Panel, arm_rows: 
     for one in panel.recorded(rows):
         assert ys(found[one.label]) == [row[one.key] for row in rows if row["kind"] == "step"]
         assert found[one.label].get_color() == plots.ROLES[one.role]
+    assert len({(one.role, str(one.style)) for one in panel.series}) == len(panel.series), "lines can be told apart"
 
 
 def test_a_panel_without_data_is_none_and_gaps_stay_gaps() -> None:

@@ -151,7 +151,11 @@ def test_two_runs_have_a_colour_and_a_band_each(arm_rows: Callable[..., list[dic
     drawn = versus.versus_panel(panel, runs)
     assert drawn is not None
     assert {"new", "old"} <= set(labels(drawn.axes[0]))
+    assert "no gap" in labels(drawn.axes[0])
     assert versus.versus_panel(panel, {**runs, "old": []}) is None
+    loss = versus.versus_panel(next(one for one in plots.PANELS if one.name == "loss"), runs)
+    assert loss is not None
+    assert set(labels(loss.axes[0])) == {"new", "old"}, "the first step of one is no baseline of the other"
 
 
 # --------------------------------------------------------------------------------------------------------- tokens
