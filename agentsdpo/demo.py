@@ -22,7 +22,7 @@ from agentsdpo.evaluate import summarise
 from agentsdpo.files import write_text
 from agentsdpo.learn.presets import unit_size
 from agentsdpo.loop import train
-from agentsdpo.provenance import cores, cpu_name
+from agentsdpo.provenance import hardware
 from agentsdpo.report import write_report
 from agentsdpo.track import read_metrics
 from agentsdpo.types import Json
@@ -101,7 +101,7 @@ def conclude(out: Path | str, *, began: float | None = None) -> Json:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
     starts = [start for folder in folders.values() for start in _starts(folder)]
     summary = {"arm": main, **top, "wall_s": round(wall, 1), "peak_rss_mib": round(peak), "commit": _commits(starts),
-               "hardware": f"{cpu_name()}, {cores()} cores", "command": " ".join(starts[0]["command"]), "arms": records}
+               "hardware": hardware(), "command": " ".join(starts[0]["command"]), "arms": records}
     if "" not in folders:
         write_text(out / "config.toml", (folders[main] / "config.toml").read_text())
     write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")

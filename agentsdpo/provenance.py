@@ -21,7 +21,7 @@ def describe_environment() -> Json:
     """What runs now: code, packages, machine, command. No user name, no environment variables."""
     return {"agentsdpo": __version__, "commit": git_commit(), "python": platform.python_version(),
             "packages": {name: _installed(name) for name in PACKAGES}, "platform": platform.platform(),
-            "machine": platform.machine(), "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "machine": platform.machine(), "hardware": hardware(), "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "started": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
@@ -41,6 +41,11 @@ def git_commit() -> str | None:
         return head + ("+changes" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def hardware() -> str:
+    """Processor and how many of it this process may use, in words."""
+    return f"{cpu_name()}, {cores()} cores"
 
 
 def cores() -> int:

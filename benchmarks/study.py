@@ -23,7 +23,6 @@ from agentsdpo.config import RunConfig, from_mapping
 from agentsdpo.errors import LearnError, NotFinite, NothingToLearn
 from agentsdpo.files import write_bytes, write_text
 from agentsdpo.loop import train
-from agentsdpo.provenance import cores, cpu_name
 from agentsdpo.track import read_metrics
 from agentsdpo.types import Json
 
@@ -118,20 +117,23 @@ def table(study: str, out: Path) -> pa.Table:
 
 def _rows(study: str, folder: Path) -> list[Json]:
     settings = tomllib.loads((folder / "config.toml").read_text())
-    commits = {start["commit"] or "" for start in json.loads((folder / "environment.json").read_text())}
+    starts = json.loads((folder / "environment.json").read_text())
+    commits = {start["commit"] or "" for start in starts}
+    machines = {start.get("hardware", start["platform"]) for start in starts}  # an older run knows its system alone
     about = {"study": study, "arm": settings["name"], "preset": settings["preset"], "seed": settings["seed"],
              "staleness": settings["staleness"], "commit": ", ".join(sorted(commits)),
-             "hardware": f"{cpu_name()}, {cores()} cores"}
+             "hardware": "; ".join(sorted(machines))}
     return [{**row, **about} for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == "eval"]
 
 
 def write_table(found: pa.Table, path: Path) -> None:
-    """Write results; runs that only the file has stay in it (another machine's)."""
+    """Write results; runs that only the file has stay in it (another machine's), with the columns of ``found``."""
     if path.exists():
         now = {(row["arm"], row["seed"]) for row in found.select(["arm", "seed"]).to_pylist()}
         old = [row for row in pq.read_table(path).to_pylist() if (row["arm"], row["seed"]) not in now]
-        found = pa.concat_tables([pa.Table.from_pylist(old, COLUMNS), found])
+        found = pa.concat_tables([pa.Table.from_pylist(old, found.schema), found])
     found = found.sort_by([(name, "ascending") for name in ("arm", "seed", "step", "split", "decoding")])
+    path.parent.mkdir(parents=True, exist_ok=True)
     buffer = BytesIO()
     pq.write_table(found, buffer, compression="zstd")
     write_bytes(path, buffer.getvalue())

@@ -23,9 +23,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from agentsdpo.benchmarks.study import COLUMNS, write_table
+from agentsdpo.benchmarks.study import COLUMNS, in_table, write_table
 from agentsdpo.config import from_mapping
-from agentsdpo.provenance import cores, cpu_name, git_commit
+from agentsdpo.provenance import git_commit, hardware
 from agentsdpo.solve import Attempt, Method, solve
 from agentsdpo.stats import Interval, bootstrap
 from agentsdpo.types import Json
@@ -61,7 +61,7 @@ def attempt(arm: str, task: int, budget: int) -> list[Json]:
     found = solve(config, (SPLIT, task), method=method_of(arm), attempts=budget, told=told)
     about = {"study": "methods-test_time", "arm": arm, "preset": config.preset, "staleness": 0, "seed": task,
              "env_steps": None, "split": SPLIT, "decoding": "sampled", "n": 1, "commit": git_commit(),
-             "hardware": f"{cpu_name()}, {cores()} cores"}
+             "hardware": hardware()}
     best, rows = 0.0, list[Json]()
     for k in range(1, budget + 1):
         if k <= (found.solved_at or budget):
@@ -74,13 +74,12 @@ def attempt(arm: str, task: int, budget: int) -> list[Json]:
 
 def run(arms: Sequence[str], tasks: int, budget: int, path: Path, say: Callable[[str], None]) -> None:
     """Try what the table lacks, all arms of a task before the next one."""
-    have = {(row["arm"], row["seed"]) for row in pq.read_table(path).to_pylist()} if path.exists() else set()
+    have = in_table(path)
     for task in range(tasks):
         for arm in arms:
             if (arm, task) in have:
                 continue
             rows = attempt(arm, task, budget)
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_table(pa.Table.from_pylist(rows, COLUMNS), path)
             at = next((row["episodes"] for row in rows if row["pass"]), None)
             say(f"{SPLIT}/{task} {arm}: {f'attempt {at}' if at else 'not solved'}, {rows[-1]['wall_s']:.0f} s")

@@ -20,6 +20,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from agentsdpo.benchmarks.methods.continual_learn import (
     Distilled,
     Retried,
@@ -30,14 +32,15 @@ from agentsdpo.benchmarks.methods.continual_learn import (
     lines_of,
 )
 from agentsdpo.benchmarks.methods.continual_measure import Exam, acts, followed
-from agentsdpo.benchmarks.methods.continual_report import TABLE, keep, lines, read
+from agentsdpo.benchmarks.methods.continual_report import SCHEMA, TABLE, lines, read
 from agentsdpo.benchmarks.methods.continual_stream import COLLECT, House, Plan, Stream
+from agentsdpo.benchmarks.study import in_table, write_table
 from agentsdpo.chat import ChatFormat
 from agentsdpo.collect.inprocess import InProcessEngine
 from agentsdpo.envs.desk.seed import seed_path
 from agentsdpo.evaluate import scores
 from agentsdpo.learn.load import load_chat, load_model
-from agentsdpo.provenance import cores, cpu_name, git_commit
+from agentsdpo.provenance import git_commit, hardware
 from agentsdpo.replay.store import ReplayStore
 from agentsdpo.types import Json
 
@@ -130,13 +133,14 @@ def study(arms: Sequence[str], seeds: Sequence[int], plan: Plan, path: Path, say
     """Run what the table lacks, all arms of a seed before the next seed."""
     for seed in seeds:
         for name in arms:
-            if any((row["arm"], row["seed"]) == (name, seed) for row in read(path)):
+            if (name, seed) in in_table(path):
                 continue
             say(f"{name}, seed {seed}")
             about = {"study": "continual", "arm": name, "seed": seed, "decoding": "sampled", "commit": git_commit(),
                      "preset": "conversations" if ARMS[name].learns == "sdpo" else f"sft on {ARMS[name].learns}",
-                     "hardware": f"{cpu_name()}, {cores()} cores"}
-            keep([{**row, **about} for row in run(ARMS[name], seed, plan, say)], path)
+                     "hardware": hardware()}
+            rows = [{**row, **about} for row in run(ARMS[name], seed, plan, say)]
+            write_table(pa.Table.from_pylist(rows, SCHEMA), path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

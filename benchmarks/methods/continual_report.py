@@ -8,7 +8,6 @@ prints the numbers, draws ``docs/images/continual.svg`` and puts the numbers int
 import argparse
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,7 +21,7 @@ from matplotlib.figure import Figure
 
 from agentsdpo.benchmarks.methods.continual_stream import House
 from agentsdpo.benchmarks.study import COLUMNS
-from agentsdpo.files import write_bytes, write_text
+from agentsdpo.files import write_text
 from agentsdpo.plots.style import ROLES, STYLE, svg
 from agentsdpo.stats import Interval, stratified_bootstrap
 from agentsdpo.types import Json
@@ -49,14 +48,6 @@ STYLES: dict[str, tuple[str, Any]] = {
 def read(path: Path) -> list[Json]:
     """Rows of the table; none when there is no file yet."""
     return pq.read_table(path).to_pylist() if path.exists() else []
-
-
-def keep(rows: Sequence[Json], path: Path) -> None:
-    """Put the rows of one run into the table."""
-    buffer = BytesIO()
-    pq.write_table(pa.Table.from_pylist([*read(path), *rows], SCHEMA), buffer, compression="zstd")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, buffer.getvalue())
 
 
 def ends(rows: Iterable[Json]) -> dict[str, list[dict[str, float]]]:

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from agentsdpo.benchmarks.study import Arm, run_study, table, write_table
+from agentsdpo.benchmarks.study import Arm, in_table, run_study, table, write_table
 from agentsdpo.stats import iqm, stratified_bootstrap
 from agentsdpo.types import Json
 
@@ -117,19 +117,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = args.table or (out / "results.parquet" if args.quick else TABLE)
     seeds = range(args.seeds or (1 if args.quick else 5))
     if not args.no_run:
+        arms = [replace(ARMS[name], sets=(*ARMS[name].sets, *(QUICK if args.quick else ()))) for name in args.arms]
         for seed in seeds:  # the table after each: a study that is stopped leaves what it has
-            left = [replace(ARMS[name], sets=(*ARMS[name].sets, *(QUICK if args.quick else ())))
-                    for name in args.arms if (name, seed) not in _have(path)]
-            run_study(left, COMMON, [seed], out)
+            run_study(arms, COMMON, [seed], out, in_table(path))
             write_table(table("methods-episodes", out), path)
     for line in lines(pq.read_table(path)):
         print(line)  # noqa: T201
-
-
-def _have(path: Path) -> set[tuple[str, int]]:
-    """Arms and seeds that a table has already."""
-    rows = pq.read_table(path, columns=["arm", "seed"]).to_pylist() if path.exists() else []
-    return {(row["arm"], row["seed"]) for row in rows}
 
 
 if __name__ == "__main__":

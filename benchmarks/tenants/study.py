@@ -22,7 +22,7 @@ from agentsdpo.envs.desk.seed import seed_path
 from agentsdpo.envs.desk.text import KINDS
 from agentsdpo.evaluate import EVAL_SEED, scores
 from agentsdpo.learn.load import load_chat
-from agentsdpo.provenance import cores, cpu_name, git_commit
+from agentsdpo.provenance import git_commit, hardware
 from agentsdpo.replay.store import ReplayStore
 from agentsdpo.types import Json
 
@@ -98,7 +98,7 @@ class Study:
             "step": 0 if latest is None else registry.manifest(latest).learner_step, "episodes": len(talks),
             "env_steps": sum(talk.calls for talk in talks), "wall_s": round(time.time() - self._began, 1),
             "split": split, "decoding": decoding, "commit": git_commit() or "",
-            "hardware": f"{cpu_name()}, {cores()} cores", **found})
+            "hardware": hardware(), **found})
 
     def crossed(self) -> dict[tuple[str, str], Json]:
         """Every tenant's adapter, by every tenant's rules: (whose adapter, whose rules) -> scores."""
