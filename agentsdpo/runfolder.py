@@ -168,13 +168,13 @@ def _starts(path: Path) -> list[Json]:
 
 def _same_settings(folder: RunFolder, config: RunConfig) -> None:
     """Refuse to resume under other settings, or for fewer steps than were done."""
-    before, now, default = (dict(_flat(tomllib.loads(text))) for text in (
-        folder.config.read_text(), config.to_toml(), RunConfig().to_toml()))
-    changed = [key for key in now if before.get(key, default.get(key)) != now[key]  # it may be newer than the run
-               and key.partition(".")[0] not in EXTENDABLE]
+    default, written, now = (dict(_flat(tomllib.loads(text))) for text in (
+        RunConfig().to_toml(), folder.config.read_text(), config.to_toml()))
+    before = default | written  # a setting may be newer than the run
+    changed = [key for key in now if before[key] != now[key] and key.partition(".")[0] not in EXTENDABLE]
     if changed:
         key, more = changed[0], f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-        raise RunError(f"{folder.path} was started with {key} = {before.get(key)!r}, resuming asks for {now[key]!r}"
+        raise RunError(f"{folder.path} was started with {key} = {before[key]!r}, resuming asks for {now[key]!r}"
                        f"{more}", fix="resume with the settings of its config.toml, or start a new run")
     done = max((row["step"] for row in read_metrics(folder.metrics) if row.get("kind") == "step"), default=0)
     if config.steps < done:

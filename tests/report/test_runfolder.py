@@ -57,6 +57,15 @@ def test_resume_wants_the_same_settings_except_the_length(tmp_path: Path) -> Non
         open_run(tmp_path / "a", settings.load(sets=["name=other", "steps=5"]), resume=True)
 
 
+def test_a_setting_that_is_newer_than_the_run_had_its_default(tmp_path: Path) -> None:
+    written = open_run(tmp_path / "a", settings.load()).config
+    written.write_text(written.read_text().replace("\ngroup = 1\n", "\n"))
+    open_run(tmp_path / "a", settings.load(), resume=True)
+    written.write_text(written.read_text().replace("\ngroup = 1\n", "\n"))
+    with pytest.raises(RunError, match="was started with group = 1, resuming asks for 4"):
+        open_run(tmp_path / "a", settings.load(sets=["group=4"]), resume=True)
+
+
 def test_every_start_is_written_down_and_the_first_stays_in_the_settings(tmp_path: Path) -> None:
     folder = open_run(tmp_path / "a", settings.load(sets=["steps=3"]))
     head, stamp = folder.config.read_text().partition("\n")[0], folder.config.stat()
