@@ -155,10 +155,11 @@ def _stamps(run: Json) -> list[tuple[str, str]]:
                                                            **run["budgets"]["given"]}.items() if value is not None)
     return [("benchmark", run["benchmark"]), ("tasks sha256", run["dataset"]["sha256"]),
             ("agent", f"{run['agent']['name']} ({run['agent']['engine']})"), ("profile", run["profile"]["name"]),
-            ("budget", limits or "each task's own"), ("judge", judge.get("model") or "programs"),
-            ("judge prompt", judge.get("prompt_sha256") or "none"), ("grading", str(run["grading"]["id"])),
-            ("seed", str(run["seed"])), ("commit", about.get("commit") or "not a checkout"),
-            ("machine", f"{run['hardware']['cpu']}, {run['hardware']['cores']} cores"), ("started", run["started"]),
+            ("budget", limits or ("each task's own" if "budget" in run["profile"] else "unknown")),
+            ("judge", judge.get("model") or "programs"), ("judge prompt", judge.get("prompt_sha256") or "none"),
+            ("grading", str(run["grading"]["id"])), ("seed", str(run["seed"])),
+            ("commit", about.get("commit") or "not a checkout"), ("started", run["started"]),
+            ("machine", f"{run['hardware']['cpu']}, {run['hardware']['cores']} cores"),
             ("command", " ".join(about["command"]))]
 
 

@@ -9,11 +9,12 @@ import pytest
 from atif import Trajectory
 
 from agentsdpo.benchmarks.apex.checks import check
+from agentsdpo.benchmarks.apex.compare import AGREE, NotComparable, compare_runs
 from agentsdpo.benchmarks.apex.config import BenchConfig
 from agentsdpo.benchmarks.apex.exports import export_run
 from agentsdpo.benchmarks.apex.grading import regrade
 from agentsdpo.benchmarks.apex.imports import import_run
-from agentsdpo.benchmarks.apex.report import make_report
+from agentsdpo.benchmarks.apex.report import make_report, markdown
 from agentsdpo.benchmarks.apex.runfolder import BenchFolder
 from agentsdpo.benchmarks.apex.show import one_attempt, print_attempt
 from agentsdpo.benchmarks.apex.start import reopen, start
@@ -121,6 +122,16 @@ def test_a_criterion_nobody_could_judge_leaves_the_attempt_unscored(tmp_path: Pa
     import_run(tmp_path / "dump", "apex", tmp_path / "run")
     (record,) = BenchFolder(tmp_path / "run").records()
     assert (record.scored, record.outcome, record.message) == (False, "judge_error", "v2: error: no")
+
+
+def test_an_import_claims_no_settings_that_nobody_stated(tmp_path: Path, played: BenchFolder) -> None:
+    import_run(export_run(played, "archipelago"), "apex", tmp_path / "back", BenchConfig())
+    with pytest.raises(NotComparable) as caught:
+        compare_runs(BenchFolder(tmp_path / "back"), played)
+    assert [name for name in AGREE if f"{name} is" in str(caught.value)] == [
+        "profile.name", "budgets.sha256", "judge.model"]
+    said = markdown(make_report(BenchFolder(tmp_path / "back")))
+    assert "profile unknown, budgets unknown, judge unknown, seed unknown" in said
 
 
 def test_what_never_came_to_its_end_has_no_score(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ from agentsdpo.types import Env, Grade, Grader, Json, Outcome, StopReason, Task
 EMPTY = zip_bytes({})
 """The state of an attempt that came without one."""
 NO_GRADE = "imported without a grade: name its benchmark with --suite when importing, then agentsdpo bench grade"
+UNSAID = {"profile": {"name": "unknown"}, "budgets": {"given": {}, "sha256": "unknown"}, "seed": "unknown"}
+"""Stamps of a run that its files do not give away: no run of our own agrees with them."""
 _STOPS = {outcome: reason for reason, outcome in reversed(OUTCOMES.items())}
 
 
@@ -147,8 +149,8 @@ class Writer:
         config = given.model_copy(update={"model": model or "imported", "attempts": numbers, "references": False})
         agent = Agent(model or "imported", "imported", lambda task, seed: Says(""))
         about = describe(config, tasks, agent, self.folder.path.resolve().name)
-        self.folder.write_about({**about, "train_allowed": False, "judge": {"model": judge, "prompt_sha256": None},
-                                 "imported": {"from": fmt, "path": path.name}})
+        self.folder.write_about({**about, **UNSAID, "train_allowed": False, "judge": {
+            "model": judge or "unknown", "prompt_sha256": None}, "imported": {"from": fmt, "path": path.name}})
         return {"path": str(self.folder.path), "attempts": self.attempts, "tasks": len(self._numbers),
                 "scored": self.scored, "messages": self.messages}
 
