@@ -82,6 +82,23 @@ def quick_disk() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def one_thread() -> None:
+    """Torch keeps to one thread, whatever the environment says: sums repeat bit for bit."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def chat() -> Any:
+    """Chat format of the seed model; rooms that go without it have one of :func:`tiny_tokenizer`."""
+    from agentsdpo.envs.desk.seed import seed_path
+    from agentsdpo.learn.load import load_chat
+
+    return load_chat(seed_path())
+
+
+@pytest.fixture(scope="session")
 def tiny_tokenizer() -> Any:
     """Byte-level BPE of a few hundred ids with ChatML turns; ends a turn with ``<|im_end|>``, pads with its own id."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers

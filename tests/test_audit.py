@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from agentsdpo import audit, cli, lift, loop, offline
@@ -23,7 +22,7 @@ from agentsdpo.errors import ConfigError, HintError, TokenizerMismatch
 from agentsdpo.hint.config import HintConfig
 from agentsdpo.hint.hinter import make_hinter
 from agentsdpo.learn.control import derange
-from agentsdpo.learn.load import load_chat, load_model
+from agentsdpo.learn.load import load_model
 from agentsdpo.learn.presets import resolve
 from agentsdpo.learn.rows import LossRow
 from agentsdpo.lift import Player, lift_before, require_lift
@@ -35,16 +34,7 @@ from agentsdpo.types import Episode, Hint
 
 COLLECT = CollectConfig(window=768, concurrency=24, max_tokens=64)
 CONFIG = resolve("robust", {"lr": 1e-4})
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def chat() -> ChatFormat:
-    return load_chat(seed_path())
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

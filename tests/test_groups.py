@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from agentsdpo import loop
 from agentsdpo.assemble import Run, assemble
@@ -16,14 +15,10 @@ from agentsdpo.runfolder import open_run
 from agentsdpo.suites import run_id
 from agentsdpo.track import read_metrics
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SETS = ["collect.window=512", "collect.concurrency=16", "collect.max_tokens=64", "episodes_per_step=8", "group=4",
         "eval.final_episodes=2", "eval.episodes=2", "eval.every=9", "eval.splits=['val']", "eval.final_splits=['val']",
         "learn.max_staleness=6"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def small(preset: str, steps: int = 2, *more: str) -> RunConfig:

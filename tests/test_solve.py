@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from agentsdpo import cli
@@ -18,6 +17,7 @@ from agentsdpo.solve import Attempt, Method, Solution, Solver, parse_task, solve
 from agentsdpo.types import Task
 from agentsdpo.verbs.solving import strip, words
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 WORLD = {"window": 512, "concurrency": 8, "max_tokens": 64}
 
 
@@ -37,18 +37,12 @@ class Broken(DeskSuite):
         raise OSError("the sandbox is gone")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def small(*sets: str) -> RunConfig:
     return from_mapping({"preset": "test_time", "collect": WORLD}, sets)
 
 
 @pytest.fixture(scope="module")
 def learnt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Solution, Path, list[list[Attempt]]]:
-    torch.set_num_threads(1)
     folder, rounds = tmp_path_factory.mktemp("kept") / "policies", list[list[Attempt]]()
     found = solve(small(), ("train", 3), attempts=48, keep=folder, told=lambda fresh: rounds.append(list(fresh)))
     return found, folder, rounds

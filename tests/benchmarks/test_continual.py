@@ -38,23 +38,14 @@ from agentsdpo.chat import ChatFormat
 from agentsdpo.collect.inprocess import InProcessEngine
 from agentsdpo.envs.desk.seed import seed_path
 from agentsdpo.envs.desk.text import KINDS
-from agentsdpo.learn.load import load_chat, load_model
+from agentsdpo.learn.load import load_model
 from agentsdpo.learn.model import prepare_model
 from agentsdpo.replay.store import ReplayStore
 from agentsdpo.types import Episode, Json, StopReason
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.usefixtures("one_thread")
 PLAN = Plan(steps=4, change=2, per_step=4, batch=4, past=2, every=2, episodes=4, skills=2)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def chat() -> ChatFormat:
-    return load_chat(seed_path())
 
 
 @pytest.fixture(scope="module")

@@ -6,17 +6,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from agentsdpo.benchmarks.methods import __main__ as methods
 from agentsdpo.benchmarks.methods import attempts, episodes, figures
 from agentsdpo.benchmarks.study import COLUMNS
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 def made(rows: list[dict[str, Any]]) -> pa.Table:
     about = {"study": "s", "preset": "p", "staleness": 0, "env_steps": 0, "wall_s": 1.0, "split": "test_names",

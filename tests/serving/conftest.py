@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,14 +15,6 @@ from agentsdpo.envs.desk.seed import seed_path
 from agentsdpo.serve import VENV, ServeOptions, Server
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-
-
-@pytest.fixture(scope="session")
-def chat() -> Any:
-    """Chat format of the seed model."""
-    from agentsdpo.learn.load import load_chat
-
-    return load_chat(seed_path())
 
 
 @pytest.fixture(scope="session")
