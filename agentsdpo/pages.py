@@ -1,7 +1,7 @@
-"""What the HTML pages about runs share: colours, figures that take them, and the template's environment.
+"""What the HTML pages share: colours, figures that take them, and the template's environment.
 
-A page needs no network and no script: figures are inline SVG, the content policy forbids everything but the page's own
-styles, and every text that comes from files is escaped.
+A page needs no network, and none but that of tokens a script: figures are inline SVG, the content policy forbids
+everything but the page's own styles (and that one script), and every text that comes from files is escaped.
 """
 
 import re

@@ -149,7 +149,6 @@ def staleness_words(arm: Arm) -> str:
     means = [r["replay/staleness/mean"] for r in steps(arm.rows) if is_number(r.get("replay/staleness/mean"))]
     tops = [r["replay/staleness/max"] for r in steps(arm.rows) if is_number(r.get("replay/staleness/max"))]
     if not means:
-        stored = arm.summary.get("staleness")
-        return f"staleness {stored:.1f} policy versions" if is_number(stored) else ""
+        return ""
     most = f", at most {max(tops):.0f}" if tops else ""
     return f"staleness {sum(means) / len(means):.1f} policy versions on average{most}"

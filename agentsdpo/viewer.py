@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-import jinja2
 import numpy as np
 
+from agentsdpo.pages import render
 from agentsdpo.replay.cli.decode import Decoder, pieces
 from agentsdpo.replay.cli.shade import segments
 from agentsdpo.replay.cli.view import Shown
@@ -47,14 +47,13 @@ def page(shown: Shown, scores: Sequence[Scores | None], *, by: str = "", note: s
         by: what tokens are shaded by at first: gap, ratio, weight or logprob; the first that is known when not given.
         note: which model scored, and with which hint.
     """
-    templates = files("agentsdpo") / "templates"
-    script = (templates / "viewer.js").read_text(encoding="utf-8")
-    data = json.dumps(document(shown, scores, by=by, note=note), separators=(",", ":"), allow_nan=False)
-    source = (templates / "viewer.html").read_text(encoding="utf-8")
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
+    script = (files("agentsdpo") / "templates" / "viewer.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    told = document(shown, scores, by=by, note=note)
+    data = json.dumps(told, separators=(",", ":"), allow_nan=False)
     escaped = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    return template.render(title=shown.episode.task_id, script=script, digest=digest, data=escaped)
+    return render("viewer.html", title=shown.episode.task_id, script=script, digest=digest, data=escaped,
+                  modes=len(told["modes"]))
 
 
 def document(shown: Shown, scores: Sequence[Scores | None], *, by: str = "", note: str = "") -> Json:

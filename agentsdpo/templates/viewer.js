@@ -5,7 +5,7 @@
   const NAMES = { gap: "gap", ratio: "ratio", weight: "gradient weight", logprob: "behaviour log-prob" };
   const LEGENDS = {
     gap: ["teacher minus student, nats", [["d4", "≤ −2"], ["d3", "−1"], ["d2", "−0.3"], ["d1", "−0.1"], ["u1", "0.1"], ["u2", "0.3"], ["u3", "1"], ["u4", "≥ 2"]]],
-    ratio: ["student over behaviour", [["d4", "≤ ⅛"], ["d3", "⅓"], ["d2", "0.7"], ["d1", "0.9"], ["u1", "1.1"], ["u2", "1.4"], ["u3", "3"], ["u4", "≥ 8"]]],
+    ratio: ["student over behaviour", [["d4", "≤ 0.14"], ["d3", "0.37"], ["d2", "0.74"], ["d1", "0.9"], ["u1", "1.1"], ["u2", "1.35"], ["u3", "2.7"], ["u4", "≥ 7.4"]]],
     weight: ["share of the largest", [["d4", "≤ −0.8"], ["d2", "−0.2"], ["u1", "0.05"], ["u2", "0.2"], ["u3", "0.5"], ["u4", "≥ 0.8"]]],
     logprob: ["chance under the behaviour policy", [["d1", "< 90 %"], ["d2", "< 50 %"], ["d3", "< 10 %"], ["d4", "< 1 %"]]],
   };

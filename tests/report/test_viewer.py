@@ -124,6 +124,7 @@ def test_without_a_model_it_is_shaded_by_the_record(store: ReplayStore) -> None:
     data = document(shown(store), [None])
     assert data["modes"] == ["logprob"]
     assert "student" not in data["branches"][0]
+    assert "<kbd>1</kbd>" not in page(shown(store), [None]), "there is nothing to choose from"
 
 
 def test_hints_of_turns_are_scored_each_with_its_own(store: ReplayStore) -> None:
