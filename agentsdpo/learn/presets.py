@@ -89,7 +89,7 @@ for ``conversations``, whose is for an adapter."""
 _GROUPS: dict[str, Any] = {"group": 8, "replay": {"unit": "group"}}
 AROUND: dict[str, dict[str, Any]] = {
     "sdpo": {"group": 8, "hint": {"sources": ("peer", "criteria"), "peer_similarity": 1.0}},
-    "safe_agent": {**_GROUPS, "hint": {"sources": ("peer", "criteria"), "peer_similarity": 1.0}},
+    "safe_agent": {**_GROUPS, "hint": {"sources": ("contrast", "peer", "criteria"), "peer_similarity": 1.0}},
     "opd_grpo": _GROUPS,
     "grpo": {**_GROUPS, "hint": {"sources": ()}},
     "sdft": {"hint": {"sources": ("demo",)}},
