@@ -66,7 +66,7 @@ def episodes_figure(rows: Sequence[Json]) -> Figure:
     seeds = len({row["seed"] for row in known})
     axes.set(ylim=(-3, 104), xlabel=AXES["episodes"], ylabel="held-out tasks passed [%]")
     axes.set_title(f"Rollouts until unseen clients pass, {seeds} seed{'s' * (seeds > 1)}")
-    return finish(figure, axes)
+    return finish(figure, axes, columns=len({row["arm"] for row in known}) + 1)  # each band below its curve
 
 
 def main() -> None:
