@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TextIO, get_args
 
 from agentsdpo.errors import ConfigError
 from agentsdpo.formats import MISSING, duration, interval, is_number, number, percent
@@ -104,7 +104,7 @@ def settled(mode: str, out: TextIO) -> str:
     Raises:
         ConfigError: the mode is unknown.
     """
-    if mode not in ("auto", "rich", "plain", "none"):
+    if mode not in get_args(Mode):
         raise ConfigError(f"console mode {mode!r}", fix="use auto, rich, plain or none")
     if mode != "auto":
         return mode
