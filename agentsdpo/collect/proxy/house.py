@@ -146,7 +146,8 @@ class House:
             raise Refused(400, f"the prompt has {len(prompt.ids)} tokens, the model's window {self.window}",
                           fix="shorten the history", code="context_length_exceeded", param="messages")
         sampling = sampling.model_copy(update={"max_tokens": min(sampling.max_tokens, room_left)})
-        sampled = await self._sample(room, prompt, asked, sampling)
+        async with room.opening(prompt):
+            sampled = await self._sample(room, prompt, asked, sampling)
         text, sampled = self._text(asked, sampled)
         answer = None
         if asked.messages is not None:

@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import TypeVar
 
 from agentsdpo.chat import ChatFormat
@@ -16,7 +17,6 @@ from agentsdpo.collect.proxy.shapes import Asked
 from agentsdpo.collect.proxy.shelf import Shelf
 from agentsdpo.errors import AgentSdpoError, ModelError, StoreError
 from agentsdpo.replay.ids import derived_uuid, uuid7
-from agentsdpo.replay.journal import Journal
 from agentsdpo.types import Episode, Json, Sampling, StopReason
 
 log = logging.getLogger("agentsdpo.proxy")
@@ -120,35 +120,54 @@ class Room:
 
     # ---------------------------------------------------------------------------------------------------- answers
 
+    @asynccontextmanager
+    async def opening(self, prompt: Prompt) -> AsyncIterator[None]:
+        """Has the journal of a conversation that begins opened while the engine samples, which takes longer.
+
+        Raises:
+            Refused: 503, the disk is full or failing.
+        """
+        task = None if prompt.conversation.journal else asyncio.create_task(self._open(prompt))
+        try:
+            yield
+        finally:
+            if task is not None:
+                await task
+
+    async def _open(self, prompt: Prompt) -> None:
+        async with prompt.conversation.lock:
+            if prompt.conversation.journal is None:
+                await self._safely(lambda: self._open_journal(prompt))
+
+    def _open_journal(self, prompt: Prompt) -> None:
+        conversation = prompt.conversation
+        conversation.attempt = self.shelf.attempts(conversation.episode_id)
+        about = {**conversation.about, "attempt": conversation.attempt, "metadata": self._metadata(conversation),
+                 "tools": [tool.openai() for tool in prompt.tools]}
+        conversation.journal = self.shelf.begin(about)
+
     async def record(self, prompt: Prompt, sampled: Sampled, sampling: Sampling, answer: Json | None) -> None:
-        """Have prompt and answer on disk. The answer must not go out before this returns.
+        """Have prompt and answer on disk, after :meth:`opening`. The answer must not go out before this returns.
 
         Raises:
             Refused: 503, the disk is full or failing; the conversation is at its end with what was on disk before.
         """
-        conversation = prompt.conversation
+        conversation, journal = prompt.conversation, prompt.conversation.journal
+        assert journal is not None
         async with conversation.lock:
             try:
-                journal = conversation.journal or await asyncio.to_thread(self._open_journal, conversation, prompt)
                 growth = conversation.record(prompt, sampled, sampling, answer)
                 news = prompt.feedback if self.config.auto_feedback else []
                 conversation.feedback += news
                 about = {"metadata": self._metadata(conversation)} if news else None
                 await asyncio.to_thread(journal.step, [growth], conversation.messages, about=about)
             except StoreError as error:
-                conversation.broken = conversation.journal is not None
+                conversation.broken = True
                 log.error("conversation %s cannot be recorded: %s", conversation.name, error)
                 raise Refused(503, "the answer could not be recorded, so it is not given", code="not_recorded",
                               fix="ask the operator of this proxy to look at its disk", retry_after_s=30) from error
         if prompt.chain and answer is not None:
             self._index(conversation)
-
-    def _open_journal(self, conversation: Conversation, prompt: Prompt) -> Journal:
-        conversation.attempt = self.shelf.attempts(conversation.episode_id)
-        about = {**conversation.about, "attempt": conversation.attempt, "metadata": self._metadata(conversation),
-                 "tools": [tool.openai() for tool in prompt.tools]}
-        conversation.journal = self.shelf.begin(about)
-        return conversation.journal
 
     def _metadata(self, conversation: Conversation) -> Json:
         return {"conversation": conversation.name, "tenant": self.tenant, "feedback": conversation.feedback}
@@ -171,8 +190,16 @@ class Room:
     def _landed(self, conversation: Conversation) -> None:
         conversation.flying -= 1
         conversation.used = time.monotonic()
-        if not conversation.lines and not conversation.flying:
-            self._forget(conversation)  # nothing was ever answered
+        if not conversation.lines and not conversation.flying:  # nothing was ever answered
+            self._forget(conversation)
+            if conversation.journal is not None:
+                self._drop(conversation.episode_id)
+
+    def _drop(self, episode_id: str) -> None:
+        try:
+            self.shelf.drop(episode_id)
+        except StoreError as error:  # there is nothing in it, and the next start deletes it
+            log.error("tenant %r: %s", self.tenant, error)
 
     # -------------------------------------------------------------------------------------------------- feedback
 
@@ -184,7 +211,7 @@ class Room:
         """
         async with self._ending:
             conversation = self.open.get(name)
-            if conversation is not None and conversation.journal is not None:
+            if conversation is not None and conversation.journal is not None and conversation.lines:
                 async with conversation.lock:
                     conversation.feedback += items
                     journal, about = conversation.journal, {"metadata": self._metadata(conversation)}

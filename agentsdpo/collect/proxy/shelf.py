@@ -37,6 +37,10 @@ class Shelf(Protocol):
         """The journal of a conversation that begins. Raises JournalError, StoreError."""
         ...
 
+    def drop(self, episode_id: str) -> None:
+        """Let go of the journal of a conversation in which nothing was answered. Raises StoreError."""
+        ...
+
     def put(self, episodes: Sequence[Episode]) -> None:
         """Keep conversations that have ended, durably, and let go of their journals. Raises StoreError."""
         ...
@@ -82,6 +86,10 @@ class StoreShelf:
         journal = self._spool.begin(about)
         assert journal is not None  # there is one at every durability the proxy knows
         return journal
+
+    def drop(self, episode_id: str) -> None:
+        """See :meth:`Shelf.drop`."""
+        self._spool.seal([episode_id])
 
     def put(self, episodes: Sequence[Episode]) -> None:
         """See :meth:`Shelf.put`."""
@@ -171,13 +179,17 @@ class FolderShelf:
         self._held[about["episode_id"]] = journal
         return journal
 
+    def drop(self, episode_id: str) -> None:
+        """See :meth:`Shelf.drop`."""
+        journal = self._held.pop(episode_id, None)
+        if journal is not None:
+            journal.seal()
+
     def put(self, episodes: Sequence[Episode]) -> None:
         """See :meth:`Shelf.put`."""
         for episode in episodes:
             self._write(episode)
-            journal = self._held.pop(episode.episode_id, None)
-            if journal is not None:
-                journal.seal()
+            self.drop(episode.episode_id)
 
     def _write(self, episode: Episode) -> None:
         data, _ = encode(to_rows([finished(episode, self._clean)], self._writer))

@@ -1,5 +1,6 @@
 """Engines, clients and disks that fail: no answer that is not recorded, nothing mislabelled, an error that helps."""
 
+import asyncio
 import json
 import math
 import socket
@@ -290,13 +291,44 @@ def test_what_comes_while_a_conversation_is_stored_is_its_next_attempt(stack: St
     assert [episode.attempt for episode in stack.episodes()] == [0, 1]
 
 
-def test_requests_that_fail_leave_no_conversation(stack: Stack) -> None:
-    stack.start()
+@pytest.mark.parametrize("train_allowed", [True, False])
+def test_requests_that_fail_leave_no_conversation_and_no_journal(stack: Stack, train_allowed: bool) -> None:
+    stack.start(train_allowed=train_allowed)
     assert stack.post("/c/c/v1/completions", {"prompt": ""}).status_code == 400
     stack.engine.faults = [400]
     assert stack.post("/c/c/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}).status_code == 400
     assert stack.proxy is not None
     assert not stack.proxy.house.rooms[""].open
+    assert not [*stack.store.glob("spool/**/*.arrows")]
+    stack.ask("Now.", conversation="c")
+    assert stack.close("c") == 1
+
+
+def test_a_journal_is_opened_while_the_engine_samples_and_takes_no_feedback_yet(
+        stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening one waits for the disk twice, and for the store: no client need wait for that after the answer."""
+    stack.start()
+    assert stack.proxy is not None
+    house, sampled = stack.proxy.house, asyncio.Event()
+    sample = house._sample
+
+    async def held(*args: Any) -> Any:
+        await sampled.wait()
+        return await sample(*args)
+
+    monkeypatch.setattr(house, "_sample", held)
+    asker = threading.Thread(target=lambda: stack.ask("One.", conversation="c"))
+    asker.start()
+    try:
+        deadline = time.monotonic() + 20
+        while not [*stack.store.glob("spool/**/*.arrows")]:
+            assert time.monotonic() < deadline, "the journal waits for the engine"
+            time.sleep(0.01)
+        assert stack.post("/v1/feedback", {"conversation": "c", "text": "No."}).status_code == 404
+    finally:
+        stack._loop.call_soon_threadsafe(sampled.set)
+        asker.join()
+    assert stack.post("/v1/feedback", {"conversation": "c", "text": "No."}).json()["state"] == "open"
 
 
 def test_many_at_once_and_no_two_mixed_up(stack: Stack) -> None:
