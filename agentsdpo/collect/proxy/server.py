@@ -2,12 +2,12 @@
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import orjson
 from aiohttp import web
+from aiohttp.abc import AbstractAccessLogger
 
 from agentsdpo.collect.proxy.access import Caller, Keys, Rates
 from agentsdpo.collect.proxy.config import ProxyConfig
@@ -61,7 +61,8 @@ class Proxy:
             StoreError, EngineError, OSError: see the parts.
         """
         await self.house.open()
-        self._runner = web.AppRunner(self.app(), access_log=None, handle_signals=False, shutdown_timeout=10.0)
+        self._runner = web.AppRunner(self.app(), access_log=log, access_log_class=_Log, handle_signals=False,
+                                     shutdown_timeout=10.0)
         await self._runner.setup()
         site = web.TCPSite(self._runner, host, port)
         await site.start()
@@ -91,29 +92,20 @@ class Proxy:
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Errors in OpenAI's shape, and one line of log a request, without a word of what was said."""
-        began, status, name = time.monotonic(), 500, "-"
+        """Errors in OpenAI's shape."""
         try:
             if request.path != "/health":
-                caller = self.keys.caller(request.headers)
-                request[CALLER], name = caller, caller.name
-                self._admit(caller)
-            answer = await handler(request)
-            status = answer.status
-            return answer
+                request[CALLER] = self.keys.caller(request.headers)
+                self._admit(request[CALLER])
+            return await handler(request)
         except Refused as error:
-            status = error.status
             return web.json_response(error.body(), status=error.status, headers=error.headers)
         except web.HTTPException as error:
-            status = error.status
             refused = Refused(error.status, _REASONS.get(error.status, error.reason))
             return web.json_response(refused.body(), status=error.status)
         except Exception:
             log.exception("%s %s failed", request.method, request.path)
             return web.json_response(Refused(500, "the proxy failed; its log says where").body(), status=500)
-        finally:
-            log.info("%s %s %s %d %.0f ms", name, request.method, request.path, status,
-                     1000 * (time.monotonic() - began))
 
     def _admit(self, caller: Caller) -> None:
         wait = self._rates.take(caller.name)
@@ -234,6 +226,16 @@ class Proxy:
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.json_response({"status": "ok"})
+
+
+class _Log(AbstractAccessLogger):
+    """One line of log a request, once its answer is sent, without a word of what was said."""
+
+    def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
+        """Write it; ``time`` in seconds."""
+        caller = request.get(CALLER)
+        self.logger.info("%s %s %s %d %.0f ms", caller.name if caller else "-", request.method, request.path,
+                         response.status, 1000 * time)
 
 
 _REASONS = {404: "there is no such address here", 405: "this address takes another method"}

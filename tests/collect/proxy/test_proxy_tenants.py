@@ -83,7 +83,9 @@ def test_wrong_keys_are_refused_and_no_key_is_logged(stack: Stack, caplog: pytes
     assert stack.post("/v1/chat/completions", body, key=ANN).status_code == 200
     assert stack.post("/v1/chat/completions", body, x_api_key=ANN).status_code == 200
     assert len(stack.engine.requests) == 2
-    assert "POST /v1/chat/completions 200" in caplog.text
+    stack.stop_proxy()  # a line is written once the answer is sent
+    assert caplog.text.count("POST /v1/chat/completions 401") == 4
+    assert caplog.text.count("POST /v1/chat/completions 200") == 2
     assert ANN not in caplog.text
     assert "my words" not in caplog.text
 
