@@ -94,14 +94,14 @@ def read_answer(body: Any, route: Route, *, kind: Kind, vocab_size: int = 0, ada
     choice, usage = _choice(body)
     pairs = _logprobs(choice, route)
     ids, untrusted = _token_ids(choice, pairs)
-    if any(not 0 <= token < (vocab_size or 2**31) for token in ids):
+    if ids and not 0 <= min(ids) <= max(ids) < (vocab_size or 2**31):
         raise EngineError(f"the server answered with id {max(ids, key=abs)}, the vocabulary has {vocab_size} ids",
                           fix="serve the model the tokenizer belongs to")
     told = usage.get("completion_tokens", len(ids)) if isinstance(usage, Mapping) else len(ids)
     if untrusted is None and told != len(ids):
         untrusted = "length_mismatch"
-    if untrusted is None and len(pairs) == len(ids) and any(i not in (None, t) for (i, _), t in zip(pairs, ids,
-                                                                                                   strict=True)):
+    if untrusted is None and len(pairs) == len(ids) and any(
+            i != t and i is not None for (i, _), t in zip(pairs, ids, strict=True)):
         untrusted = "logprobs_misaligned"
     return Completion(
         token_ids=tuple(ids), logprobs=tuple(logp for _, logp in pairs), versions=_versions(
@@ -126,7 +126,7 @@ def _logprobs(choice: Mapping[str, Any], route: Route) -> list[tuple[int | None,
         return []
     if route == GENERATE:
         entries = told.get("content") or []
-        return [(_whole(entry.get("token_id")), _number(entry.get("logprob"))) if isinstance(entry, Mapping)
+        return [(_whole(entry.get("token_id")), _number(entry.get("logprob"))) if isinstance(entry, dict)
                 else (None, math.nan) for entry in entries]
     numbers, names = told.get("token_logprobs") or [], told.get("tokens") or []
     named = names if len(names) == len(numbers) else [None] * len(numbers)
@@ -134,11 +134,11 @@ def _logprobs(choice: Mapping[str, Any], route: Route) -> list[tuple[int | None,
 
 
 def _whole(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    return value if type(value) is int else None
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    return float(value) if type(value) is float or type(value) is int else math.nan
 
 
 def _named(name: Any) -> int | None:
