@@ -10,13 +10,12 @@ beginning of the next one, with unchanged weights, one attempt after the other.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from agentsdpo.assemble import check_request, make_learner
-from agentsdpo.chat import ChatFormat
 from agentsdpo.collect.collector import Collector, Stamp
 from agentsdpo.collect.inprocess import InProcessEngine
 from agentsdpo.collect.policy import EnginePolicy, Policy
@@ -24,10 +23,13 @@ from agentsdpo.config import RunConfig
 from agentsdpo.errors import ConfigError, EngineError, NothingToLearn, TrainForbidden
 from agentsdpo.hint.hinter import make_hinter
 from agentsdpo.hint.peers import deeds
-from agentsdpo.hint.render import HintedChat, Placed, place
+from agentsdpo.hint.render import HintedChat
 from agentsdpo.learn.load import load_model
 from agentsdpo.learn.rows import TrainRow
+from agentsdpo.learning import train_rows
 from agentsdpo.publish.registry import PolicyRegistry
+from agentsdpo.replay.ids import Key
+from agentsdpo.replay.rows import Row
 from agentsdpo.types import Episode, Hint, Json, Task
 
 Method = Literal["sdpo", "best_of_k", "multi_turn"]
@@ -75,8 +77,7 @@ class Solution:
 
     def json(self) -> Json:
         """All of it as JSON."""
-        return {**asdict(self), "attempts": [asdict(one) for one in self.attempts],
-                "solved_at": self.solved_at, "best": self.best}
+        return {**asdict(self), "solved_at": self.solved_at, "best": self.best}
 
 
 Told = Callable[[Sequence[Attempt]], None]
@@ -188,7 +189,9 @@ class Solver:
         if self.method == "multi_turn":
             self.said |= dict.fromkeys(line for hint in hints if hint for line in hint.text.splitlines())
             return
-        self.rows += [row for e, hint in zip(episodes, hints, strict=True) if hint for row in rows(self.chat, e, hint)]
+        marked = self.config.learn.tool_weight != 1.0
+        self.rows += [row for e, hint in zip(episodes, hints, strict=True) if hint for branch in branches(e, hint)
+                      for row in train_rows(self.chat, branch, tool=marked)]
         if self._update(updates):
             self.version += 1
             assert self.learner is not None
@@ -215,15 +218,14 @@ class Solver:
         registry.publish(self.learner.policy(), learner_step=self.steps)
 
 
-def rows(chat: ChatFormat, episode: Episode, hint: Hint) -> list[TrainRow]:
-    """The branches of an episode as a learner takes them, with a hint."""
-    def row(branch: Any, placed: Placed) -> TrainRow:
-        return TrainRow(branch=branch, hint_ids=placed.ids, hint_at=placed.at, turns=placed.turns,
-                        episode_id=episode.episode_id, train_allowed=episode.train_allowed,
-                        tokenizer_sha256=episode.tokenizer_sha256, chat_template_sha256=episode.chat_template_sha256,
-                        score=episode.reward, group=episode.group_id, source=hint.source)
-
-    return [row(branch, placed) for branch in episode.branches for placed in place(chat, hint, branch)]
+def branches(episode: Episode, hint: Hint) -> Iterator[Row]:
+    """The branches of an episode as a store would give them, with a hint."""
+    same = ("task_id", "env_id", "run_id", "group_id", "stop_reason", "grade", "reward", "train_allowed",
+            "tokenizer_sha256", "chat_template_sha256")
+    about = {name: getattr(episode, name) for name in same}
+    for branch in episode.branches:
+        yield Row(key=Key(episode.episode_id, branch.branch_id, episode.attempt), branch=branch, hint=hint,
+                  policy_versions=branch.policy_versions, **about)
 
 
 def parse_task(text: str) -> tuple[str, int]:

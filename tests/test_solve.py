@@ -115,6 +115,12 @@ def test_nothing_said_is_nothing_learnt(monkeypatch: pytest.MonkeyPatch) -> None
     assert all(e.grade and e.grade.passed for e in solver.play(2, 2, 4))
 
 
+def test_calls_of_tools_may_weigh_more() -> None:
+    solver = Solver(small("learn.tool_weight=2"), ("train", 3), "sdpo")
+    solver.learn(solver.play(0, 2, 4), 1)
+    assert (solver.steps, solver.version) == (1, 1)
+
+
 def test_names_of_tasks() -> None:
     assert parse_task("a/b/7") == ("a/b", 7)
     for wrong in ("train/", "train/x", "-1", ""):
