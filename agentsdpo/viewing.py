@@ -41,7 +41,6 @@ class Wanted:
         student: version that reads no hint; the newest when not given.
         teacher: version that stands on the other side; ``student`` when not given. With one, no hint is read: the gap
             is what changed between the two.
-        hint: read in the place of the recorded one.
         preset: objective whose weights are shown.
     """
 
@@ -49,14 +48,7 @@ class Wanted:
     policies: Path | None = None
     student: int | None = None
     teacher: int | None = None
-    hint: str | None = None
     preset: str = "robust"
-
-
-def score(shown: Shown, wanted: Wanted) -> tuple[Shown, list[Scores | None], str]:
-    """Score one episode; see :meth:`Scorer.score`."""
-    scorer = Scorer(wanted)
-    return *scorer.score(shown, hint=wanted.hint), scorer.words
 
 
 class Scorer:

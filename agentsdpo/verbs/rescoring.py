@@ -11,7 +11,7 @@ import typer
 
 from agentsdpo.errors import ConfigError
 from agentsdpo.replay.cli.base import Out, Store, verb
-from agentsdpo.verbs.viewing import loaded
+from agentsdpo.verbs.viewing import loaded, write_page
 
 if TYPE_CHECKING:
     from agentsdpo.types import Json
@@ -113,14 +113,9 @@ def _model(store: str) -> str:
 
 
 def _page(path: Path | None, shown: Any, scores: Any, note: str, out: Out) -> None:
-    if path is None:
-        return
-    from agentsdpo.files import write_text
-    from agentsdpo.viewer import page
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, page(shown, scores, note=note))
-    out.note(f"page: {path}")
+    if path is not None:
+        write_page(path, shown, scores, note=note)
+        out.note(f"page: {path}")
 
 
 def _tokens(out: Out, rows: "list[Json]", before: str, after: str) -> None:

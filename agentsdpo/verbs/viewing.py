@@ -36,16 +36,23 @@ def view(
 
     if by not in ("", "gap", "ratio", "weight", "logprob"):
         raise ConfigError(f"--by is {by!r}", fix="write gap, ratio, weight or logprob")
-    if model is None and any(option is not None for option in (hint, policies, first, last)):
-        raise ConfigError("a hint or policy versions need a model that scores", fix="give --model FOLDER, or seed")
+    if model is None and (by not in ("", "logprob") or (hint, policies, first, last) != (None,) * 4):
+        raise ConfigError("a hint, policy versions and every --by but logprob need a model that scores",
+                          fix="give --model FOLDER, or seed")
+    if hint is not None and last is not None:
+        raise ConfigError("two policy versions are compared without any hint", fix="leave out --hint or --to")
     found = loaded(store, episode, attempt=attempt, branch=branch, model=model)
     scores, words = [None] * len(found.rows), ""
     if model is not None:
-        from agentsdpo.viewing import Wanted, score
+        from agentsdpo.viewing import Scorer, Wanted
 
-        found, scores, words = score(found, Wanted(model, policies, first, last, hint, preset))
+        scorer = Scorer(Wanted(model, policies, first, last, preset))
+        (found, scores), words = scorer.score(found, hint=hint), scorer.words
     if out is not None:
-        _write(out, found, scores, by, words, as_json)
+        size = write_page(out, found, scores, by=by, note=words)
+        tokens = sum(len(row.branch.token_ids) for row in found.rows)
+        typer.echo(json.dumps({"page": str(out), "tokens": tokens, "bytes": size}) if as_json else
+                   f"{out}: {tokens} tokens, {size / 1e6:.1f} MB")
     elif as_json:
         from agentsdpo.counterfactual import token_rows
 
@@ -69,17 +76,13 @@ def loaded(store: str, episode: str, *, attempt: int | None = None, branch: int 
                       model=None if model in (None, "seed") else model)
 
 
-def _write(out: Path, found: "Shown", scores: Any, by: str, words: str, as_json: bool) -> None:
-    """The page, and how large it is."""
+def write_page(out: Path, found: "Shown", scores: Any, *, by: str = "", note: str = "") -> int:
+    """Write the page of an episode, see :func:`agentsdpo.viewer.page`; how many bytes it has."""
     from agentsdpo.files import write_text
     from agentsdpo.viewer import page
 
-    text = page(found, scores, by=by, note=words)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, text)
-    tokens, size = sum(len(row.branch.token_ids) for row in found.rows), len(text.encode())
-    typer.echo(json.dumps({"page": str(out), "tokens": tokens, "bytes": size}) if as_json else
-               f"{out}: {tokens} tokens, {size / 1e6:.1f} MB")
+    return write_text(out, page(found, scores, by=by, note=note)).stat().st_size
 
 
 def register(app: typer.Typer) -> None:

@@ -26,8 +26,8 @@ from agentsdpo.publish.registry import PolicyRegistry
 from agentsdpo.replay.cli.view import Shown, load
 from agentsdpo.replay.store import ReplayStore
 from agentsdpo.types import Branch, Hint
-from agentsdpo.viewer import document, page
-from agentsdpo.viewing import Wanted, score
+from agentsdpo.viewer import Scores, document, page
+from agentsdpo.viewing import Scorer, Wanted
 from tests.report.browser import browser, complaints, contrasts, needs_browser
 
 EVIL = "</script><img src=x onerror=document.title='owned'><!-- \u2028 &amp;"
@@ -51,6 +51,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ReplayStore:
 def shown(store: ReplayStore, number: int = 0) -> Shown:
     view = store.snapshot()
     return load(store, view, sorted({key.episode_id for key in view.rows})[number])
+
+
+def score(episode: Shown, wanted: Wanted, hint: str | None = None) -> tuple[Shown, list[Scores | None], str]:
+    """The episode shaded, its scores, and who scored."""
+    scorer = Scorer(wanted)
+    return *scorer.score(episode, hint=hint), scorer.words
 
 
 def data_of(text: str) -> Any:
@@ -89,7 +95,7 @@ def test_the_page_holds_what_the_models_think(store: ReplayStore) -> None:
 def test_another_hint_is_another_gap(store: ReplayStore) -> None:
     first = shown(store)
     _, right, _ = score(first, Wanted("seed"))
-    _, other, _ = score(first, Wanted("seed", hint="Do as you like."))
+    _, other, _ = score(first, Wanted("seed"), "Do as you like.")
     assert right[0] is not None
     assert other[0] is not None
     same, changed = (np.nanmax(np.abs(getattr(right[0], side) - getattr(other[0], side)))
@@ -233,6 +239,8 @@ def test_the_verb(store: ReplayStore, tmp_path: Path) -> None:
     assert {row["gap"] for row in told["tokens"]} == {None}
     assert json.loads(run("--json", "-o", out).stdout)["bytes"] == Path(out).stat().st_size
     for more, words in ((("--hint", "x"), "need a model that scores; give --model"), (("--by", "mood"), "--by is"),
+                        (("--by", "gap"), "need a model that scores; give --model"),
+                        (("--model", "seed", "--hint", "x", "--to", "1"), "without any hint; leave out --hint or --to"),
                         (("--model", "seed", "--preset", "mood"), "there is no preset 'mood'; use one of ")):
         refused = run(*more)
         assert (refused.returncode, words in refused.stderr) == (2, True), refused.stderr
