@@ -98,6 +98,21 @@ def chat() -> Any:
     return load_chat(seed_path())
 
 
+@pytest.fixture(scope="module")
+def moto() -> Iterator[Any]:
+    """An S3 server on loopback with the bucket ``bucket``; its keys, and none of this machine's, in the environment."""
+    from tests.replay.replay_s3_server import ENVIRONMENT, Moto
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        server = Moto()
+        yield server
+        server.close()
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Any:
     """Byte-level BPE of a few hundred ids with ChatML turns; ends a turn with ``<|im_end|>``, pads with its own id."""

@@ -3,12 +3,10 @@
 import hashlib
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -262,19 +260,12 @@ def test_when_all_is_too_stale_the_run_stops_and_goes_on_with_what_was_appended(
 
 
 @pytest.mark.slow
-def test_a_store_in_a_bucket_teaches_the_same(
-        whole: tuple[Path, Json], played: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "replay" / "replay_s3_server.py")))
-    for name, value in server.ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    moto = server.Moto()
-    try:
-        uri = f"s3://bucket/a?scheme=http&endpoint_override=127.0.0.1:{moto.port}"
-        ReplayStore.open(uri).append(list(ReplayStore.open(played, create=False).episodes()))
-        learn_alone(config(), uri, out=tmp_path / "run", mode="none")
-        assert same(whole[0], tmp_path / "run")
-    finally:
-        moto.close()
+def test_a_store_in_a_bucket_teaches_the_same(whole: tuple[Path, Json], played: Path, moto: Any, tmp_path: Path
+                                              ) -> None:
+    uri = f"s3://bucket/a?scheme=http&endpoint_override=127.0.0.1:{moto.port}"
+    ReplayStore.open(uri).append(list(ReplayStore.open(played, create=False).episodes()))
+    learn_alone(config(), uri, out=tmp_path / "run", mode="none")
+    assert same(whole[0], tmp_path / "run")
 
 
 def test_trackers_are_told(played: Path, tmp_path: Path) -> None:

@@ -1,17 +1,11 @@
 """The registry in a bucket: what a learner announces is read elsewhere, whole and unchanged, from copies."""
 
-import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "replay"))
-
-from replay_s3_server import ENVIRONMENT, Moto  # pyright: ignore[reportMissingImports]
 
 from agentsdpo.config import from_mapping
 from agentsdpo.errors import ConfigError, CorruptionError, RegistryError
@@ -23,18 +17,6 @@ from agentsdpo.publishing import push, registry_at
 from agentsdpo.replay.ids import uuid7
 
 Reader = Callable[..., BucketRegistry]
-
-
-@pytest.fixture(scope="module")
-def moto() -> Iterator[Moto]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("AWS_")]:
-            patch.delenv(name)
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-        server = Moto()
-        yield server
-        server.close()
 
 
 @pytest.fixture(params=["folder", "s3"])

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from replay_factories import make_episode, same_episode
-from replay_s3_server import ENVIRONMENT, KEY, SECRET, Moto, Proxy
+from replay_s3_server import KEY, SECRET, Moto, Proxy
 
 from agentsdpo.errors import CorruptionError, StoreError
 from agentsdpo.replay import (
@@ -41,21 +41,10 @@ Fresh = Callable[..., ReplayStore]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def keys() -> Iterator[None]:
+def impatient(moto: Moto) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("AWS_")]:
-            patch.delenv(name)
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
         patch.setattr(s3, "_PAUSE_S", 0.01)
         yield
-
-
-@pytest.fixture(scope="module")
-def moto(keys: None) -> Iterator[Moto]:
-    server = Moto()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")
