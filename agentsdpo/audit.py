@@ -26,7 +26,7 @@ from agentsdpo.learn.load import load_chat, load_model
 from agentsdpo.learn.model import prepare_model
 from agentsdpo.learn.rows import LossRow, admit
 from agentsdpo.learning import train_rows
-from agentsdpo.lift import Player, refuse_useless
+from agentsdpo.lift import TASKS, Player, refuse_useless
 from agentsdpo.replay.rows import Row
 from agentsdpo.replay.snapshot import Snapshot
 from agentsdpo.replay.store import ReplayStore
@@ -140,7 +140,7 @@ def audit_store(config: RunConfig, uri: Path | str, *, rows: int = 64, tasks: in
         store.close()
 
 
-def require_store_lift(config: RunConfig, view: Snapshot, *, tasks: int = 32) -> None:
+def require_store_lift(config: RunConfig, view: Snapshot, *, tasks: int = TASKS) -> None:
     """Refuse to learn from a store whose hints are not shown to help, where ``hint.min_lift`` asks for that.
 
     Raises:

@@ -45,8 +45,6 @@ OBJECTIVE: Json = {"beta_kl": 0.0, "gate": "off", "veto": None}
 """What is changed in the preset, because replay is the point here. Both of its brakes compare with the past: the gate
 drops the turns in which the student has changed its mind since it sampled them, and the K3 pull to the first weights
 grows with p_first / p without bound on options that were sampled once and are wrong, so that they keep a share."""
-
-
 EARLIER = ("lookup", "correct", "reconcile")
 """Families of earlier work."""
 EARLIER_SHARE = 0.3
@@ -117,7 +115,6 @@ class Distilled:
         self.version += 1
         return {"rows": report.n_trained, "staleness": round(report.metrics["replay/staleness/mean"]),
                 "gated": report.metrics["learn/gated_frac"]}
-
 
     def _weight(self, episode: str) -> float:
         """Takes the decay with staleness off earlier work: what is to be kept of it does not grow old."""

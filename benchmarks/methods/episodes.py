@@ -22,7 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from agentsdpo.benchmarks.study import Arm, in_table, run_study, table, write_table
-from agentsdpo.stats import iqm, stratified_bootstrap
+from agentsdpo.formats import interval, percent
+from agentsdpo.stats import Interval, iqm, stratified_bootstrap
 from agentsdpo.types import Json
 
 GOAL = 0.8
@@ -98,8 +99,8 @@ def _needed(counts: Sequence[int | None], spent: int) -> str:
     return f"{middle} [{low}, {high}]"
 
 
-def _percent(found: Sequence[float]) -> str:
-    return f"{100 * found[0]:.1f} % [{100 * found[1]:.1f}, {100 * found[2]:.1f}]"
+def _percent(found: Interval) -> str:
+    return f"{percent(found.estimate)} {interval(found)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
