@@ -54,6 +54,7 @@ class Study:
                       for tenant, suite in self.suites.items()}
         self.talks = {tenant: [] for tenant in self.suites}
         self._settings, self._began = load(SETTINGS), time.time()
+        self._origin = {"commit": git_commit() or "", "hardware": hardware()}  # files may change while it runs
 
     def run(self, conversations: int) -> None:
         """Let every tenant have so many conversations, in rounds; evaluate before the first and after each."""
@@ -97,8 +98,7 @@ class Study:
             "study": "tenants", "arm": tenant, "preset": self._settings.preset, "staleness": 0, "seed": self.seed,
             "step": 0 if latest is None else registry.manifest(latest).learner_step, "episodes": len(talks),
             "env_steps": sum(talk.calls for talk in talks), "wall_s": round(time.time() - self._began, 1),
-            "split": split, "decoding": decoding, "commit": git_commit() or "",
-            "hardware": hardware(), **found})
+            "split": split, "decoding": decoding, **self._origin, **found})
 
     def crossed(self) -> dict[tuple[str, str], Json]:
         """Every tenant's adapter, by every tenant's rules: (whose adapter, whose rules) -> scores."""

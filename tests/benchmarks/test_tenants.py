@@ -4,6 +4,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -12,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "collect" / "proxy"))
 from proxy_stack import Stack  # pyright: ignore[reportMissingImports]
 
 from agentsdpo.benchmarks.tenants.figure import curve
-from agentsdpo.benchmarks.tenants.study import FIRMS, leaks, sentences
+from agentsdpo.benchmarks.tenants.study import FIRMS, Study, leaks, sentences
 from agentsdpo.benchmarks.tenants.users import Talk, User
 from agentsdpo.chat import write_call
 from agentsdpo.collect.proxy.run import load_format
@@ -79,6 +81,17 @@ def test_a_leak_would_be_found(stack: Stack, talks: dict[str, list[Talk]]) -> No
     foreign = replace(talks["acme"][0], served_by=("base", "pol-globex@v3"))
     assert leaks("acme", stack.store / "acme", {**talks, "acme": [*talks["acme"], foreign]}, stack.chat) == [
         "conversation desk-0 was answered by pol-globex@v3"]
+
+
+def test_rows_name_the_code_that_runs_though_files_change_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    commits = iter(("running", "later", "later still"))
+    monkeypatch.setattr("agentsdpo.benchmarks.tenants.study.git_commit", lambda: next(commits))
+    nothing: Any = SimpleNamespace(tenants=list(FIRMS), proxy="", keys=dict.fromkeys(FIRMS, ""),
+                                   registry=lambda tenant: SimpleNamespace(latest=lambda: None))
+    study = Study(nothing)
+    for tenant in FIRMS:
+        study._row(tenant, "train", "sampled", {"n": 1, "pass": 0.0, "score": 0.0})
+    assert [row["commit"] for row in study.rows] == ["running"] * 2
 
 
 def test_the_curve_has_a_line_for_each_tenant() -> None:
