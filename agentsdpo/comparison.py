@@ -16,6 +16,7 @@ from agentsdpo.pages import Picture, missing_words, picture, render
 from agentsdpo.report import COSTS, PROVENANCE, plain, record_of
 from agentsdpo.results import SPLIT_WORDS, arm_rate, evals, headline_split, rate
 from agentsdpo.runfolder import Arm, RunData, read_run
+from agentsdpo.settings_io import flat
 from agentsdpo.stats import Interval, difference
 from agentsdpo.types import Json
 
@@ -144,17 +145,14 @@ def _verdict(names: Iterable[str], a: Interval | None, b: Interval | None) -> st
 
 def _settings(a: RunData, b: RunData) -> list[tuple[str, str, str]]:
     """Settings of the main arms that both have and that differ: key, value in A, value in B."""
-    mine, other = (dict(_flat(tomllib.loads(run.main.config or run.config))) for run in (a, b))
+    mine, other = _set(a), _set(b)
     return [(key, str(value), str(other[key])) for key, value in mine.items()
             if key in other and value != other[key] and key not in _IGNORED]
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def _set(run: RunData) -> Json:
+    """Settings of the main arm by dotted key."""
+    return flat(tomllib.loads(run.main.config or run.config))
 
 
 def _warnings(a: RunData, b: RunData) -> Iterator[str]:
@@ -165,8 +163,7 @@ def _warnings(a: RunData, b: RunData) -> Iterator[str]:
     sizes = [{(row.get("split"), row.get("n")) for row in evals(run.main.rows)} for run in (a, b)]
     if all(sizes) and not sizes[0] & sizes[1]:
         yield "The two were evaluated on other splits or other numbers of episodes."
-    known = [{key for key, _ in _flat(tomllib.loads(run.main.config or run.config))} for run in (a, b)]
-    if lone := known[0] ^ known[1]:
+    if lone := _set(a).keys() ^ _set(b).keys():
         many = f"{len(lone)} settings are" if len(lone) > 1 else "One setting is"
         yield f"{many} stored with one of the two alone: {', '.join(sorted(lone)[:5])}" + (
             ", ..." if len(lone) > 5 else ".")

@@ -19,17 +19,16 @@ import fcntl
 import json
 import os
 import tomllib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from agentsdpo import __version__
 from agentsdpo.config import KEEPING, RunConfig
 from agentsdpo.errors import RunError
 from agentsdpo.files import FULL, write_text
 from agentsdpo.provenance import describe_environment
+from agentsdpo.settings_io import flat
 from agentsdpo.track import read_metrics
 from agentsdpo.types import Json
 
@@ -168,7 +167,7 @@ def _starts(path: Path) -> list[Json]:
 
 def _same_settings(folder: RunFolder, config: RunConfig) -> None:
     """Refuse to resume under other settings, or for fewer steps than were done."""
-    default, written, now = (dict(_flat(tomllib.loads(text))) for text in (
+    default, written, now = (flat(tomllib.loads(text)) for text in (
         RunConfig().to_toml(), folder.config.read_text(), config.to_toml()))
     before = default | written  # a setting may be newer than the run
     changed = [key for key in now if before[key] != now[key] and key.partition(".")[0] not in EXTENDABLE]
@@ -180,14 +179,6 @@ def _same_settings(folder: RunFolder, config: RunConfig) -> None:
     if config.steps < done:
         raise RunError(f"{folder.path} has done {done} steps, resuming asks for steps = {config.steps}",
                        fix=f"set steps to {done} or more, or start a new run")
-
-
-def _flat(table: Json, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 _HELD: dict[Path, int] = {}

@@ -61,6 +61,18 @@ def read_toml(path: Path) -> Json:
         raise ConfigError(f"{path} is not TOML: {error}", fix="quote texts, write key = value") from error
 
 
+def flat(table: Mapping[str, Any], stem: str = "") -> Json:
+    """A table of tables with dotted keys.
+
+    >>> flat({"seed": 0, "learn": {"betas": [0.9, 0.95], "lr": 0.1}})
+    {'seed': 0, 'learn.betas': [0.9, 0.95], 'learn.lr': 0.1}
+    """
+    found: Json = {}
+    for key, value in table.items():
+        found |= flat(value, f"{stem}{key}.") if isinstance(value, Mapping) else {f"{stem}{key}": value}
+    return found
+
+
 def with_sets(data: Mapping[str, Any], sets: Iterable[str]) -> Json:
     """A copy with overrides ``a.b=c`` laid over it; values are TOML, or bare text when they are not.
 

@@ -7,7 +7,6 @@ study's own table.
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from agentsdpo.plots.studies import age_curve
 from agentsdpo.plots.style import svg
 from agentsdpo.plots.tables import read_study
 from agentsdpo.results import SPLIT_WORDS, rate
+from agentsdpo.settings_io import flat
 from agentsdpo.types import Json
 
 DOCS = Path(__file__).resolve().parent
@@ -42,7 +42,7 @@ def configuration() -> str:
         parts += [f"## `[{table}]`" if table else "## The run", _table(("key", "value", "default", "meaning"), rows)]
     keys = list(dict.fromkeys(key for preset in (*PRESETS.values(), *TOY.values()) for key in preset))
     chosen = [(f"`learn.{key}`", *(_preset(name, key) for name in PRESETS)) for key in keys]
-    about = {name: dict(_flat(AROUND.get(name, {}))) for name in PRESETS}
+    about = {name: flat(AROUND.get(name, {})) for name in PRESETS}
     chosen += [(f"`{key}`", *(_value(about[name][key]) if key in about[name] else "–" for name in PRESETS))
                for key in dict.fromkeys(key for one in about.values() for key in one)]
     parts += ["## What the presets set", (
@@ -170,11 +170,6 @@ def _rate(record: Json, when: str) -> str:
 def _preset(name: str, key: str) -> str:
     usual, toy = (_value(table[key]) if key in table else "–" for table in (PRESETS[name], TOY[name]))
     return usual if toy == "–" else f"{usual} ({toy})"
-
-
-def _flat(table: Json, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        yield from _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
 
 
 def _value(value: Any) -> str:

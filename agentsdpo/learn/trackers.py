@@ -16,6 +16,7 @@ from pydantic import Field
 
 from agentsdpo.errors import ConfigError
 from agentsdpo.settings import Settings
+from agentsdpo.settings_io import flat
 from agentsdpo.types import Json
 
 _log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def tracking(config: TrackConfig, *, name: str, folder: Path, settings: Json) ->
     try:
         opened += [_open(one, config, name, folder) for one in config.to]
         for tracker in opened:
-            tracker.store_init_configuration(flat(settings))
+            tracker.store_init_configuration(plain(settings))
         yield lambda row: _tell(opened, row)
     finally:
         for tracker in opened:
@@ -120,16 +121,11 @@ def scalars(row: Mapping[str, Any]) -> dict[str, float]:
             if key not in _ABOUT and isinstance(value, int | float) and not isinstance(value, bool)}
 
 
-def flat(settings: Json, stem: str = "") -> dict[str, Any]:
-    """Nested settings with dotted keys; what is no number, text or truth value becomes a text.
+def plain(settings: Json) -> dict[str, Any]:
+    """Settings with dotted keys; what is no number, text or truth value becomes a text.
 
-    >>> flat({"seed": 0, "learn": {"betas": [0.9, 0.95], "lr": 0.1}})
+    >>> plain({"seed": 0, "learn": {"betas": [0.9, 0.95], "lr": 0.1}})
     {'seed': 0, 'learn.betas': '[0.9, 0.95]', 'learn.lr': 0.1}
     """
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{stem}{key}.")
-        else:
-            found[f"{stem}{key}"] = value if isinstance(value, bool | int | float | str) else str(value)
-    return found
+    return {key: value if isinstance(value, bool | int | float | str) else str(value)
+            for key, value in flat(settings).items()}
