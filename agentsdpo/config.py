@@ -3,7 +3,7 @@
 ::
 
     name = "first"
-    preset = "robust"          # starting point of [learn], see learn/presets.py
+    preset = "robust"          # starting point of [learn] and what it needs around it, see learn/presets.py
     steps = 200
     [learn]
     max_staleness = 16
@@ -77,7 +77,8 @@ class RunConfig(Settings):
         "folder or hub name of the model to train, or 'seed' for the small one that ships with the package"))
     suite: str = Field(default="desk-mini", min_length=1, description=(
         "tasks the agent is trained on: 'desk-mini', 'desk', or 'package.module:factory' of your own"))
-    preset: str = Field(default="robust", description=f"starting point of [learn]: {', '.join(PRESETS)}")
+    preset: str = Field(default="robust", description=(
+        f"starting point of [learn] and of what the method needs around it: {', '.join(PRESETS)}"))
     steps: int = Field(default=150, ge=1, le=10_000_000, description="optimiser steps of the whole run; 1 or more")
     episodes_per_step: int = Field(default=32, ge=1, le=65_536, description=(
         "fresh episodes collected per optimiser step; learn.batch over this is the samples per insert; 1 or more"))
