@@ -13,17 +13,15 @@ from statistics import fmean
 from typing import Any
 
 import matplotlib
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from agentsdpo.benchmarks.methods.continual_stream import House
-from agentsdpo.benchmarks.study import COLUMNS
+from agentsdpo.benchmarks.study import COLUMNS, over_seeds
 from agentsdpo.files import write_text
 from agentsdpo.plots.style import ROLES, STYLE, svg
-from agentsdpo.stats import Interval, stratified_bootstrap
 from agentsdpo.types import Json
 
 EXTRA = ("before", "after", "entropy", "top_share", "invented", "craft", "valid", "gated")
@@ -185,13 +183,13 @@ def _curves(axes: Axes, rows: Sequence[Json]) -> None:
 
 def _line(axes: Axes, points: Mapping[int, Sequence[float]], **style: Any) -> None:
     steps = sorted(points)
-    axes.plot(steps, [100 * _middle(points[step]).estimate for step in steps], **style)
+    axes.plot(steps, [100 * over_seeds(points[step]).estimate for step in steps], **style)
 
 
 def _dots(axes: Axes, values: Mapping[str, Sequence[float]], title: str, line: float, words: str) -> None:
     """One row per arm: seeds faint, the interquartile mean with its 95 % interval."""
     for place, (arm, own) in enumerate(values.items()):
-        colour, middle = STYLES[arm][0], _middle(own)
+        colour, middle = STYLES[arm][0], over_seeds(own)
         axes.plot([100 * one for one in own], [place] * len(own), "o", color=colour, alpha=0.35, markersize=5)
         if len(own) > 1:
             axes.plot([100 * middle.low, 100 * middle.high], [place, place], color=colour, linewidth=2)
@@ -203,11 +201,6 @@ def _dots(axes: Axes, values: Mapping[str, Sequence[float]], title: str, line: f
     axes.set_yticks(range(len(values)), list(values))
     axes.set(xlim=(-3, 104), ylim=(len(values) - 0.3, -0.6), xlabel="share [%]")
     axes.set_title(title)
-
-
-def _middle(values: Sequence[float]) -> Interval:
-    """Interquartile mean over seeds with its 95 % bootstrap interval; of one seed no interval is known."""
-    return stratified_bootstrap(values) if len(values) > 1 else Interval(values[0], np.nan, np.nan)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

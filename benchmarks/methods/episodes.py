@@ -21,9 +21,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from agentsdpo.benchmarks.study import Arm, in_table, run_study, table, write_table
+from agentsdpo.benchmarks.study import Arm, in_table, over_seeds, run_study, table, write_table
 from agentsdpo.formats import interval, percent
-from agentsdpo.stats import Interval, iqm, stratified_bootstrap
+from agentsdpo.stats import Interval
 from agentsdpo.types import Json
 
 GOAL = 0.8
@@ -83,7 +83,8 @@ def lines(found: pa.Table) -> Iterator[str]:
         spent = max(row["episodes"] for row in ends)
         needed[arm] = [reached(run) for run in own]
         least[arm] = float(np.mean([spent if n is None else n for n in needed[arm]]))
-        final, score = (stratified_bootstrap([row[key] for row in ends], iqm) for key in ("pass", "score"))
+        final = over_seeds([row["pass"] for row in ends], ends[0]["n"])
+        score = over_seeds([row["score"] for row in ends])
         yield (f"{arm:<10} {len(seeds)} seed{'s' * (len(seeds) > 1)}  episodes to {GOAL:.0%}: "
                f"{_needed(needed[arm], spent)}  after {spent}: pass {_percent(final)}, score {_percent(score)}")
     if needed.keys() >= {arm.name for arm in MAIN} and None not in needed["robust"]:
@@ -95,12 +96,12 @@ def _needed(counts: Sequence[int | None], spent: int) -> str:
     known = [n for n in counts if n is not None]
     if len(known) < len(counts):
         return f"not within {spent} in {len(counts) - len(known)} of {len(counts)}"
-    low, middle, high = (f"{x:.0f}" for x in np.array(stratified_bootstrap(known, iqm))[[1, 0, 2]])
-    return f"{middle} [{low}, {high}]"
+    middle, low, high = over_seeds(known)
+    return f"{middle:.0f}" + (f" [{low:.0f}, {high:.0f}]" if len(known) > 1 else "")
 
 
 def _percent(found: Interval) -> str:
-    return f"{percent(found.estimate)} {interval(found)}"
+    return f"{percent(found.estimate)} {interval(found)}".strip()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -42,7 +42,8 @@ def test_the_episodes_needed_are_those_of_the_first_lasting_success() -> None:
     both = made(curve("robust", 0, late) + curve("robust", 1, lucky) + curve("grpo", 0, {0: 0.0, 1600: 0.2}))
     robust, grpo, ratio = episodes.lines(both)
     assert robust.startswith("robust     2 seeds  episodes to 80%: 1200 [800, 1600]  after 1600: pass 90.0 %")
-    assert "episodes to 80%: not within 1600 in 1 of 1  after 1600: pass 20.0 % [20.0, 20.0]" in grpo
+    assert "episodes to 80%: not within 1600 in 1 of 1  after 1600: pass 20.0 % [12.0, 31.4], score 50.0 %" in grpo
+    assert grpo.endswith("score 50.0 %"), "of one seed no interval of a score is known"
     assert ratio == "grpo / robust: at least 1.3"
     slow = made(curve("robust", 0, late) + curve("grpo", 0, {0: 0.0, 1600: 0.8}))
     assert list(episodes.lines(slow))[-1] == "grpo / robust: 2.0"
