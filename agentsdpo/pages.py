@@ -40,10 +40,8 @@ def picture(figure: "Figure", name: str, caption: str, title: str = "", wide: bo
     text = plots.svg(figure, name)
     for role, colour in plots.ROLES.items():
         text = re.sub(colour, f"var(--{role})", text, flags=re.IGNORECASE)
-    text = re.sub(r'(<svg[^>]*?) xmlns="[^"]*"', r"\1", text)
-    text = re.sub(r'(<svg[^>]*?) (width|height)="[^"]*"', r"\1", text)
-    text = re.sub(r'(<svg[^>]*?) (width|height)="[^"]*"', r"\1", text)
-    return Picture(text, caption, title, wide)
+    tag, end, rest = text.partition(">")
+    return Picture(re.sub(r' (xmlns|width|height)="[^"]*"', "", tag) + end + rest, caption, title, wide)
 
 
 def environment(**filters: Callable[..., str]) -> Any:

@@ -82,8 +82,9 @@ def criteria_matrix(report: Json, *, tasks: int = 40) -> Figure:
     """
     table, shown, names = criteria_table(report)
     figure, axes = canvas((min(9.2, 2.8 + 0.75 * len(names)), 1.5 + 0.22 * min(len(shown), tasks)))
-    order = np.argsort(np.nanmean(table, axis=1), kind="stable")[:tasks]
-    drawn = axes.pcolormesh(np.ma.masked_invalid(table[order]), cmap=_SHADES, vmin=0, vmax=1)
+    known = np.ma.masked_invalid(table)
+    order = np.argsort(known.mean(axis=1).filled(np.inf), kind="stable")[:tasks]
+    drawn = axes.pcolormesh(known[order], cmap=_SHADES, vmin=0, vmax=1)
     for y, line in enumerate(table[order]):
         for x, share in enumerate(line):
             if np.isfinite(share) and share < 1:

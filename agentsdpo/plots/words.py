@@ -107,7 +107,7 @@ def hint_answer(frame: Any) -> Words:
     sizes = {name: float(np.mean(list(episode_means(rows).values()))) for name, rows in hints.items()}
     controls = "; ".join(f"with {name} it asks for {_rate(kept[name])} of them and moves {sizes[name]:.2f} nats per "
                          "token" for name in names[1:])
-    verdict = ("The corrections are the hint's own." if all(kept[name].high < kept[names[0]].low for name in names[1:])
+    verdict = ("Most of the corrections are the hint's own." if all(kept[name].high < 0.5 for name in names[1:])
                else "Other hints ask for much the same.")
     return Words(f"With {names[0]} the teacher would have written another token in **{len(changed)} of {len(own)}** "
                  f"places, and **{percent(shares[most][1])} of the gradient weight** lies on {PARTS[most]}, which are "
@@ -130,7 +130,7 @@ def wishes(frame: Any, limit: int = 12) -> Words:
 
 
 def card_answer(reports: Mapping[str, Json]) -> Words:
-    """How good an agent is: pass@1, reliability over all attempts, the criterion it misses most, what can be told."""
+    """How good an agent is: pass@1, reliability over all attempts, the criteria it misses most, what can be told."""
     (name, last), attempts = list(reports.items())[-1], list(reports.values())[-1]["attempts"]
     known = last["overall"]["conditional"]
     words = [f"**{name} passes {_known(known['pass@1'])} of attempts**"]
@@ -147,9 +147,10 @@ def card_answer(reports: Mapping[str, Json]) -> Words:
             have = met.setdefault(criterion, [0, 0])
             met[criterion] = [have[0] + good, have[1] + judged]
     shares = {criterion: good / judged for criterion, (good, judged) in met.items() if judged}
-    if shares:
-        worst = min(shares, key=lambda criterion: shares[criterion])
-        words.append(f" The criterion missed most is `{worst}`, met in {percent(shares[worst])} of attempts.")
+    worst = min(shares.values(), default=1.0)
+    if worst < 1:
+        names = ", ".join(f"`{criterion}`" for criterion, share in shares.items() if share == worst)
+        words.append(f" Missed most: {names}, met in {percent(worst)} of attempts.")
     if known["pass@1"]["detectable"] is not None:
         words.append(f" Another such run would have to differ by {100 * known['pass@1']['detectable']:.1f} points to "
                      "be told apart.")

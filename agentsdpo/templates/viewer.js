@@ -133,7 +133,7 @@
   };
   const jump = (by) => {
     if (!most.length) return;
-    at = (at + by + most.length) % most.length;
+    at = at < 0 && by < 0 ? most.length - 1 : (at + by + most.length) % most.length;
     const [, k, token, i] = most[at], b = data.branches[k], piece = pieceAt(b, token);
     const block = blocks.find((one) => one.branch === b && one.first <= piece && piece < one.last);
     fill(block);
@@ -150,6 +150,7 @@
     const [title, steps] = LEGENDS[by];
     $("legend").replaceChildren(make("span", title + ":"), ...steps.map(([cls, text]) => make("i", text, cls)));
     for (const block of filled) paint(block);
+    if (here) here.classList.add("here");
     for (const link of $("outline").children) link.lastChild.textContent = mean(...link.range);
     rank();
   };

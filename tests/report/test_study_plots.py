@@ -198,6 +198,10 @@ def test_shares_and_controls() -> None:
     told = str(words.hint_answer([*own, *wrong]))
     assert "another token in **2 of 3** places" in told
     assert "Other hints ask for much the same" in told
+    many = [token(i, 0, -1.0, episode=str(i), best="eur") for i in range(30)]
+    for share, verdict in ((6, "Most of the corrections are the hint's own"), (24, "Other hints ask for much the")):
+        other = [{**row, "hint": "other", "teacher_best": "eur" if row["turn"] < share else "usd"} for row in many]
+        assert verdict in str(words.hint_answer([*many, *other])), share
     table = str(words.wishes([*own, *wrong])).splitlines()
     assert table[2] == "| t | 0 | `usd` | `m_usd` | `m_usd` |"
     assert len(plots.hint_control([*own, *wrong]).axes) == 2
@@ -222,8 +226,12 @@ def test_the_card_shows_the_report() -> None:
     hardest = [tick.get_text() for tick in axes.get_yticklabels()]
     assert len(hardest) == 5
     assert table[shown.index(hardest[0])].mean() == table.mean(axis=1).min()
+    unjudged = {"tasks": [{"task_id": name, "criteria": {"file": met}} for name, met in (("n", [0, 0]), ("t", [1, 2]))]}
+    lines = plots.criteria_matrix(unjudged).axes[0].get_yticklabels()
+    assert [tick.get_text() for tick in lines] == ["t", "n"], "what was not judged stands last"
     told = str(words.card_answer(reports))
     assert told.startswith(f"**after passes {100 * known['pass@1']['value']:.1f} %")
+    assert "Missed most: `figure`, `unit`, `file`, `notify`, `answer`, met in 99.5 % of attempts." in told
     assert "| seed | 0 | 0 |" in str(words.card_stamps(reports))
     with pytest.raises(RunError, match="write it with: agentsdpo bench report"):
         plots.read_bench(HOME / "docs")

@@ -188,6 +188,11 @@ def test_the_page_in_a_browser(store: ReplayStore, tmp_path: Path) -> None:
         assert driver.find_element("css selector", ".here").text in shaded
         key(driver, "4")
         assert driver.find_element("css selector", "button[aria-pressed=true]").text == "behaviour log-prob"
+        key(driver, "p")
+        marked = driver.find_elements("css selector", ".d1, .d2, .d3, .d4")
+        assert driver.find_element("css selector", ".here") == [one for one in marked if one.tag_name == "span"][-1]
+        key(driver, "1")
+        assert driver.find_elements("css selector", ".here"), "the token that is looked at stays marked"
         assert len(driver.find_elements("css selector", "#outline a")) == len(episode.rows[0].branch.calls)
         for theme in ("light", "dark"):
             driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {
@@ -215,7 +220,7 @@ def test_text_is_never_markup(store: ReplayStore, tmp_path: Path) -> None:
     (tmp_path / "evil.html").write_text(text)
     with browser(tmp_path) as driver:
         driver.get((tmp_path / "evil.html").as_uri())
-        assert driver.title == f"{EVIL} · agentsdpo tokens".replace("\u2028", "\u2028")
+        assert driver.title == f"{EVIL} · agentsdpo tokens"
         assert driver.find_elements("css selector", "img") == []
         assert EVIL.split(" \u2028")[0] in driver.find_element("id", "text").text
         assert complaints(driver) == []
