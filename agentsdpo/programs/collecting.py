@@ -23,6 +23,7 @@ from agentsdpo.config import RunConfig
 from agentsdpo.errors import ConfigError, EngineError, RegistryError
 from agentsdpo.programs.flow import Learnt, episodes_in, learners
 from agentsdpo.publish.bucket import open_registry
+from agentsdpo.publish.manifest import Manifest
 from agentsdpo.publish.registry import PolicyRegistry, behaviour_version
 from agentsdpo.replay.spool import Spool
 from agentsdpo.replay.store import ReplayStore
@@ -122,10 +123,10 @@ class Collecting:
         if wanted is None or wanted == self.version:
             return
         try:
-            await asyncio.to_thread(self._record, wanted)
+            about = await asyncio.to_thread(self._record, wanted)
             if hasattr(self.engine, "load_weights"):
                 self.engine.load_weights(await asyncio.to_thread(self.registry.load, wanted), wanted)
-            elif self.registry.manifest(wanted).kind == "adapter":
+            elif about.kind == "adapter":
                 self.engine.use(f"{self.engine.facts.base}@v{wanted}")
         except RegistryError:  # pruned in the meantime: there is a newer one to take at the next look
             return
@@ -141,12 +142,13 @@ class Collecting:
         given = self.registry.served(self.engine.url).version
         return given if given is not None else self.engine.version if self.engine.version >= 0 else None
 
-    def _record(self, version: int) -> None:
-        """Tell the store what the version is, before anything is stored that it sampled."""
+    def _record(self, version: int) -> Manifest:
+        """Tell the store what the version is, before anything is stored that it sampled; its manifest."""
         about = self.registry.manifest(version)
         self.store.record_policy(version, {
             "weights_id": about.weights_id, "tokenizer_sha256": about.tokenizer_sha256,
             "chat_template_sha256": about.chat_template_sha256, "vocab_size": self.engine.vocab_size})
+        return about
 
     def may_begin(self, in_flight: int) -> bool:
         """Whether one more episode may begin; the other collectors are taken to have as many in flight."""

@@ -78,7 +78,6 @@ class Evaluator:
         self.say(f"version {owed.version} on {split}, {decoding}: pass {row.get('pass')} of {row['n']} episodes")
         return row
 
-
     def _seat(self, registry: PolicyRegistry, number: int, version: int) -> None:
         """Have the engine play one version of a registry; whatever it served before is gone."""
         if self._server is None:

@@ -23,7 +23,6 @@ from agentsdpo.types import Completion, Json, Sampling, VersionSpan
 
 _ADAPTER = re.compile(r"(.+)@v(\d+)\Z")
 _LOOK_S = 10.0
-_JSON = {"Content-Type": "application/json"}
 
 
 class _Ask(NamedTuple):
@@ -181,7 +180,7 @@ class Upstream:
         assert self._session is not None
         left = max(0.001, self.timeout_s - (time.monotonic() - began))
         try:
-            async with self._session.post(self.url + path, data=orjson.dumps(body), headers=_JSON,
+            async with self._session.post(self.url + path, data=orjson.dumps(body), headers=retry.JSON,
                                           timeout=aiohttp.ClientTimeout(total=left, sock_connect=10)) as answer:
                 data = await answer.read()
         except aiohttp.ConnectionTimeoutError as error:
@@ -192,11 +191,6 @@ class Upstream:
         except (aiohttp.ClientError, OSError) as error:
             raise retry.Passing(f"{self.url} broke off or cannot be reached ({type(error).__name__})", lost=True) \
                 from error
-        try:
-            if answer.status == 200:
-                return orjson.loads(data)
-        except ValueError:  # NaN, say, which this reader is too strict for
-            pass
         return retry.decoded(self.url + path, answer.status, data, answer.headers.get("retry-after", ""))
 
 

@@ -25,7 +25,8 @@ PASSING = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
 """Status codes that say nothing against the request: the server is busy, starting or swapping weights."""
 MAX_ANSWER = 256 * 2**20
 """Bytes of one answer, 256 MiB; more is no completion."""
-_JSON = {"Content-Type": "application/json"}
+JSON = {"Content-Type": "application/json"}
+"""Headers of a request with a body."""
 IDLE_S = 4.0
 """Idle connections are closed after this long, before vLLM's server does so (5 s) in the middle of a request."""
 
@@ -116,7 +117,7 @@ class Line:
         session = await self.session()
         data = None if body is None else orjson.dumps(body)
         try:
-            async with session.request(method, self.url + path, data=data, headers=_JSON if data else None,
+            async with session.request(method, self.url + path, data=data, headers=JSON if data else None,
                                        allow_redirects=False) as response:
                 data = await _read(response)
         except TimeoutError as error:  # those of aiohttp are such, too
