@@ -150,8 +150,8 @@ def require_store_lift(config: RunConfig, view: Snapshot, *, tasks: int = TASKS)
         return
     player = Player.of(config)
     found = samples(view, player.chat, size=4 * tasks, seed=config.seed)
-    refuse_useless({source: lifts(own.rows, view, player, tasks, config.seed)[0] for source, own in found.items()},
-                   config.hint.min_lift)
+    refuse_useless({source: player.lift(*_places(own.rows, view, player.suite, tasks), config.seed)
+                    for source, own in found.items()}, config.hint.min_lift)
 
 
 def audit_hints(view: Snapshot, model: Any, chat: ChatFormat, config: LearnConfig, *, player: Player | None,

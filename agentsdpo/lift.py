@@ -69,6 +69,10 @@ class Player:
                     found[episode.task_id] = episode.reward
         return found
 
+    def lift(self, tasks: Places, hints: Mapping[str, Hint], seed: int) -> Interval | None:
+        """Score with the hint less the score without, over tasks that could be graded; None without any."""
+        return difference(self.scores(tasks, hints, seed), self.scores(tasks, {}, seed))
+
     def lifts(self, tasks: Places, hints: Mapping[str, Hint], seed: int) -> tuple[Interval | None, Interval | None]:
         """Score with the hint, and with another task's, less the score without, over tasks that could be graded.
 
@@ -112,9 +116,7 @@ def lift_before(config: RunConfig, *, tasks: int = TASKS) -> dict[str, Interval 
     if not told:
         raise HintError(f"none of {tasks} attempts got a hint, so that hint.min_lift cannot be checked",
                         fix="mend the sources of hints, or leave hint.min_lift out")
-    seed = config.seed + 1
-    return {source: difference(player.scores(places, texts, seed), player.scores(places, {}, seed))
-            for source, (places, texts) in told.items()}
+    return {source: player.lift(places, texts, config.seed + 1) for source, (places, texts) in told.items()}
 
 
 def require_lift(config: RunConfig) -> None:
