@@ -217,6 +217,11 @@ def test_training_may_require_a_lift(tmp_path: Path, monkeypatch: pytest.MonkeyP
         lift_before(told, tasks=4)
 
 
+def test_hints_that_cannot_be_played_are_not_shown_to_help() -> None:
+    with pytest.raises(HintError, match="hints of next_step could not be played, hint.min_lift is -1.0"):
+        lift.refuse_useless({"criteria": Interval(0.3, 0.2, 0.4), "next_step": None}, -1.0)
+
+
 @pytest.mark.slow
 def test_learning_from_a_store_may_require_a_lift(hinted: list[Episode], tmp_path: Path) -> None:
     store = ReplayStore.open(tmp_path / "store")
