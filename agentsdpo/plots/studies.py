@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from agentsdpo.formats import percent
 from agentsdpo.plots.curves import VALUES, draw_band, draw_seeds
 from agentsdpo.plots.style import AXES, ROLES, STYLE, canvas, finish, reference
-from agentsdpo.plots.tables import NEVER, arms_of, final, held_out, kind_of, records
-from agentsdpo.results import HELD_OUT, evals
+from agentsdpo.plots.tables import NEVER, arms_of, final, held_out, judged, kind_of, records
+from agentsdpo.results import evals, headline_split
 from agentsdpo.types import Json
 
 _MARKS: Any = (("o", "-"), ("s", (0, (4, 2))), ("^", (0, (1, 1.5))), ("D", (0, (6, 2, 1, 2))), ("v", (0, (3, 1))))
@@ -48,7 +48,7 @@ def age_curve(frame: Any, *, value: str = "pass", main: str = "robust") -> Figur
     kinds = sorted({kind_of(row["arm"]) for row in rows}, key=lambda kind: (kind != main, kind))
     for i, kind in enumerate(kinds):
         _age_line(axes, [row for row in rows if kind_of(row["arm"]) == kind], ages, value, i, len(kinds), kind == main)
-    first = [row[value] for row in evals(rows, None, "sampled") if row["step"] == 0 and row["split"] in HELD_OUT]
+    first = [row[value] for row in evals(rows, None, "sampled") if row["step"] == 0 and row["split"] in judged(rows)]
     if first:
         reference(axes, 100 * float(np.mean(first)), f"zero-shot {percent(np.mean(first))}", (0, (6, 3)))
     reference(axes, 100, "oracle 100 %", (0, (1, 2)))
@@ -81,10 +81,11 @@ def _age_line(axes: Axes, rows: Sequence[Json], ages: Sequence[int], value: str,
 
 
 @matplotlib.rc_context(STYLE)
-def arm_grid(frame: Any, *, split: str = "test_names", x: str = "episodes", value: str = "pass",
-             columns: int = 4) -> Figure:
+def arm_grid(frame: Any, *, x: str = "episodes", value: str = "pass", columns: int = 4) -> Figure:
     """Learning curves of every arm, side by side on the same axes: seeds thin, IQM bold, 95 % band."""
-    rows = evals(records(frame), split, "sampled")
+    rows = records(frame)
+    split = headline_split(rows)
+    rows = evals(rows, split, "sampled")
     arms = arms_of(rows)
     lines = -(-len(arms) // columns)
     figure = Figure(figsize=(9.2, 0.6 + 2.1 * lines), layout="constrained")

@@ -10,7 +10,7 @@ import numpy as np
 
 from agentsdpo.errors import RunError
 from agentsdpo.formats import is_number
-from agentsdpo.results import HELD_OUT, evals
+from agentsdpo.results import HELD_OUT, evals, headline_split
 from agentsdpo.runfolder import RunData, read_run
 from agentsdpo.stats import Interval, stratified_bootstrap, wilson
 from agentsdpo.types import Json
@@ -116,11 +116,25 @@ def kind_of(arm: str) -> str:
     return head if dash and (tail.isdigit() or tail == "off") else arm
 
 
-def final(rows: Sequence[Json], value: str = "pass") -> dict[int, list[Json]]:
-    """Of one arm: by seed, the last sampled evaluations that have a value, one row for each held-out split."""
+def judged(rows: Sequence[Json]) -> tuple[str, ...]:
+    """Splits whose rate stands for some rows: the held-out ones that were evaluated, else the one whose curve is shown.
+
+    >>> judged([{"kind": "eval", "split": split, "step": 0} for split in ("val", "test_world")])
+    ('test_world',)
+    >>> judged([{"kind": "eval", "split": "mine", "step": 0}])
+    ('mine',)
+    """
+    known = {row["split"] for row in evals(rows)}
+    return tuple(split for split in HELD_OUT if split in known) or tuple(filter(None, [headline_split(rows)]))
+
+
+def final(rows: Sequence[Json], value: str = "pass", splits: Sequence[str] | None = None) -> dict[int, list[Json]]:
+    """Of one arm: by seed, the last sampled evaluations that have a value, a row for each split, :func:`judged` ones
+    when none are named."""
+    splits = judged(rows) if splits is None else splits
     ends: dict[int, dict[str, Json]] = {}
     for row in sorted(evals(rows, None, "sampled"), key=lambda row: row["step"]):
-        if row["split"] in HELD_OUT and is_number(row.get(value)):
+        if row["split"] in splits and is_number(row.get(value)):
             ends.setdefault(row["seed"], {})[row["split"]] = row
     last = {seed: max(row["step"] for row in own.values()) for seed, own in ends.items()}
     return {seed: [row for row in own.values() if row["step"] == last[seed]] for seed, own in ends.items()}
@@ -133,15 +147,17 @@ def spread(ends: Sequence[Sequence[float]]) -> Interval:
     return found if len(ends) > 1 else Interval(found.estimate, np.nan, np.nan)
 
 
-def held_out(rows: Sequence[Json], value: str = "pass", step: int | None = None) -> Interval | None:
+def held_out(rows: Sequence[Json], value: str = "pass", step: int | None = None,
+             splits: Sequence[str] | None = None) -> Interval | None:
     """An arm's rate on the held-out splits, sampled: over several seeds :func:`spread`, of one Wilson's, pooled.
 
     Args:
         rows: of one arm.
         value: ``pass`` or ``score``.
         step: at which; each seed's last when not given.
+        splits: as :func:`final` takes them.
     """
-    ends = final(rows if step is None else [row for row in rows if row.get("step") == step], value)
+    ends = final(rows if step is None else [row for row in rows if row.get("step") == step], value, splits)
     if not ends:
         return None
     if len(ends) > 1 or value != "pass":

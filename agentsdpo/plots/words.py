@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from agentsdpo.formats import interval, number, percent
-from agentsdpo.plots.tables import NEVER, arms_of, final, held_out, kind_of, records
+from agentsdpo.plots.tables import NEVER, arms_of, final, held_out, judged, kind_of, records
 from agentsdpo.plots.tokens import PARTS, by_hint, corrections_kept, episode_means, part_shares
-from agentsdpo.results import CONTROL_SPLIT, HELD_OUT, POOLED_WORDS, evals
+from agentsdpo.results import CONTROL_SPLIT, HELD_OUT, POOLED_WORDS, SPLIT_WORDS, evals
 from agentsdpo.stats import Interval, difference
 from agentsdpo.types import Json
 
@@ -35,19 +35,24 @@ def _rate(found: Interval | None) -> str:
 def learning_answer(rows: Sequence[Json]) -> Words:
     """Whether one run, or several seeds of it, learned: held-out rates before and after, and the control."""
     first, last = min(row["step"] for row in evals(rows)), max(row["step"] for row in evals(rows))
-    before, after = held_out(rows, step=first), held_out(rows, step=last)
+    splits = judged([row for row in rows if row.get("step") == last])
+    before, after = (held_out(rows, step=step, splits=splits) for step in (first, last))
     verdict = "**Yes.**" if before and after and difference(after, before).low > 0 else "**Not visibly.**"
     spent = max((row.get("episodes") or 0 for row in evals(rows)), default=0)
-    return Words(f"{verdict} The pass rate on {POOLED_WORDS}, goes from {_rate(before)} to {_rate(after)} after "
-                 f"{number(int(spent))} episodes ({_sample(rows, last)}). {_control(rows, first, last)}".strip())
+    where = (f"{POOLED_WORDS}," if set(splits) == set(HELD_OUT) else
+             " and ".join(f"{SPLIT_WORDS[split]} (`{split}`)" if split in SPLIT_WORDS else f"`{split}`"
+                          for split in splits))
+    return Words(f"{verdict} The pass rate on {where} goes from {_rate(before)} to {_rate(after)} after "
+                 f"{number(int(spent))} episodes ({_sample(rows, last, splits)}). "
+                 f"{_control(rows, first, last)}".strip())
 
 
-def _sample(rows: Sequence[Json], step: int) -> str:
+def _sample(rows: Sequence[Json], step: int, splits: Sequence[str]) -> str:
     """What stands behind a rate."""
-    seeds = len(final(rows))
+    seeds = len(final(rows, splits=splits))
     if seeds > 1:
         return f"IQM over {seeds} seeds and the splits, 95 % stratified bootstrap interval"
-    n = sum(row["n"] for row in evals(rows, None, "sampled") if row["step"] == step and row["split"] in HELD_OUT)
+    n = sum(row["n"] for row in evals(rows, None, "sampled") if row["step"] == step and row["split"] in splits)
     return f"n = {n} episodes, one seed, Wilson's 95 % interval"
 
 
@@ -143,10 +148,10 @@ def card_answer(reports: Mapping[str, Json]) -> Words:
         words.append(f" {other}: {_known(first['overall']['conditional']['pass@1'])}.")
     met: dict[str, list[int]] = {}
     for task in last["tasks"]:
-        for criterion, (good, judged) in task["criteria"].items():
+        for criterion, (good, asked) in task["criteria"].items():
             have = met.setdefault(criterion, [0, 0])
-            met[criterion] = [have[0] + good, have[1] + judged]
-    shares = {criterion: good / judged for criterion, (good, judged) in met.items() if judged}
+            met[criterion] = [have[0] + good, have[1] + asked]
+    shares = {criterion: good / asked for criterion, (good, asked) in met.items() if asked}
     worst = min(shares.values(), default=1.0)
     if worst < 1:
         names = ", ".join(f"`{criterion}`" for criterion, share in shares.items() if share == worst)

@@ -130,10 +130,22 @@ def test_the_answer_on_age_follows_the_rows() -> None:
 
 def test_the_answer_on_learning_follows_the_rows() -> None:
     up, flat = ([row for row in study() if row["arm"] == name] for name in ("robust-0", "naive-8"))
-    assert str(words.learning_answer(up)).startswith("**Yes.** The pass rate on held-out clients")
+    three = [{**row, "split": "test_period"} for row in up if row["split"] == "test_world"]
+    assert str(words.learning_answer([*up, *three])).startswith("**Yes.** The pass rate on held-out clients")
+    assert "on unseen clients (`test_names`) and unseen worlds (`test_world`) goes" in str(words.learning_answer(up))
     assert "3 seeds" in str(words.learning_answer(up))
     assert "never taught it goes from 0.0 % to 0.0 %" in str(words.learning_answer(up))
     assert str(words.learning_answer(flat)).startswith("**Not visibly.**")
+
+
+def test_a_world_with_splits_of_its_own_has_answers_too() -> None:
+    rows = [{**row, "split": "mine"} for row in study(1) if row["split"] == "test_names"]
+    own = [row for row in rows if row["arm"] == "robust-0"]
+    assert str(words.learning_answer(own)) == (
+        "**Yes.** The pass rate on `mine` goes from 0.0 % [0.0, 5.7] to 90.6 % [81.0, 95.6] after 640 episodes (n = 64 "
+        "episodes, one seed, Wilson's 95 % interval).")
+    assert "`robust` passes on held-out tasks: at staleness 0 90.6 %" in str(words.age_answer(rows))
+    assert "on mine [%]" in plots.arm_grid(rows).get_supylabel()
 
 
 # ------------------------------------------------------------------------------------------------------- two runs
