@@ -281,6 +281,13 @@ def _ended(episode: Episode) -> bool:
     return bool(episode.metadata.get("salvaged", {}).get("finished")) and episode.grade is not None
 
 
+def check_ungrouped(config: RunConfig) -> None:
+    """Refuse groups of attempts. Raises ConfigError."""
+    if config.group > 1:
+        raise ConfigError(f"group is {config.group}, but collectors that are programs of their own play each task once",
+                          fix="collect and learn in one process with `agentsdpo train`, or set group = 1")
+
+
 def assemble_collector(config: RunConfig, uri: str, policies: str, *, engine: str = "inprocess", number: int = 0,
                        of: int = 1, episodes: int | None = None,
                        say: Callable[[str], None] = lambda text: None) -> Collecting:
@@ -298,9 +305,7 @@ def assemble_collector(config: RunConfig, uri: str, policies: str, *, engine: st
     """
     from agentsdpo.assemble import check_request
 
-    if config.group > 1:
-        raise ConfigError(f"group is {config.group}, but collectors that are programs of their own play each task once",
-                          fix="collect and learn in one process with `agentsdpo train`, or set group = 1")
+    check_ungrouped(config)
     path, chat, suite = check_request(config)
     served = make_engine(engine, config, path, chat)
     store = ReplayStore.open(uri)

@@ -18,6 +18,7 @@ from agentsdpo.assemble import check_request
 from agentsdpo.config import RunConfig
 from agentsdpo.console import View
 from agentsdpo.lift import require_lift
+from agentsdpo.programs.collecting import check_ungrouped
 from agentsdpo.programs.supervise import Program, Supervisor
 from agentsdpo.provenance import cores
 from agentsdpo.replay.store import ReplayStore
@@ -44,6 +45,7 @@ def train_async(config: RunConfig, *, out: Path | str, collectors: int = 1, serv
         KeyboardInterrupt: stopped; everything finished is on disk.
     """
     check_request(config)
+    check_ungrouped(config)
     if not resume:
         require_lift(config)
     folder = open_run(out, config, resume=resume)

@@ -16,7 +16,8 @@ import pytest
 
 from agentsdpo.config import from_mapping
 from agentsdpo.console import SilentView
-from agentsdpo.programs.side_by_side import Watcher, programs
+from agentsdpo.errors import ConfigError
+from agentsdpo.programs.side_by_side import Watcher, programs, train_async
 from agentsdpo.publish.registry import PolicyRegistry
 from agentsdpo.replay.store import ReplayStore
 from agentsdpo.replay.upkeep.verification import verify
@@ -53,6 +54,13 @@ def test_every_program_is_started_with_the_command_one_would_type(tmp_path: Path
     assert [served[f"collector-{i}"][7] for i in range(2)] == ["http://a:8000", "http://b:8000"]
     assert served["publisher"][0] == "publish"
     assert served["publisher"].count("--server") == 2
+
+
+def test_groups_are_refused_before_anything_is_made(tmp_path: Path) -> None:
+    config = from_mapping({"group": 4, "episodes_per_step": 8})
+    with pytest.raises(ConfigError, match="group is 4"):
+        train_async(config, out=tmp_path / "run", mode="none")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_watcher_shows_every_line_once_though_the_learner_begins_the_file_anew(tmp_path: Path) -> None:
