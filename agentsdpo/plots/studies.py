@@ -48,7 +48,8 @@ def age_curve(frame: Any, *, value: str = "pass", main: str = "robust") -> Figur
     kinds = sorted({kind_of(row["arm"]) for row in rows}, key=lambda kind: (kind != main, kind))
     for i, kind in enumerate(kinds):
         _age_line(axes, [row for row in rows if kind_of(row["arm"]) == kind], ages, value, i, len(kinds), kind == main)
-    first = [row[value] for row in evals(rows, None, "sampled") if row["step"] == 0 and row["split"] in judged(rows)]
+    splits = judged(rows)
+    first = [row[value] for row in evals(rows, None, "sampled") if row["step"] == 0 and row["split"] in splits]
     if first:
         reference(axes, 100 * float(np.mean(first)), f"zero-shot {percent(np.mean(first))}", (0, (6, 3)))
     reference(axes, 100, "oracle 100 %", (0, (1, 2)))
