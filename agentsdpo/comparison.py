@@ -35,7 +35,10 @@ def compare(a: Path | str, b: Path | str) -> Json:
         RunError: one of the folders is not a run, or one of its files is broken.
     """
     runs = _named(read_run(a), read_run(b))
-    content = _content(runs)
+    return _numbers(runs, _content(runs))
+
+
+def _numbers(runs: Mapping[str, RunData], content: Json) -> Json:
     about = {key: {"name": name, "run": str(run.path), "arm": run.main.name}
              for key, (name, run) in zip("ab", runs.items(), strict=True)}
     return {**about, "verdict": content["verdict"], "warnings": content["warnings"],
@@ -43,18 +46,22 @@ def compare(a: Path | str, b: Path | str) -> Json:
             "settings": [dict(zip(("key", "a", "b"), row, strict=True)) for row in content["settings"]]}
 
 
-def write_comparison(a: Path | str, b: Path | str, out: Path | str | None = None) -> Path:
+def write_comparison(a: Path | str, b: Path | str, out: Path | str | None = None) -> tuple[Path, Json]:
     """Write a page about two runs, ``A/compare-<B>.html`` when no other place is given.
+
+    Returns:
+        Where it is, and what :func:`compare` returns.
 
     Raises:
         RunError: as :func:`compare`.
     """
     runs = _named(read_run(a), read_run(b))
-    first, second = runs
+    (first, second), content = runs, _content(runs)
     place = Path(out) if out else Path(a) / f"compare-{Path(b).resolve().name}.html"
     place.parent.mkdir(parents=True, exist_ok=True)
-    return write_text(place, render("compare.html", title=f"{first} against {second}", a=first, b=second,
-                                    missing_words=missing_words, **_content(runs), **_pictures(runs)))
+    write_text(place, render("compare.html", title=f"{first} against {second}", a=first, b=second,
+                             missing_words=missing_words, **content, **_pictures(runs)))
+    return place, _numbers(runs, content)
 
 
 def print_comparison(found: Json) -> None:

@@ -29,9 +29,9 @@ def report(
 
         typer.echo(json.dumps({"page": str(path), "summary": read_run(run).summary}) if as_json else path)
         return
-    from agentsdpo.comparison import compare, print_comparison, write_comparison
+    from agentsdpo.comparison import print_comparison, write_comparison
 
-    path, found = write_comparison(run, other, out), compare(run, other)
+    path, found = write_comparison(run, other, out)
     if as_json:
         typer.echo(json.dumps({"page": str(path), **found}))
         return

@@ -80,7 +80,8 @@ def test_difference_is_newcombes() -> None:
 
 
 def test_the_page_holds_both_and_nothing_foreign(runs: tuple[Path, Path]) -> None:
-    path = write_comparison(*runs)
+    path, found = write_comparison(*runs)
+    assert found == compare(*runs)
     assert path == runs[0] / "compare-slow.html"
     text = path.read_text()
     page = assert_self_contained(text)
@@ -104,7 +105,7 @@ def hostile(run: Path) -> Path:
 
 
 def test_hostile_text_stays_text(runs: tuple[Path, Path]) -> None:
-    text = write_comparison(hostile(runs[0]), runs[1]).read_text()
+    text = write_comparison(hostile(runs[0]), runs[1])[0].read_text()
     assert_self_contained(text)
     assert "&lt;script&gt;" in text
     assert "<img" not in text
@@ -140,7 +141,7 @@ def test_the_verb(runs: tuple[Path, Path], tmp_path: Path) -> None:
 def test_the_pages_in_a_browser(runs: tuple[Path, Path], tmp_path: Path) -> None:
     from agentsdpo.report import write_report
 
-    written = [write_report(hostile(runs[0])), write_comparison(*runs)]
+    written = [write_report(hostile(runs[0])), write_comparison(*runs)[0]]
     with browser(tmp_path) as driver:
         for path in written:
             for theme in pages.THEMES:
