@@ -1,8 +1,8 @@
 """Chat templates without rendering: most put what is said into fixed text, and that text is found out once.
 
-A template may look at what it is given: trim it, leave out what is empty, treat a tag in it specially. So each shape of
-messages (their roles, and whatever ``key`` stands for) is probed with contents that provoke this; where one of them
-does not come out verbatim, every such history is rendered by the template itself.
+A template may look at what it is given: trim it, leave out what is empty, treat a tag in it specially, put in the id of
+a call. So each shape of messages (their roles, and whatever ``key`` stands for) is probed with contents and ids that
+provoke this; where one of them does not come out as it should, every such history is rendered by the template itself.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -58,7 +58,8 @@ def _pieces(messages: Sequence[Json], render: Callable[[Sequence[Json]], str]) -
     >>> _pieces([{"role": "user", "content": "x"}], lambda told: f"<u>{told[0]['content'].strip()}</u>") is None
     True
     """
-    rest, pieces = render(_told(messages, [_MARK.format(i) for i in range(len(messages))])), list[str]()
+    marked = [{**message, "content": _MARK.format(i)} for i, message in enumerate(messages)]
+    rest, pieces = render(marked), list[str]()
     for i in range(len(messages)):
         before, mark, rest = rest.partition(_MARK.format(i))
         if not mark:
@@ -68,12 +69,13 @@ def _pieces(messages: Sequence[Json], render: Callable[[Sequence[Json]], str]) -
     for shift in range(len(PROBES)):  # each content in each place, beside others
         said = [PROBES[(shift + 3 * i) % len(PROBES)] for i in range(len(messages))]
         filled = "".join(chain.from_iterable(zip(pieces, said, strict=False))) + pieces[-1]
-        if render(_told(messages, said)) != filled:
+        if render(_told(messages, said, shift)) != filled:
             return None
     return tuple(pieces)
 
 
-def _told(messages: Sequence[Json], contents: Sequence[str]) -> list[Json]:
-    """The messages with other contents, and other ids of calls."""
-    return [{**message, "content": content, **({"tool_call_id": f"other_{i}"} if "tool_call_id" in message else {})}
-            for i, (message, content) in enumerate(zip(messages, contents, strict=True))]
+def _told(messages: Sequence[Json], contents: Sequence[str], shift: int) -> list[Json]:
+    """The messages with other contents and other ids of calls, in another order: a template may put ids in, or sort."""
+    ids = [f"other_{(i + shift) % len(messages)}" for i in range(len(messages))]
+    return [{**message, "content": content, **({"tool_call_id": id_} if "tool_call_id" in message else {})}
+            for message, content, id_ in zip(messages, contents, ids, strict=True)]

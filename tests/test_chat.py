@@ -158,7 +158,7 @@ def test_tokens_of_tool_calls_are_told_apart(tiny_tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("content", ["42", "", " padded \n", "<think>\nno\n</think>",
                                      "<tool_response>\nx\n</tool_response>"])
-@pytest.mark.parametrize("change", ["", "trim", "first"])
+@pytest.mark.parametrize("change", ["", "trim", "first", "id"])
 def test_what_is_filled_in_is_what_the_template_renders(tiny_tokenizer: Any, content: str, change: str) -> None:
     """A template that looks at what it is given is left to render; others are asked once."""
     tokenizer = copy.deepcopy(tiny_tokenizer)
@@ -169,6 +169,11 @@ def test_what_is_filled_in_is_what_the_template_renders(tiny_tokenizer: Any, con
     elif change == "first":
         tokenizer.chat_template = tokenizer.chat_template.replace(verbatim, verbatim.replace(
             "message['content'] -}}", "('' if '</think>' in message['content'] else message['content']) -}}"))
+    elif change == "id":
+        of_tools = "<tool_response>\\n' + message['content']"
+        assert of_tools in tokenizer.chat_template
+        tokenizer.chat_template = tokenizer.chat_template.replace(of_tools, of_tools.replace(
+            "message['content']", "message['tool_call_id'] + message['content']"))
     chat = ChatFormat(tokenizer)
     for news in ([{"role": "user", "content": content}], [{"role": "tool", "tool_call_id": "c", "content": "7"},
                                                           {"role": "tool", "tool_call_id": "d", "content": content}]):
