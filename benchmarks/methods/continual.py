@@ -53,19 +53,20 @@ class Arm:
 
     Attributes:
         learns: ``sdpo``, or fine-tuning on ``words`` or on ``retries``.
-        replay: fill each step up with older attempts. earlier: replay work from before the stream as well.
+        replay: fill each step up with older attempts. earlier: share of each batch that is work from before the stream.
         newest: read older attempts with the newest word on their topic (fine-tuning leaves out those whose word no
             longer holds).
     """
 
     learns: str
     replay: bool = True
-    earlier: bool = False
+    earlier: float = 0.0
     newest: bool = True
 
 
-ARMS = {"sdpo-earlier": Arm("sdpo", earlier=True), "sdpo-replay": Arm("sdpo"), "sdpo-fresh": Arm("sdpo", replay=False),
-        "sft-retries-earlier": Arm("retries", earlier=True), "sft-retries": Arm("retries"),
+ARMS = {"sdpo-earlier": Arm("sdpo", earlier=0.3), "sdpo-earlier-half": Arm("sdpo", earlier=0.5),
+        "sdpo-replay": Arm("sdpo"), "sdpo-fresh": Arm("sdpo", replay=False),
+        "sft-retries-earlier": Arm("retries", earlier=0.3), "sft-retries": Arm("retries"),
         "sdpo-as-said": Arm("sdpo", newest=False), "sft-words": Arm("words")}
 
 
@@ -109,9 +110,10 @@ def _student(arm: Arm, seed: int, plan: Plan, chat: ChatFormat, house: House, st
     model, first, batch = load_model(seed_path(), chat), _engine(chat), plan.batch if arm.replay else 0
     past = earlier_work(first, chat, store, plan.past, seed) if arm.earlier else []
     if arm.learns == "sdpo":
-        return Distilled(model, chat, store, batch=batch, newest=arm.newest, seed=seed, earlier=past)
+        return Distilled(model, chat, store, batch=batch, newest=arm.newest, seed=seed, earlier=past, share=arm.earlier)
     make: Any = Words(chat, store) if arm.learns == "words" else Retried(first, chat, house, plan, seed)
-    return Tuned(model, make, batch=batch, newest=arm.newest, seed=seed, earlier=lines_of(store, past))
+    return Tuned(model, make, batch=batch, newest=arm.newest, seed=seed, earlier=lines_of(store, past),
+                 share=arm.earlier)
 
 
 def _examine(exam: Exam, house: House, plan: Plan, step: int) -> list[Json]:

@@ -47,8 +47,6 @@ drops the turns in which the student has changed its mind since it sampled them,
 grows with p_first / p without bound on options that were sampled once and are wrong, so that they keep a share."""
 EARLIER = ("lookup", "correct", "reconcile")
 """Families of earlier work."""
-EARLIER_SHARE = 0.3
-"""Of a batch, where earlier work is replayed."""
 
 
 class Student(Protocol):
@@ -88,15 +86,15 @@ def earlier_work(engine: InProcessEngine, chat: ChatFormat, store: ReplayStore, 
 
 
 class Distilled:
-    """SDPO from the store, with hints that were attached late; ``earlier`` work takes a share of each batch."""
+    """SDPO from the store, with hints that were attached late; ``earlier`` work takes ``share`` of each batch."""
 
     def __init__(self, model: Any, chat: ChatFormat, store: ReplayStore, *, batch: int, newest: bool, seed: int,
-                 earlier: Sequence[str] = ()) -> None:
+                 earlier: Sequence[str] = (), share: float = 0.0) -> None:
         config = resolve("conversations", {**TOY["conversations"], **OBJECTIVE, "lr": LR, "control_every": 0})
         self.learner, self.chat, self.store, self.batch = Learner(model, config), chat, store, batch
         self.model, self.version = self.learner.model, 0
         self.memory, self._rng, self.earlier = Memory(newest=newest), random.Random(seed), list(earlier)
-        self._share = round(batch * EARLIER_SHARE) if earlier else 0
+        self._share = round(batch * share)
 
     def learn(self, said: Sequence[Correction]) -> Json:
         """Attach what arrived to its attempts, and to older ones that it speaks of too; then one step."""
@@ -131,14 +129,14 @@ class Line(NamedTuple):
 class Tuned:
     """Fine-tuning on lines that are made from corrections; older ones whose word no longer holds are left out.
 
-    ``earlier`` work takes a share of each batch.
+    ``earlier`` work takes ``share`` of each batch.
     """
 
     def __init__(self, model: Any, make: Callable[[Sequence[Correction]], dict[str, Line]], *, batch: int, newest: bool,
-                 seed: int, earlier: Sequence[Line] = ()) -> None:
+                 seed: int, earlier: Sequence[Line] = (), share: float = 0.0) -> None:
         prepare_model(model)
         self.model, self.version, self.batch, self.earlier = model, 0, batch, list(earlier)
-        self._share = round(batch * EARLIER_SHARE) if earlier else 0
+        self._share = round(batch * share)
         self.memory, self._make, self._rng = Memory(newest=newest), make, random.Random(seed)
         self._lines: dict[str, Line] = {}
         self._optimiser = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)

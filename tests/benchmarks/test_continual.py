@@ -180,7 +180,8 @@ def test_earlier_work_states_its_rules_and_takes_its_share_of_a_batch_without_gr
         assert hint is not None
         assert hint.text in chat.decode(line.ids.tolist())  # the student has read it as well
         assert hint.text not in chat.decode(line.ids[line.loss].tolist())
-    student = Distilled(load_model(seed_path(), chat), chat, store, batch=6, newest=True, seed=0, earlier=past)
+    student = Distilled(load_model(seed_path(), chat), chat, store, batch=6, newest=True, seed=0,
+                        earlier=past, share=0.3)
     student.learn(said[:1])
     taken: list[dict[str, float]] = []
     real = student.learner.step
