@@ -8,7 +8,8 @@
 
 Soft: for 20 steps nothing is published, the teacher stands still, the learning rate is halved and rows may be one
 version old at most. Hard: back to the newest probe that was within 0.9 of the best and had 20 quiet steps after it;
-learning rate and staleness bound stay halved. The third time is the last. Rules: :mod:`agentsdpo.learn.alarms`.
+learning rate and staleness bound stay halved. A hard alarm after three roll-backs goes back too and ends the run.
+Rules: :mod:`agentsdpo.learn.alarms`.
 """
 
 from collections.abc import Mapping
