@@ -3,6 +3,7 @@
 A template may look at what it is given: trim it, leave out what is empty, treat a tag in it specially, put in the id of
 a call. So each shape of messages (their roles, and whatever ``key`` stands for) is probed with contents and ids that
 provoke this; where one of them does not come out as it should, every such history is rendered by the template itself.
+That takes a dozen renderings, and is done when a shape comes a second time: most long histories come once.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -29,6 +30,7 @@ class Frames:
 
     def __init__(self) -> None:
         self._known: dict[Hashable, tuple[str, ...] | None] = {}
+        self._once = set[Hashable]()
 
     def text(self, key: Hashable, messages: Sequence[Json], render: Callable[[Sequence[Json]], str]) -> str:
         """What ``render`` makes of the messages.
@@ -44,6 +46,11 @@ class Frames:
         if shape not in self._known:
             if len(self._known) >= MOST:
                 self._known.clear()
+                self._once.clear()
+            self._known[shape] = None
+            self._once.add(shape)
+        elif shape in self._once:
+            self._once.discard(shape)
             self._known[shape] = _pieces(messages, render)
         pieces = self._known[shape]
         if pieces is None:

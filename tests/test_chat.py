@@ -177,16 +177,21 @@ def test_what_is_filled_in_is_what_the_template_renders(tiny_tokenizer: Any, con
     chat = ChatFormat(tokenizer)
     for news in ([{"role": "user", "content": content}], [{"role": "tool", "tool_call_id": "c", "content": "7"},
                                                           {"role": "tool", "tool_call_id": "d", "content": content}]):
-        for _ in range(2):
+        for _ in range(3):  # rendered, probed, filled in
             assert chat.extend(news) == tokenizer.encode(chat._tail(news), add_special_tokens=False)
-        opening: list[Json] = [*OPENING, *news]
-        assert chat.open(opening, [TOOL]) == tokenizer.encode(chat._render(opening, tools=[TOOL]),
-                                                              add_special_tokens=False)
+            opening: list[Json] = [*OPENING, *news]
+            assert chat.open(opening, [TOOL]) == tokenizer.encode(chat._render(opening, tools=[TOOL]),
+                                                                  add_special_tokens=False)
 
 
-def test_a_template_that_takes_text_as_it_is_is_rendered_once(tiny_tokenizer: Any, monkeypatch: Any) -> None:
-    chat = ChatFormat(tiny_tokenizer)
+def test_a_template_that_takes_text_as_it_is_is_probed_at_the_second_sight_and_then_left_alone(
+        tiny_tokenizer: Any, monkeypatch: Any) -> None:
+    chat, told = ChatFormat(tiny_tokenizer), list[int]()
+    render = chat._render
+    monkeypatch.setattr(chat, "_render", lambda *given, **more: told.append(1) or render(*given, **more))
     first = chat.extend([{"role": "tool", "tool_call_id": "c", "content": "7"}])
+    assert len(told) == 1, "a history that comes once is rendered once"
+    assert chat.extend([{"role": "tool", "tool_call_id": "c", "content": "7"}]) == first
     monkeypatch.setattr(chat, "_render", None)
     again = chat.extend([{"role": "tool", "tool_call_id": "d", "content": "8"}])
     assert [a for a, b in zip(first, again, strict=True) if a != b] == chat.encode("7")
