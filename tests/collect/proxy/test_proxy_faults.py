@@ -142,6 +142,23 @@ def test_a_stumbling_engine_is_asked_again(stack: Stack, fault: Any) -> None:
         assert len(set(ids)) == 2
 
 
+def test_a_connection_that_rested_is_not_used_again(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine closes it at about the same time, and a call that meets that is broken off."""
+    monkeypatch.setattr("agentsdpo.collect.vllm.retry.IDLE_S", 0.05)
+    ports, answer = list[int](), stack.engine._answer
+
+    async def noting(request: Any, *args: Any, **named: Any) -> Any:
+        ports.append(request.transport.get_extra_info("peername")[1])
+        return await answer(request, *args, **named)
+
+    monkeypatch.setattr(stack.engine, "_answer", noting)
+    stack.start(poll_s=1000.0)
+    for _ in range(2):
+        stack.ask("Hi.")
+        time.sleep(0.3)
+    assert len(set(ports[-2:])) == 2
+
+
 def test_an_engine_that_stays_away_is_an_error_and_no_episode(stack: Stack) -> None:
     stack.start(retry_s=0.3)
     stack.run(stack.engine.stop())
