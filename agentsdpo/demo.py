@@ -23,7 +23,7 @@ from agentsdpo.files import write_text
 from agentsdpo.learn.presets import unit_size
 from agentsdpo.loop import train
 from agentsdpo.provenance import hardware
-from agentsdpo.report import write_report
+from agentsdpo.show.report import write_report
 from agentsdpo.track import read_metrics
 from agentsdpo.types import Json
 

@@ -5,9 +5,9 @@ from typing import Any
 from agentsdpo.assemble import Run, evaluator
 from agentsdpo.collect.metrics import collect_metrics
 from agentsdpo.config import RunConfig
-from agentsdpo.console import View
 from agentsdpo.learn.alarms import BEHAVIOUR
 from agentsdpo.results import HELD_OUT
+from agentsdpo.show.console import View
 from agentsdpo.stats import wilson
 from agentsdpo.track import MetricsWriter
 from agentsdpo.types import Episode, Json

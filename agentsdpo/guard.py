@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from agentsdpo.assemble import Run
-from agentsdpo.console import View
 from agentsdpo.errors import LearnError, NotFinite
 from agentsdpo.evaluate import play, probes
 from agentsdpo.learn.alarms import Probe
@@ -12,6 +11,7 @@ from agentsdpo.learn.checkpoint import folder_of
 from agentsdpo.learn.tripwire import MAX_ROLLBACKS, Decision, Point
 from agentsdpo.learning import Learning
 from agentsdpo.publish.registry import behaviour_version
+from agentsdpo.show.console import View
 from agentsdpo.signals import uninterrupted
 from agentsdpo.track import MetricsWriter
 from agentsdpo.types import Json

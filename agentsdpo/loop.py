@@ -11,7 +11,6 @@ collection, it plays the rest in smaller batches, so that log-probs may differ i
 from pathlib import Path
 from typing import Any
 
-from agentsdpo import console
 from agentsdpo.assemble import TASKS_PER_SEED, Run, assemble, make_learner
 from agentsdpo.collect.metrics import collect_metrics
 from agentsdpo.config import RunConfig
@@ -22,6 +21,7 @@ from agentsdpo.learn.parallel import join_ranks
 from agentsdpo.learn.together import obey
 from agentsdpo.learning import recording, update
 from agentsdpo.lift import require_lift
+from agentsdpo.show import console
 from agentsdpo.signals import uninterrupted
 from agentsdpo.types import Episode
 

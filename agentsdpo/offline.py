@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from agentsdpo import console
 from agentsdpo.assemble import make_learner, make_registry, make_sampler, model_path
 from agentsdpo.audit import require_store_lift
 from agentsdpo.config import RunConfig
@@ -30,6 +29,7 @@ from agentsdpo.replay.sampling.sampler import Sampler
 from agentsdpo.replay.storage import storage_for
 from agentsdpo.replay.store import ReplayStore
 from agentsdpo.runfolder import open_run
+from agentsdpo.show import console
 from agentsdpo.signals import uninterrupted
 from agentsdpo.types import Json
 

@@ -20,7 +20,7 @@ MAX_FILE, MAX_FUNCTION = 400, 80
 
 
 def modules() -> list[Path]:
-    folders = [ROOT / "agentsdpo" / room for room in (*ROOMS, "plots", "verbs")]
+    folders = [ROOT / "agentsdpo" / room for room in (*ROOMS, "plots", "show", "verbs")]
     found = [*(ROOT / "agentsdpo").glob("*.py"), *(p for folder in folders for p in folder.rglob("*.py"))]
     return sorted(path.relative_to(ROOT / "agentsdpo") for path in found)
 

@@ -2,7 +2,7 @@
 
 Colour means role everywhere, after Okabe and Ito: student blue, teacher orange, behaviour grey, hint green.
 Okabe-Ito's own orange has a contrast of 2.2:1 on white, so its vermillion stands for the teacher here, and the
-report swaps both for the lighter pair on dark backgrounds (:data:`agentsdpo.pages.THEMES`).
+report swaps both for the lighter pair on dark backgrounds (:data:`agentsdpo.show.pages.THEMES`).
 Text is a mid-tone grey, 4.3:1 on white and on near-black, so that a bare SVG reads on either.
 """
 

@@ -1,6 +1,6 @@
 """Figures of tokens: where teacher and student differ, and where the gradient goes.
 
-Rows are those of :mod:`agentsdpo.counterfactual`: one per scored token, hints apart by ``hint``.
+Rows are those of :mod:`agentsdpo.show.counterfactual`: one per scored token, hints apart by ``hint``.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ COLUMNS = 108
 """Characters in a line of the strip."""
 PARTS = {"value": "values of arguments", "argument": "names of arguments", "tool": "names of tools", "syntax": "JSON",
          "frame": "marks of the template", "words": "words"}
-"""Parts of a turn, see :func:`agentsdpo.counterfactual.token_rows`, and how they are called."""
+"""Parts of a turn, see :func:`agentsdpo.show.counterfactual.token_rows`, and how they are called."""
 
 
 def diverging() -> LinearSegmentedColormap:

@@ -19,11 +19,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from agentsdpo import console
 from agentsdpo.assemble import make_learner, make_registry, make_sampler, model_path
 from agentsdpo.collect.metrics import collect_metrics
 from agentsdpo.config import RunConfig
-from agentsdpo.console import View
 from agentsdpo.errors import NotFinite
 from agentsdpo.evaluate import due, probes
 from agentsdpo.guard import act
@@ -43,6 +41,8 @@ from agentsdpo.replay.snapshot import Snapshot
 from agentsdpo.replay.store import ReplayStore
 from agentsdpo.replay.upkeep.pinned import pin, unpin
 from agentsdpo.runfolder import open_run
+from agentsdpo.show import console
+from agentsdpo.show.console import View
 from agentsdpo.signals import uninterrupted
 from agentsdpo.track import MetricsWriter
 from agentsdpo.types import Episode, Json

@@ -13,16 +13,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from agentsdpo import console
 from agentsdpo.assemble import check_request
 from agentsdpo.config import RunConfig
-from agentsdpo.console import View
 from agentsdpo.lift import require_lift
 from agentsdpo.programs.collecting import check_ungrouped
 from agentsdpo.programs.supervise import Program, Supervisor
 from agentsdpo.provenance import cores
 from agentsdpo.replay.store import ReplayStore
 from agentsdpo.runfolder import RunFolder, hold, open_run
+from agentsdpo.show import console
+from agentsdpo.show.console import View
 from agentsdpo.track import Tail
 from agentsdpo.types import Json
 

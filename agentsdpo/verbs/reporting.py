@@ -18,7 +18,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write one self-contained page about a run, or about two runs side by side."""
-    from agentsdpo.report import write_report
+    from agentsdpo.show.report import write_report
 
     for folder in (run, *([other] if other else [])):
         if (folder / "run.json").is_file():
@@ -29,7 +29,7 @@ def report(
 
         typer.echo(json.dumps({"page": str(path), "summary": read_run(run).summary}) if as_json else path)
         return
-    from agentsdpo.comparison import print_comparison, write_comparison
+    from agentsdpo.show.comparison import print_comparison, write_comparison
 
     path, found = write_comparison(run, other, out)
     if as_json:

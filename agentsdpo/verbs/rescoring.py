@@ -33,9 +33,9 @@ def rescore(
     preset: Annotated[str, typer.Option(help="Objective whose weights are shown.")] = "robust",
 ) -> None:
     """What would the teacher have wanted, had it read another hint? Beside it the recorded one, and none."""
-    from agentsdpo.counterfactual import NONE, apart, reading, token_rows, unhinted
     from agentsdpo.replay.cli import view as shows
-    from agentsdpo.viewing import Scorer, Wanted
+    from agentsdpo.show.counterfactual import NONE, apart, reading, token_rows, unhinted
+    from agentsdpo.show.viewing import Scorer, Wanted
 
     shown = loaded(store, episode, model=model)
     scorer = Scorer(Wanted(model or _model(store), preset=preset))
@@ -76,9 +76,9 @@ def diff(
             raise ConfigError("stores are compared without a model", fix="give --from and --to to compare versions")
         share.diff(out, store, other)
         return
-    from agentsdpo.counterfactual import apart, token_rows
     from agentsdpo.replay.cli import view as shows
-    from agentsdpo.viewing import Scorer, Wanted
+    from agentsdpo.show.counterfactual import apart, token_rows
+    from agentsdpo.show.viewing import Scorer, Wanted
 
     versions = _version("--from", first), _version("--to", last)
     registry = policies or Path(store).parent / "policies"

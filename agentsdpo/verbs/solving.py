@@ -59,7 +59,7 @@ def words(found: "Solution") -> str:
 
 def strip(attempts: "Sequence[Attempt]") -> str:
     """One sign per attempt: its score as a bar, a tick for a success, a cross where it could not be scored."""
-    from agentsdpo.console import sparkline
+    from agentsdpo.show.console import sparkline
 
     return "".join("✓" if one.passed else "✗" if one.score is None else sparkline([one.score]) for one in attempts)
 

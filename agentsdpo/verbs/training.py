@@ -110,7 +110,7 @@ def _show(summary: dict[str, Any], folder: Path, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(summary))
         return
-    from agentsdpo.console import print_summary
+    from agentsdpo.show.console import print_summary
 
     print_summary(summary)
     typer.echo(f"curves: {folder / 'report.html'}", err=True)

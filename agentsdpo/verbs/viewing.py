@@ -44,7 +44,7 @@ def view(
     found = loaded(store, episode, attempt=attempt, branch=branch, model=model)
     scores, words = [None] * len(found.rows), ""
     if model is not None:
-        from agentsdpo.viewing import Scorer, Wanted
+        from agentsdpo.show.viewing import Scorer, Wanted
 
         scorer = Scorer(Wanted(model, policies, first, last, preset))
         (found, scores), words = scorer.score(found, hint=hint), scorer.words
@@ -54,7 +54,7 @@ def view(
         typer.echo(json.dumps({"page": str(out), "tokens": tokens, "bytes": size}) if as_json else
                    f"{out}: {tokens} tokens, {size / 1e6:.1f} MB")
     elif as_json:
-        from agentsdpo.counterfactual import token_rows
+        from agentsdpo.show.counterfactual import token_rows
 
         about = shows.document(found, "messages", None)["episode"]
         typer.echo(json.dumps(jsonable({"schema": "agentsdpo/view/1", "episode": about, "note": words,
@@ -77,9 +77,9 @@ def loaded(store: str, episode: str, *, attempt: int | None = None, branch: int 
 
 
 def write_page(out: Path, found: "Shown", scores: Any, *, by: str = "", note: str = "") -> int:
-    """Write the page of an episode, see :func:`agentsdpo.viewer.page`; how many bytes it has."""
+    """Write the page of an episode, see :func:`agentsdpo.show.viewer.page`; how many bytes it has."""
     from agentsdpo.files import write_text
-    from agentsdpo.viewer import page
+    from agentsdpo.show.viewer import page
 
     out.parent.mkdir(parents=True, exist_ok=True)
     return write_text(out, page(found, scores, by=by, note=note)).stat().st_size

@@ -18,7 +18,7 @@ def watch(
     as_json: Json = False,
 ) -> None:
     """Look on at a run from any terminal, until it has finished."""
-    from agentsdpo import watch as looking
+    from agentsdpo.show import watch as looking
 
     if (as_json or once) and mode != "auto":
         raise ConfigError(f"--mode is {mode!r} and --{'json' if as_json else 'once'} is set",

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from agentsdpo import formats, pages
+from agentsdpo import formats
 from agentsdpo.benchmarks.apex import shapes
 from agentsdpo.benchmarks.apex.records import UNSCORED, Attempt
 from agentsdpo.benchmarks.apex.runfolder import BenchFolder, folder_name
 from agentsdpo.replay.formats.shapes import text_of
+from agentsdpo.show import pages
 from agentsdpo.types import Json
 
 MOST_COLUMNS = 16

@@ -25,8 +25,8 @@ from agentsdpo.benchmarks.perf.figure import Figure, run_all
 from agentsdpo.envs.desk.seed import seed_path
 from agentsdpo.replay.cli.view import Shown, load
 from agentsdpo.replay.store import ReplayStore
+from agentsdpo.show.viewer import Scores, page
 from agentsdpo.types import Branch, Call, Episode, Sampling, StopReason, VersionSpan
-from agentsdpo.viewer import Scores, page
 
 ROUNDS = 5
 TURN = 500

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from agentsdpo.config import RunConfig, from_mapping
-from agentsdpo.console import SilentView
 from agentsdpo.loop import train
 from agentsdpo.programs import following
 from agentsdpo.programs.evaluating import Evaluator, evaluate_due
@@ -24,6 +23,7 @@ from agentsdpo.programs.owed import Owed, append_answer, read_answers, read_owed
 from agentsdpo.publish.registry import PolicyRegistry
 from agentsdpo.replay.store import ReplayStore
 from agentsdpo.runfolder import RunFolder
+from agentsdpo.show.console import SilentView
 from agentsdpo.track import MetricsWriter, read_metrics
 from agentsdpo.types import Episode, Hint, Json
 

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 from agentsdpo.config import from_mapping
-from agentsdpo.console import SilentView
 from agentsdpo.errors import ConfigError
 from agentsdpo.programs.side_by_side import Watcher, programs, train_async
 from agentsdpo.publish.registry import PolicyRegistry
 from agentsdpo.replay.store import ReplayStore
 from agentsdpo.replay.upkeep.verification import verify
 from agentsdpo.runfolder import RunFolder
+from agentsdpo.show.console import SilentView
 from agentsdpo.track import MetricsWriter, read_metrics
 
 CONFIG = """

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from agentsdpo import pages, plots, report
+from agentsdpo import plots
 from agentsdpo.errors import RunError
 from agentsdpo.results import CONTROL_SPLIT
+from agentsdpo.show import pages, report
 
 HOSTILE = '"><script>alert(1)</script><img src=http://example.org/x onerror=alert(1)>'
 
@@ -209,7 +210,7 @@ def test_readme_curve_needs_an_evaluation(tmp_path: Path) -> None:
 
 
 def test_nothing_heavy_is_imported_before_it_is_used() -> None:
-    code = ("import sys, agentsdpo.report, agentsdpo.console; "
+    code = ("import sys, agentsdpo.show.report, agentsdpo.show.console; "
             "print([m for m in ('matplotlib', 'jinja2', 'rich', 'torch') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from agentsdpo import watch
 from agentsdpo.cli import app
 from agentsdpo.errors import ConfigError, RunError
 from agentsdpo.runfolder import RunFolder
+from agentsdpo.show import watch
 from agentsdpo.track import MetricsWriter
 
 Later = Callable[..., None]

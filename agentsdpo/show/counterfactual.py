@@ -18,9 +18,9 @@ from agentsdpo.replay.cli.base import existing
 from agentsdpo.replay.cli.decode import pieces
 from agentsdpo.replay.cli.view import Shown, load
 from agentsdpo.runfolder import read_run
+from agentsdpo.show.viewer import Scores
+from agentsdpo.show.viewing import Scorer
 from agentsdpo.types import Json
-from agentsdpo.viewer import Scores
-from agentsdpo.viewing import Scorer
 
 RIGHT, OTHER, NONE = "its own hint", "another task's hint", "no hint"
 """The three controls of :func:`hint_rows`."""

@@ -36,8 +36,8 @@ def test_a_split_is_named_by_the_summary_and_never_guessed_by_its_rate() -> None
 
 @pytest.mark.parametrize("how", ["page", "terminal"])
 def test_the_pooled_headline_is_named(run_dir: Path, capsys: pytest.CaptureFixture[str], how: str) -> None:
-    from agentsdpo.console import print_summary
-    from agentsdpo.report import write_report
+    from agentsdpo.show.console import print_summary
+    from agentsdpo.show.report import write_report
 
     path = run_dir / "summary.json"
     summary = json.loads(path.read_text())

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from agentsdpo.pages import render
 from agentsdpo.replay.cli.decode import Decoder, pieces
 from agentsdpo.replay.cli.shade import segments
 from agentsdpo.replay.cli.view import Shown
+from agentsdpo.show.pages import render
 from agentsdpo.types import Branch, Json
 
 _SCALE = 100
@@ -47,7 +47,7 @@ def page(shown: Shown, scores: Sequence[Scores | None], *, by: str = "", note: s
         by: what tokens are shaded by at first: gap, ratio, weight or logprob; the first that is known when not given.
         note: which model scored, and with which hint.
     """
-    script = (files("agentsdpo") / "templates" / "viewer.js").read_text(encoding="utf-8")
+    script = (files("agentsdpo.show") / "templates" / "viewer.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     told = document(shown, scores, by=by, note=note)
     data = json.dumps(told, separators=(",", ":"), allow_nan=False)

@@ -12,11 +12,11 @@ from typing import Any
 
 from agentsdpo import formats
 from agentsdpo.files import write_text
-from agentsdpo.pages import Picture, missing_words, picture, render
-from agentsdpo.report import COSTS, PROVENANCE, plain, record_of
 from agentsdpo.results import SPLIT_WORDS, arm_rate, evals, headline_split, rate
 from agentsdpo.runfolder import Arm, RunData, read_run
 from agentsdpo.settings_io import flat
+from agentsdpo.show.pages import Picture, missing_words, picture, render
+from agentsdpo.show.report import COSTS, PROVENANCE, plain, record_of
 from agentsdpo.stats import Interval, difference
 from agentsdpo.types import Json
 

@@ -90,7 +90,7 @@ def training(total_steps: int, title: str, mode: str = "auto", file: TextIO | No
     out = file or sys.stderr
     mode = settled(mode, out)
     if mode == "rich":
-        from agentsdpo.live import LiveView
+        from agentsdpo.show.live import LiveView
 
         with LiveView(total_steps, clean(title), out) as view:
             yield view

@@ -48,7 +48,7 @@ def environment(**filters: Callable[..., str]) -> Any:
     """The template engine with more filters: it escapes everything, and a name that a template misses is an error."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    found = Environment(loader=PackageLoader("agentsdpo"), autoescape=True, undefined=StrictUndefined,
+    found = Environment(loader=PackageLoader("agentsdpo.show"), autoescape=True, undefined=StrictUndefined,
                         trim_blocks=True, lstrip_blocks=True)
     found.filters.update(percent=formats.percent, interval=formats.interval, number=formats.number, **filters)
     found.globals["themes"] = THEMES

@@ -11,9 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from agentsdpo.console import ASCII_BARS, BARS, TRENDS, Pace, alarm_words, clean, sparkline, step_words
 from agentsdpo.formats import interval, is_number, number, percent
 from agentsdpo.results import eval_interval
+from agentsdpo.show.console import ASCII_BARS, BARS, TRENDS, Pace, alarm_words, clean, sparkline, step_words
 
 FRACTIONS = ("reward", "ESS")
 """Trends drawn between 0 and 1; the others between 0 and their highest."""

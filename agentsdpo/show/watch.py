@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from agentsdpo import console
-from agentsdpo.console import SHOWN
 from agentsdpo.errors import RunError
 from agentsdpo.files import last_line
 from agentsdpo.formats import duration, interval, is_number, number, percent
 from agentsdpo.results import eval_interval
 from agentsdpo.runfolder import RunFolder
+from agentsdpo.show import console
+from agentsdpo.show.console import SHOWN
 from agentsdpo.track import Tail
 from agentsdpo.types import Json
 
@@ -218,7 +218,7 @@ def follow(path: Path | str, *, mode: str = "auto", out: TextIO | None = None, p
 
     Args:
         path: run folder.
-        mode: ``auto``, ``rich``, ``plain`` or ``none``, as in :func:`agentsdpo.console.training`.
+        mode: ``auto``, ``rich``, ``plain`` or ``none``, as in :func:`agentsdpo.show.console.training`.
         out: where to; None is stdout.
         poll_s: seconds between two looks, above 0.
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from agentsdpo import pages
-from agentsdpo.comparison import compare, write_comparison
 from agentsdpo.errors import RunError
+from agentsdpo.show import pages
+from agentsdpo.show.comparison import compare, write_comparison
 from agentsdpo.stats import difference, wilson
-from tests.report.browser import browser, complaints, contrasts, needs_browser
-from tests.report.test_report import HOSTILE, assert_self_contained
+from tests.show.browser import browser, complaints, contrasts, needs_browser
+from tests.show.test_report import HOSTILE, assert_self_contained
 
 Write = Callable[[Path], Path]
 
@@ -139,7 +139,7 @@ def test_the_verb(runs: tuple[Path, Path], tmp_path: Path) -> None:
 @needs_browser
 @pytest.mark.slow
 def test_the_pages_in_a_browser(runs: tuple[Path, Path], tmp_path: Path) -> None:
-    from agentsdpo.report import write_report
+    from agentsdpo.show.report import write_report
 
     written = [write_report(hostile(runs[0])), write_comparison(*runs)[0]]
     with browser(tmp_path) as driver:

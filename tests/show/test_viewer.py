@@ -25,10 +25,10 @@ from agentsdpo.learn.load import load_chat, load_model
 from agentsdpo.publish.registry import PolicyRegistry
 from agentsdpo.replay.cli.view import Shown, load
 from agentsdpo.replay.store import ReplayStore
+from agentsdpo.show.viewer import Scores, document, page
+from agentsdpo.show.viewing import Scorer, Wanted
 from agentsdpo.types import Branch, Hint
-from agentsdpo.viewer import Scores, document, page
-from agentsdpo.viewing import Scorer, Wanted
-from tests.report.browser import browser, complaints, contrasts, needs_browser
+from tests.show.browser import browser, complaints, contrasts, needs_browser
 
 EVIL = "</script><img src=x onerror=document.title='owned'><!-- \u2028 &amp;"
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from agentsdpo import console
 from agentsdpo.errors import ConfigError
-from agentsdpo.live import LiveView
+from agentsdpo.show import console
+from agentsdpo.show.live import LiveView
 
 
 class Terminal(io.StringIO):

@@ -27,8 +27,8 @@ from agentsdpo.publish.registry import PolicyRegistry
 from agentsdpo.replay.cli.shade import GAP
 from agentsdpo.replay.cli.view import Shown
 from agentsdpo.replay.rows import Row
+from agentsdpo.show.viewer import Scores
 from agentsdpo.types import Hint
-from agentsdpo.viewer import Scores
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from typing import Any
 
 from agentsdpo import formats
 from agentsdpo.files import write_text
-from agentsdpo.pages import Picture, missing_words, picture, render
 from agentsdpo.results import (
     CONTROL_SPLIT,
     SPLIT_WORDS,
@@ -27,6 +26,7 @@ from agentsdpo.results import (
     zero_shot,
 )
 from agentsdpo.runfolder import Arm, RunData, read_run
+from agentsdpo.show.pages import Picture, missing_words, picture, render
 from agentsdpo.stats import difference
 from agentsdpo.types import Json
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from agentsdpo.counterfactual import NONE, OTHER, RIGHT, apart, hint_rows, load_episodes, parts_of, token_rows
 from agentsdpo.envs.desk.seed import seed_path
 from agentsdpo.errors import HintError
 from agentsdpo.learn.load import load_chat, load_model
 from agentsdpo.plots import tokens
 from agentsdpo.publish.registry import PolicyRegistry
-from agentsdpo.viewing import Scorer, Wanted
+from agentsdpo.show.counterfactual import NONE, OTHER, RIGHT, apart, hint_rows, load_episodes, parts_of, token_rows
+from agentsdpo.show.viewing import Scorer, Wanted
 
 RUN = Path(__file__).resolve().parents[2] / "notebooks" / "data" / "demo"
 STORE = RUN / "arms" / "robust" / "replay"
