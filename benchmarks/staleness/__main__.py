@@ -50,7 +50,8 @@ MORE = (_arm("is-8", "naive", 8, "learn.ratio=is"), _arm("tis-8", "naive", 8, "l
         _arm("live-0", "robust", 0, "learn.teacher=live", "learn.allow_live_lr=true"),
         _arm("sdpopp-8-3e-4", "sdpopp", 8, "learn.lr=3e-4"), _arm("sdpopp-8-6e-4", "sdpopp", 8, "learn.lr=6e-4"),
         _arm("naive-8-3e-5", "naive", 8, "learn.lr=3e-5"), _arm("naive-8-3e-4", "naive", 8, "learn.lr=3e-4"),
-        _arm("robust-16-n2", "robust", 16, "n=[2]"), _arm("robust-16-n4", "robust", 16, "n=[4]", "collect.window=1024"))
+        _arm("robust-16-n2", "robust", 16, "desk.n=[2]"), _arm("robust-16-n4", "robust", 16, "desk.n=[4]",
+             "collect.window=1024"))
 """One thing changed at a time: a ratio on ``naive``'s sampled token; on ``robust`` the form, the gates, the teacher; on
 the sampled token its learning rate, so that it does not lose by the one it was given; episodes of 6 and 10 calls (two
 and four clients), as many as the shipped model has learnt to make."""

@@ -12,7 +12,7 @@ from agentsdpo.types import Json
 
 CONTROL = "test_firm"
 BASELINE = "robust-0"
-WORDS = (f"{'arm':<12}{'seeds':>6}{'held-out pass, IQM [95 %]':>29}{'greedy':>8}{'score':>7}{'best':>6}"
+WORDS = (f"{'arm':<14}{'seeds':>6}{'held-out pass, IQM [95 %]':>29}{'greedy':>8}{'score':>7}{'best':>6}"
          f"{'zero-shot':>11}{'control':>9}{'collapsed':>11}{'- ' + BASELINE:>22}")
 
 
@@ -56,7 +56,7 @@ class Result:
             ends = "" if np.isnan(found.low) else f" [{percent(found.low)}, {percent(found.high)}]"
             return f"{100 * found.estimate:{sign}.1f}{ends}"
 
-        return (f"{self.arm:<12}{self.seeds:>6}{interval(self.passed):>29}{percent(self.greedy):>8}"
+        return (f"{self.arm:<14}{self.seeds:>6}{interval(self.passed):>29}{percent(self.greedy):>8}"
                 f"{percent(self.score):>7}{percent(self.best):>6}{percent(self.zero_shot):>11}"
                 f"{percent(self.control):>9}{f'{self.collapsed} of {self.seeds}':>11}"
                 f"{interval(self.difference, '+'):>22}")
