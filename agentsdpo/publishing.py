@@ -8,13 +8,14 @@ small record per server in the registry.
 """
 
 import importlib
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from agentsdpo.config import SEED_MODEL
 from agentsdpo.envs.desk.seed import seed_path
-from agentsdpo.errors import ConfigError, CorruptionError, PushError, RegistryError
+from agentsdpo.errors import ConfigError, CorruptionError, PushError, RegistryError, StoreError
 from agentsdpo.learn.scoring import ModelScorer
 from agentsdpo.publish.bucket import is_bucket, open_registry
 from agentsdpo.publish.push import BOUND, Outcome, Pusher, PushReport, Scorer
@@ -22,6 +23,7 @@ from agentsdpo.publish.push_adapter import AdapterPusher, AutoPusher
 from agentsdpo.publish.push_full import ReloadPusher
 from agentsdpo.publish.registry import PolicyRegistry
 
+_log = logging.getLogger(__name__)
 POLL_S = 0.5
 """Seconds between two looks at registry and servers."""
 LONGEST_WAIT_S = 60.0
@@ -110,13 +112,21 @@ def follow(registry: PolicyRegistry, pusher: Pusher, servers: Sequence[str], *,
            ) -> Iterator[PushReport]:
     """Push every new version, and the latest one to servers that lack it; one report per try, without end.
 
-    What fails is tried again after a growing pause, at once when there is a new version or other servers lack it.
+    What fails is tried again after a growing pause, at once when there is a new version or other servers lack it. A
+    bucket that cannot be reached is asked again in the same way.
     """
     failed: tuple[int, frozenset[str]] | None = None
-    again, pause = 0.0, POLL_S
+    again, pause, away = 0.0, POLL_S, POLL_S
     while True:
-        version = registry.latest()
-        lacking = [] if version is None else [url for url in servers if not _serves(pusher, registry, version, url)]
+        try:
+            version = registry.latest()
+            lacking = [] if version is None else [url for url in servers if not _serves(pusher, registry, version, url)]
+        except StoreError as error:
+            _log.warning("the registry cannot be read, the next look is in %g s: %s", away, error)
+            sleep(away)
+            away = min(2 * away, LONGEST_WAIT_S)
+            continue
+        away = POLL_S
         if version is not None and lacking:
             now = version, frozenset(lacking)
             if now != failed or clock() >= again:
@@ -146,7 +156,7 @@ def _try(pusher: Pusher, registry: PolicyRegistry, version: int, servers: Sequen
     """A push whose version may be at fault: that is a report too, for a later one may be good."""
     try:
         return push(registry, pusher, version, servers)
-    except (PushError, RegistryError, CorruptionError) as error:
+    except (PushError, RegistryError, CorruptionError, StoreError) as error:
         return PushReport(version, "none", tuple(Outcome(url, ok=False, error=str(error)) for url in servers))
 
 

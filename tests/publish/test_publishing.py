@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from agentsdpo.cli import app
-from agentsdpo.errors import ConfigError, ModelError, RegistryError
+from agentsdpo.errors import ConfigError, ModelError, RegistryError, StoreError
 from agentsdpo.publish.push_full import ReloadPusher
 from agentsdpo.publish.registry import PolicyRegistry
 from agentsdpo.publish.served import read_served
@@ -63,6 +63,21 @@ def test_every_new_version_and_every_restart_of_the_server(registry: PolicyRegis
     found = [(at, report.version, report.ok) for at, report in reports(registry, pusher, clock)]
     assert found == [(0.0, 2, True), (5.0, 3, True), (10.0, 3, True)]
     assert (fake.value, fake.label) == (7.0, "3")
+
+
+def test_a_bucket_that_is_away_is_asked_again(registry: PolicyRegistry, pusher: ReloadPusher, monkeypatch: Any,
+                                              caplog: pytest.LogCaptureFixture) -> None:
+    clock, latest = Clock(20), registry.latest
+
+    def away() -> int | None:
+        if clock.now < 5:
+            raise StoreError("s3://bucket cannot be reached", fix="look at the network")
+        return latest()
+
+    monkeypatch.setattr(registry, "latest", away)
+    found = [(at, report.version, report.ok) for at, report in reports(registry, pusher, clock)]
+    assert found == [(7.5, 2, True)]  # looks at 0, 0.5, 1.5, 3.5 and 7.5 s
+    assert [record.args[0] for record in caplog.records if record.args] == [0.5, 1.0, 2.0, 4.0]
 
 
 def test_failures_are_tried_again_ever_more_rarely(registry: PolicyRegistry, fake: Any, pusher: ReloadPusher) -> None:
