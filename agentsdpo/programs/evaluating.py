@@ -1,6 +1,6 @@
 """The evaluator as a program: plays what the learner of a run folder has asked to have evaluated.
 
-    agentsdpo evaluate RUN [--follow] [--server URL]
+    agentsdpo evaluate RUN [--follow] [--server URL | --ray ADDRESS --of N]
 
 Always the same tasks with the same seeds, as in the synchronous loop (:mod:`agentsdpo.evaluate`). It keeps no state:
 what is due stands in the run folder, and so do the answers.
@@ -20,6 +20,7 @@ from agentsdpo.evaluate import EVAL_SEED, scores
 from agentsdpo.learn.alarms import BEHAVIOUR
 from agentsdpo.programs.collecting import make_engine
 from agentsdpo.programs.owed import Owed, append_answer, key_of, read_answers, read_owed
+from agentsdpo.publish.bucket import open_registry
 from agentsdpo.publish.control import VllmControl
 from agentsdpo.publish.registry import PolicyRegistry
 from agentsdpo.publishing import make_pusher, push
@@ -28,6 +29,8 @@ from agentsdpo.types import Json
 
 POLL_S = 0.5
 """Seconds between two looks at what is due."""
+Job = tuple[Owed, str, str, int]
+"""What one line answers: whose policy, split, ``sampled`` or ``greedy``, episodes."""
 
 
 class Evaluator:
@@ -36,29 +39,23 @@ class Evaluator:
     Args:
         config: of the run.
         folder: of the run.
-        say: told of every evaluation, in one line.
         server: an inference server that nobody else uses: versions are swapped into it. None plays in this process.
+        policies: the registry, a folder or ``s3://bucket/prefix``; None is that of the run folder.
 
     Raises:
         ModelError, ConfigError, EngineError: see the parts.
     """
 
-    def __init__(self, config: RunConfig, folder: RunFolder, say: Callable[[str], None], server: str | None = None
+    def __init__(self, config: RunConfig, folder: RunFolder, server: str | None = None, policies: str | None = None
                  ) -> None:
         path, self._chat, self._suite = check_request(config)
-        self.config, self.folder, self.say, self._server = config, folder, say, server
+        self.config, self._server = config, server
         self._engine = make_engine(server or "inprocess", config, path, self._chat)
-        self._registry, self._candidates = PolicyRegistry(folder.policies), PolicyRegistry(folder.candidates)
+        self._registry, self._candidates = open_registry(policies or folder.policies), PolicyRegistry(folder.candidates)
         self._serving: tuple[int, int | None] = (-1, None)
 
-    def next(self) -> tuple[Owed, str, str, int] | None:
-        """The oldest evaluation that is due and was not played."""
-        have = {key_of(row) for row in read_answers(self.folder)}
-        return next(((owed, *one) for owed in read_owed(self.folder)
-                     for key, one in zip(owed.keys, owed.wanted, strict=True) if key not in have), None)
-
     def play(self, owed: Owed, split: str, decoding: str, count: int) -> Json:
-        """Play one evaluation and write it down; returns its line.
+        """Play one evaluation; its line of the answer.
 
         Raises:
             RegistryError: the version is not there any more. PushError: the server did not take it.
@@ -72,11 +69,8 @@ class Evaluator:
         collector = Collector.of_engine(self._suite, self._engine, self._chat, sampling, evaluate=True)
         episodes = collector.collect(split, range(count), seed=EVAL_SEED)
         acts = {key: value for key, value in collect_metrics(episodes).items() if key in BEHAVIOUR}
-        row = {"step": owed.step, "version": owed.version, "split": split, "decoding": decoding, **scores(episodes),
-               **acts}
-        append_answer(self.folder, row)
-        self.say(f"version {owed.version} on {split}, {decoding}: pass {row.get('pass')} of {row['n']} episodes")
-        return row
+        return {"step": owed.step, "version": owed.version, "split": split, "decoding": decoding, **scores(episodes),
+                **acts}
 
     def _seat(self, registry: PolicyRegistry, number: int, version: int) -> None:
         """Have the engine play one version of a registry; whatever it served before is gone."""
@@ -91,6 +85,27 @@ class Evaluator:
             raise PushError(f"version {version} cannot be evaluated: {report.servers[0].error}",
                             fix="look into the server's log, or evaluate in this process (without --server)")
         self._engine.use(report.name or self._engine.facts.base)
+
+
+def left(folder: RunFolder) -> list[Job]:
+    """The evaluations that are due and were not played, oldest first."""
+    have = {key_of(row) for row in read_answers(folder)}
+    return [(owed, *one) for owed in read_owed(folder) for key, one in zip(owed.keys, owed.wanted, strict=True)
+            if key not in have]
+
+
+def answer(folder: RunFolder, row: Json, say: Callable[[str], None]) -> None:
+    """Write one evaluation down, and say how it went."""
+    append_answer(folder, row)
+    say(f"version {row['version']} on {row['split']}, {row['decoding']}: pass {row.get('pass')} of {row['n']} episodes")
+
+
+def run_folder(run: Path | str) -> RunFolder:
+    """The folder of a run that is there. Raises RunError where there is none."""
+    folder = RunFolder(Path(run).resolve())
+    if not folder.config.is_file():
+        raise RunError(f"{run} holds no run", fix="give the folder that `agentsdpo train` or `learn` writes")
+    return folder
 
 
 def evaluate_due(run: Path | str, *, follow: bool = False, server: str | None = None,
@@ -109,19 +124,17 @@ def evaluate_due(run: Path | str, *, follow: bool = False, server: str | None = 
     Raises:
         RunError: no such run. KeyboardInterrupt: interrupted; the evaluation under way is played again next time.
     """
-    folder, played = RunFolder(Path(run)), 0
-    if not folder.config.is_file():
-        raise RunError(f"{folder.path} holds no run", fix="give the folder that `agentsdpo train` or `learn` writes")
-    evaluator = Evaluator(load(folder.config), folder, say, server)
+    folder, played = run_folder(run), 0
+    evaluator = Evaluator(load(folder.config), folder, server)
     while True:
-        job = evaluator.next()
-        if job is None:
+        jobs = left(folder)
+        if not jobs:
             if not follow:
                 return {"run": str(folder.path), "played": played}
             time.sleep(POLL_S)
             continue
         try:
-            evaluator.play(*job)
+            answer(folder, evaluator.play(*jobs[0]), say)
             played += 1
         except RegistryError:  # the learner gave this version up since, and says so in what is due
             if not follow:

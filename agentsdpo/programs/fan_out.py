@@ -1,21 +1,56 @@
-"""Collectors over a Ray cluster: many machines, one command.
+"""Collectors and evaluators over a Ray cluster: many machines, one command.
 
     agentsdpo collect CONFIG.toml --store URI --policies DIR --ray ADDRESS --of N
+    agentsdpo evaluate RUN --ray ADDRESS --of N
 
 Ray starts the processes, spreads them over the machines and starts one anew elsewhere when its worker or its machine
 dies; everything else goes through store and registry, which every machine must reach under the same names. A collector
-that starts anew plays what the store lacks of its episodes, so that none is lost or doubled.
+that starts anew plays what the store lacks of its episodes, so that none is lost or doubled. An evaluator is handed one
+evaluation at a time and hands its numbers back; this process alone reads and writes the run folder.
 """
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from agentsdpo.config import RunConfig, from_mapping
-from agentsdpo.errors import ConfigError, EngineError
+from agentsdpo.config import RunConfig, from_mapping, load
+from agentsdpo.errors import ConfigError, EngineError, RegistryError
+from agentsdpo.programs.evaluating import Evaluator, answer, left, run_folder
+from agentsdpo.runfolder import RunFolder
 from agentsdpo.types import Json
 
 POLL_S = 10.0
 """Seconds between two looks at which collectors are done."""
+DUE_S = 0.5
+"""Seconds between two looks at what is to be evaluated."""
+
+
+@contextmanager
+def cluster(address: str) -> Iterator[Any]:
+    """The module ``ray``, connected.
+
+    Args:
+        address: of the cluster, ``auto`` for the one this machine belongs to, ``local`` to start one here.
+
+    Raises:
+        ConfigError: ray is not installed. EngineError: the cluster cannot be reached.
+    """
+    try:
+        import ray  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ConfigError("--ray needs ray, which is not installed",
+                          fix="pip install 'agentsdpo[ray]' on every machine") from error
+    try:
+        ray.init(address=address, log_to_driver=False, include_dashboard=False if address == "local" else None)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise EngineError(f"no Ray cluster at {address!r}: {error}",
+                          fix="start one with `ray start --head`, or give --ray local") from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
 
 
 def collect_over_ray(config: RunConfig, uri: str, policies: str, *, address: str, of: int, engine: str = "inprocess",
@@ -26,7 +61,7 @@ def collect_over_ray(config: RunConfig, uri: str, policies: str, *, address: str
         config: of the run.
         uri: store, as every machine of the cluster reaches it.
         policies: policy registry, likewise.
-        address: of the cluster, ``auto`` for the one this machine belongs to, ``local`` to start one here.
+        address: see :func:`cluster`.
         of: how many collectors; each takes one CPU of the cluster.
         engine, episodes: of each, see :func:`agentsdpo.programs.collecting.assemble_collector`.
         say: told of progress, one line at a time.
@@ -38,25 +73,13 @@ def collect_over_ray(config: RunConfig, uri: str, policies: str, *, address: str
         ConfigError: ray is not installed. EngineError: the cluster cannot be reached, or a collector failed.
         KeyboardInterrupt: interrupted; the collectors were told to stop.
     """
-    try:
-        import ray  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ConfigError("collecting over a cluster needs ray, which is not installed",
-                          fix="pip install 'agentsdpo[ray]' on every machine") from error
-    try:
-        ray.init(address=address, log_to_driver=False, include_dashboard=False if address == "local" else None)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise EngineError(f"no Ray cluster at {address!r}: {error}",
-                          fix="start one with `ray start --head`, or give --ray local") from error
-    try:
+    with cluster(address) as ray:
         # A worker that dies is no fault of the collector's: its task is run again for as often as it takes.
         remote = ray.remote(num_cpus=1, max_retries=-1)(collector)
         settings = config.model_dump(mode="json")
         running = {remote.remote(settings, uri, policies, number, of, engine, episodes): number for number in range(of)}
         say(f"{of} collectors on {len(ray.nodes())} machines")
         return {"store": uri, "collectors": of, **_gathered(ray, running, say)}
-    finally:
-        ray.shutdown()
 
 
 def _gathered(ray: Any, running: dict[Any, int], say: Callable[[str], None]) -> Json:
@@ -83,3 +106,86 @@ def collector(settings: Json, uri: str, policies: str, number: int, of: int, eng
     from agentsdpo.programs.collecting import collect
 
     return collect(from_mapping(settings), uri, policies, engine=engine, number=number, of=of, episodes=episodes)
+
+
+def evaluate_over_ray(run: Path | str, *, address: str, of: int, follow: bool = False,
+                      say: Callable[[str], None] = lambda text: None) -> Json:
+    """Play what is due in a run folder on a cluster.
+
+    Machines take the policies from ``publish.mirror`` where the run has one, else from the run folder, which they must
+    then reach under the same path. Weights that an alarm holds back are in the run folder alone: they are played here.
+
+    Args:
+        run: the folder.
+        address: see :func:`cluster`.
+        of: how many evaluators; each takes one CPU of the cluster.
+        follow: go on with what becomes due later, until interrupted.
+        say: told of every evaluation, in one line.
+
+    Returns:
+        ``run``, ``evaluators``, and ``played``, how many evaluations.
+
+    Raises:
+        RunError: no such run. ConfigError, EngineError: see :func:`cluster`; or an evaluator failed.
+        RegistryError: a version is not there any more, without ``follow``.
+    """
+    folder = run_folder(run)
+    config = load(folder.config)
+    with cluster(address) as ray:
+        remote = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(Distant)
+        idle = [remote.remote(config.model_dump(mode="json"), str(folder.path)) for _ in range(of)]
+        say(f"{of} evaluators on {len(ray.nodes())} machines")
+        return {"run": str(folder.path), "evaluators": of,
+                "played": _evaluated(ray, idle, config, folder, follow=follow, say=say)}
+
+
+def _evaluated(ray: Any, idle: list[Any], config: RunConfig, folder: RunFolder, *, follow: bool,
+               say: Callable[[str], None]) -> int:
+    """Hand out what is due and write down what comes back, until nothing is due; how many evaluations."""
+    here: Evaluator | None = None
+    running, played = dict[Any, tuple[Any, Any]](), 0
+    while True:
+        handed = [job for _, job in running.values()]
+        for job in left(folder):
+            if job[0].candidate is not None:
+                here = here or Evaluator(config, folder)
+                answer(folder, here.play(*job), say)
+                played += 1
+            elif idle and job not in handed:
+                actor = idle.pop()
+                running[actor.play.remote(*job)] = actor, job
+        if not running and not follow:
+            return played
+        if not running:
+            time.sleep(DUE_S)
+            continue
+        for ref in ray.wait(list(running), timeout=DUE_S)[0]:
+            actor, _ = running.pop(ref)
+            idle.append(actor)
+            played += _taken(ray, ref, folder, follow=follow, say=say)
+
+
+def _taken(ray: Any, ref: Any, folder: RunFolder, *, follow: bool, say: Callable[[str], None]) -> int:
+    """Write down what came back; how many evaluations that are."""
+    try:
+        answer(folder, ray.get(ref), say)
+    except ray.exceptions.RayTaskError as error:
+        if not isinstance(error.cause, RegistryError):
+            raise EngineError(f"an evaluator failed: {error.cause!r}", fix="see the cause, then start again") from error
+        if not follow:  # else the learner gave this version up since, and says so in what is due
+            raise error.cause from error
+        time.sleep(DUE_S)
+        return 0
+    return 1
+
+
+class Distant:
+    """What runs on a machine of the cluster: one evaluator, its settings as a plain mapping."""
+
+    def __init__(self, settings: Json, run: str) -> None:
+        config = from_mapping(settings)
+        self._evaluator = Evaluator(config, RunFolder(Path(run)), policies=config.publish.mirror or None)
+
+    def play(self, *job: Any) -> Json:
+        """See :meth:`Evaluator.play`."""
+        return self._evaluator.play(*job)

@@ -58,14 +58,27 @@ def evaluate(
     follow: Annotated[bool, typer.Option("--follow", help="Go on with what becomes due later.")] = False,
     server: Annotated[str | None, typer.Option(metavar="URL", help="Play on an inference server that nobody else uses: "
                                                                    "versions are swapped into it.")] = None,
+    ray: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Play on a Ray cluster: its address, auto or "
+                                                                    "local.")] = None,
+    of: Annotated[int, typer.Option(min=1, help="How many evaluators there are, with --ray.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Play the evaluations that a learner has asked for."""
+    if ray and server:
+        raise ConfigError("--server and --ray were both given, and a server plays one version at a time",
+                          fix="leave one of them out")
+    if of > 1 and not ray:
+        raise ConfigError(f"--of is {of}, but one evaluator plays without a cluster", fix="give --ray ADDRESS")
     prepare()
-    from agentsdpo.programs.evaluating import evaluate_due
-
     with kept("evaluations played so far are in the run folder"):
-        about = evaluate_due(run, follow=follow, server=server, say=say)
+        if ray:
+            from agentsdpo.programs.fan_out import evaluate_over_ray
+
+            about = evaluate_over_ray(run, address=ray, of=of, follow=follow, say=say)
+        else:
+            from agentsdpo.programs.evaluating import evaluate_due
+
+            about = evaluate_due(run, follow=follow, server=server, say=say)
     show(about, f"{about['played']} evaluations played in {about['run']}", as_json)
 
 

@@ -1,4 +1,4 @@
-"""Collectors over a local Ray cluster: a worker that is killed in the middle costs nothing."""
+"""Collectors and evaluators over a local Ray cluster: a worker that is killed in the middle costs nothing."""
 
 import importlib.util
 import json
@@ -14,8 +14,11 @@ import pytest
 from agentsdpo.assemble import make_learner
 from agentsdpo.config import from_mapping
 from agentsdpo.learn.load import load_chat
+from agentsdpo.programs.evaluating import evaluate_due
+from agentsdpo.programs.owed import Owed, key_of, read_answers, read_owed, write_owed
 from agentsdpo.publish.registry import PolicyRegistry
 from agentsdpo.replay.store import ReplayStore
+from agentsdpo.runfolder import RunFolder
 from agentsdpo.suites import model_path
 
 CONFIG = 'name = "far"\n[collect]\nwindow = 512\nconcurrency = 2\nmax_tokens = 48\n'
@@ -32,7 +35,7 @@ def test_one_number_and_a_cluster_make_no_sense(tmp_path: Path) -> None:
     assert (done.returncode, "--ray runs all of --of 1; leave --number out" in done.stderr) == (2, True)
 
 
-def workers() -> list[int]:
+def workers(title_of: bytes = b"ray::collector") -> list[int]:
     """Worker processes of Ray that run a collector, by the title Ray gives them."""
     found = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
@@ -40,7 +43,7 @@ def workers() -> list[int]:
             title = entry.read_bytes()
         except OSError:
             continue
-        found += [int(entry.parent.name)] if title.startswith(b"ray::collector") else []
+        found += [int(entry.parent.name)] if title.startswith(title_of) else []
     return found
 
 
@@ -67,3 +70,48 @@ def test_a_worker_killed_in_the_middle_costs_nothing(tmp_path: Path) -> None:
     rows = store.snapshot().rows
     assert len(rows) == 16, "eight of each, and each once"
     assert all(episode.grade is not None for episode in store.episodes())
+
+
+def evaluate(run: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "agentsdpo.cli", "evaluate", str(run), *more]
+
+
+@pytest.mark.parametrize(("more", "words"), [
+    (["--ray", "local", "--server", "http://127.0.0.1:1"], "a server plays one version at a time; leave one of them"),
+    (["--of", "2"], "--of is 2, but one evaluator plays without a cluster; give --ray ADDRESS"),
+    (["--ray", "local"], "holds no run; give the folder")])
+def test_what_an_evaluation_cannot_be(tmp_path: Path, more: list[str], words: str) -> None:
+    done = subprocess.run(evaluate(tmp_path, *more), capture_output=True, text=True)
+    assert done.returncode != 0
+    assert words in " ".join(done.stderr.split())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
+def test_evaluations_survive_a_killed_worker(tmp_path: Path) -> None:
+    config, folder = from_mapping({"name": "far", "collect": {"concurrency": 2}}), RunFolder(tmp_path)
+    folder.config.write_text(config.to_toml())
+    chat = load_chat(model_path(config))
+    registry = PolicyRegistry(folder.policies, tokenizer_sha256=chat.tokenizer_sha256,
+                              chat_template_sha256=chat.template_sha256)
+    for step in range(2):
+        registry.publish(make_learner(config).policy(), learner_step=step)
+    wanted = (("val", "sampled", 24), ("test_names", "sampled", 24), ("val", "greedy", 3))
+    write_owed(folder, [Owed(step, step, 0.0, wanted, {}) for step in range(2)])
+    process = subprocess.Popen(evaluate(tmp_path, "--ray", "local", "--of", "2", "--json"), stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 300
+    while not workers(b"ray::Distant.play") and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    killed = workers(b"ray::Distant.play")
+    assert killed, process.communicate()[1]
+    os.kill(killed[0], signal.SIGKILL)
+    said, told = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    assert json.loads(said.splitlines()[-1]) == {"run": str(tmp_path), "evaluators": 2, "played": 6}
+    rows = read_answers(folder)
+    assert sorted(map(key_of, rows)) == sorted(key for owed in read_owed(folder) for key in owed.keys)
+    same = [[row[key] for key in ("n", "pass", "score")] for row in sorted(rows, key=key_of)]
+    assert same[:3] == same[3:], "both versions hold the same weights"
+    assert evaluate_due(folder.path)["played"] == 0

@@ -79,7 +79,7 @@ def test_a_run_with_an_inference_server(vllm_server: Any, control: VllmControl, 
     write_owed(folder, [Owed(1, 1, 0.0, (("val", "greedy", 4),), {})])
     assert evaluate_due(out, server=vllm_server.url)["played"] == 1
     assert control.label() == "1"
-    evaluator = Evaluator(load(folder.config), folder, print)
+    evaluator = Evaluator(load(folder.config), folder)
     here = evaluator.play(Owed(1, 1, 0.0, (("val", "greedy", 4),), {}), "val", "greedy", 4)
     there = next(row for row in read_metrics(folder.path / "evals.jsonl") if row["version"] == 1 and row["n"] == 4)
     assert (there["pass"], there["score"]) == (here["pass"], here["score"])
