@@ -103,13 +103,13 @@ class Ranks:
         """Do something on the first process alone; all wait for it.
 
         Raises:
-            LearnError: it failed; on every process.
+            LearnError: it failed; on every process but the first, which raises what it met.
         """
-        error: LearnError | None = None
+        error: Exception | None = None
         if self.rank == 0:
             try:
                 act()
-            except LearnError as caught:
+            except Exception as caught:  # noqa: BLE001  whatever it is, the others wait for this process
                 error = caught
         failed = self.size > 1 and bool(self.sum(torch.tensor(float(error is not None), device=self._device)))
         if error is not None:

@@ -108,11 +108,12 @@ def refusals(ranks: Ranks) -> dict[str, str]:
             "other rows": lambda: learner_on(ranks).step(rows_of(5 - ranks.rank), 0),
             "not finite": lambda: broken(learner_on(ranks)).step(rows_of(4), 0),
             "no room": lambda: save_checkpoint(Path("/dev/null/no"), learner_on(ranks), version=0),
+            "any fault": lambda: ranks.first(Path("/dev/null/no").mkdir),
             "one process wanted": lambda: join_ranks(ParallelConfig()),
             "odd heads": lambda: attention_case(3, 1, (4, 4), ranks)}.items():
         try:
             attempt()
-        except (LearnError, ModelError) as error:
+        except (LearnError, ModelError, OSError) as error:
             said[name] = str(error)
     return said
 

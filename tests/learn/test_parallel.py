@@ -68,8 +68,10 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         refusals(alone["said"])
         for name in ("resumed", "resumed, shard"):
             assert alone[name] == {"metrics": True, "weights": True, "one left": True}, (rank, name)
-    assert "could not be written" in json.loads((tmp_path / "alone-0.json").read_text())["said"]["no room"]
-    assert "process 0 of this learner failed" in json.loads((tmp_path / "alone-1.json").read_text())["said"]["no room"]
+    first, second = (json.loads((tmp_path / f"alone-{rank}.json").read_text())["said"] for rank in range(2))
+    assert "could not be written" in first["no room"]
+    assert "Not a directory" in first["any fault"]
+    assert all("process 0 of this learner failed" in second[name] for name in ("no room", "any fault"))
     goes_on_alone(tmp_path / "shard")
 
 
