@@ -129,15 +129,16 @@ def judged(rows: Sequence[Json]) -> tuple[str, ...]:
 
 
 def final(rows: Sequence[Json], value: str = "pass", splits: Sequence[str] | None = None) -> dict[int, list[Json]]:
-    """Of one arm: by seed, the last sampled evaluations that have a value, a row for each split, :func:`judged` ones
-    when none are named."""
+    """Of one arm: by seed, the last sampled evaluations that have a value, a row for each split in the order given,
+    :func:`judged` ones when none are named."""
     splits = judged(rows) if splits is None else splits
     ends: dict[int, dict[str, Json]] = {}
     for row in sorted(evals(rows, None, "sampled"), key=lambda row: row["step"]):
         if row["split"] in splits and is_number(row.get(value)):
             ends.setdefault(row["seed"], {})[row["split"]] = row
     last = {seed: max(row["step"] for row in own.values()) for seed, own in ends.items()}
-    return {seed: [row for row in own.values() if row["step"] == last[seed]] for seed, own in ends.items()}
+    return {seed: [own[split] for split in splits if split in own and own[split]["step"] == last[seed]]
+            for seed, own in sorted(ends.items())}
 
 
 def spread(ends: Sequence[Sequence[float]]) -> Interval:
