@@ -3,7 +3,7 @@
 Which one when:
 
 - one pass rate over independent attempts: :func:`wilson`;
-- a few seeds (runs), each scored on the same strata: :func:`stratified_bootstrap` of the :func:`iqm`;
+- a few seeds (runs), each scored on the same strata: :func:`over_seeds`;
 - tasks that share a world: :func:`cluster_bootstrap`;
 - two policies on the same tasks: :func:`paired_difference`.
 
@@ -133,6 +133,24 @@ def stratified_bootstrap(
     picks = np.random.default_rng(seed).integers(runs, size=(draws, runs, strata))
     redrawn = table[picks, np.arange(strata)].reshape(draws, runs * strata)
     return _percentile(float(statistic(table.reshape(-1), axis=-1)), statistic(redrawn, axis=-1), level)
+
+
+def over_seeds(scores: ArrayLike, n: int = 0) -> Interval:
+    """Interquartile mean over runs, with its interval by :func:`stratified_bootstrap`; of one run what it alone tells.
+
+    Args:
+        scores: ``[R]`` or ``[R, S]``, as there.
+        n: episodes behind the pass rate of a single run: its interval is :func:`wilson`'s over these. 0: no ends (NaN)
+            are given, since none are known.
+
+    >>> over_seeds([0.5]), round(over_seeds([0.5], n=64).low, 3), over_seeds([0.25, 0.75])
+    (Interval(estimate=0.5, low=nan, high=nan), 0.381, Interval(estimate=0.5, low=0.25, high=0.75))
+    """
+    table = np.asarray(scores, np.float64)
+    if len(table) > 1:
+        return stratified_bootstrap(table)
+    mean = float(table.mean())
+    return wilson(mean * n, n) if n else Interval(mean, np.nan, np.nan)
 
 
 def bootstrap(

@@ -6,7 +6,6 @@ before arms: after each round of seeds every arm has as many. The table has one 
 """
 
 import json
-import math
 import shutil
 import sys
 import time
@@ -24,7 +23,6 @@ from agentsdpo.config import RunConfig, from_mapping
 from agentsdpo.errors import LearnError, NotFinite, NothingToLearn
 from agentsdpo.files import write_bytes, write_text
 from agentsdpo.loop import train
-from agentsdpo.stats import Interval, stratified_bootstrap, wilson
 from agentsdpo.track import read_metrics
 from agentsdpo.types import Json
 
@@ -126,19 +124,6 @@ def _rows(study: str, folder: Path) -> list[Json]:
              "staleness": settings["staleness"], "commit": ", ".join(sorted(commits)),
              "hardware": "; ".join(sorted(machines))}
     return [{**row, **about} for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == "eval"]
-
-
-def over_seeds(values: Sequence[float], n: int = 0) -> Interval:
-    """Interquartile mean of one number per run, with its 95 % bootstrap interval.
-
-    Of one run: for a pass rate of ``n`` episodes the interval over these, else no ends (NaN), since none are known.
-
-    >>> over_seeds([0.5]), round(over_seeds([0.5], n=64).low, 3), over_seeds([0.25, 0.75])
-    (Interval(estimate=0.5, low=nan, high=nan), 0.381, Interval(estimate=0.5, low=0.25, high=0.75))
-    """
-    if len(values) > 1:
-        return stratified_bootstrap(values)
-    return wilson(values[0] * n, n) if n else Interval(values[0], math.nan, math.nan)
 
 
 def write_table(found: pa.Table, path: Path) -> None:

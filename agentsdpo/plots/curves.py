@@ -81,10 +81,8 @@ def curve_points(rows: Sequence[Json], x: str, value: str = "pass") -> list[Poin
 
 
 def _spread(group: Sequence[Json], value: str) -> stats.Interval:
-    if len(group) > 1:
-        return stats.stratified_bootstrap([float(row[value]) for row in group])
-    interval = eval_interval(group[0]) if value == "pass" else None
-    return interval or stats.Interval(float(group[0][value]), np.nan, np.nan)
+    alone = eval_interval(group[0]) if len(group) == 1 and value == "pass" else None
+    return alone or stats.over_seeds([float(row[value]) for row in group])
 
 
 def _evaluated(

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from agentsdpo.errors import RunError
 from agentsdpo.formats import is_number
 from agentsdpo.results import HELD_OUT, evals, headline_split
 from agentsdpo.runfolder import RunData, read_run
-from agentsdpo.stats import Interval, stratified_bootstrap, wilson
+from agentsdpo.stats import Interval, over_seeds, wilson
 from agentsdpo.types import Json
 
 NEVER = 1000
@@ -141,16 +139,9 @@ def final(rows: Sequence[Json], value: str = "pass", splits: Sequence[str] | Non
             for seed, own in sorted(ends.items())}
 
 
-def spread(ends: Sequence[Sequence[float]]) -> Interval:
-    """Interquartile mean over seeds and splits, and its stratified bootstrap interval; one seed has no interval."""
-    fewest = min(map(len, ends))
-    found = stratified_bootstrap([list(values)[:fewest] for values in ends])
-    return found if len(ends) > 1 else Interval(found.estimate, np.nan, np.nan)
-
-
 def held_out(rows: Sequence[Json], value: str = "pass", step: int | None = None,
              splits: Sequence[str] | None = None) -> Interval | None:
-    """An arm's rate on the held-out splits, sampled: over several seeds :func:`spread`, of one Wilson's, pooled.
+    """An arm's rate on the held-out splits, sampled: :func:`agentsdpo.stats.over_seeds`, one seed's splits pooled.
 
     Args:
         rows: of one arm.
@@ -162,6 +153,7 @@ def held_out(rows: Sequence[Json], value: str = "pass", step: int | None = None,
     if not ends:
         return None
     if len(ends) > 1 or value != "pass":
-        return spread([[float(row[value]) for row in own] for own in ends.values()])
+        fewest = min(map(len, ends.values()))
+        return over_seeds([[float(row[value]) for row in own[:fewest]] for own in ends.values()])
     (own,) = ends.values()
     return wilson(round(sum(row["pass"] * row["n"] for row in own)), sum(row["n"] for row in own))

@@ -19,9 +19,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from agentsdpo.benchmarks.methods.continual_stream import House
-from agentsdpo.benchmarks.study import COLUMNS, over_seeds
+from agentsdpo.benchmarks.study import COLUMNS
 from agentsdpo.files import write_text
 from agentsdpo.plots.style import ROLES, STYLE, svg
+from agentsdpo.stats import over_seeds
 from agentsdpo.types import Json
 
 EXTRA = ("before", "after", "entropy", "top_share", "invented", "craft", "valid", "gated")

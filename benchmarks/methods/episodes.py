@@ -21,9 +21,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from agentsdpo.benchmarks.study import Arm, in_table, over_seeds, run_study, table, write_table
+from agentsdpo.benchmarks.study import Arm, in_table, run_study, table, write_table
 from agentsdpo.formats import interval, percent
-from agentsdpo.stats import Interval
+from agentsdpo.stats import Interval, over_seeds
 from agentsdpo.types import Json
 
 GOAL = 0.8

@@ -1,13 +1,13 @@
 """What the staleness study says: one line per arm, over its seeds."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
 from agentsdpo.results import HELD_OUT
-from agentsdpo.stats import Interval, iqm, stratified_bootstrap, wilson
+from agentsdpo.stats import Interval, over_seeds
 from agentsdpo.types import Json
 
 CONTROL = "test_firm"
@@ -112,19 +112,11 @@ def _result(arm: str, rows: list[Json], ends: dict[int, list[float]], fresh: dic
         return float(np.mean(values)) if values else float("nan")
 
     return Result(
-        arm=arm, seeds=len(seeds), n=n, passed=_over_seeds(list(ends.values()), n),
+        arm=arm, seeds=len(seeds), n=n, passed=over_seeds(list(ends.values()), n),
         greedy=mean(last, "pass", "greedy", HELD_OUT),
         score=mean(last, "score", "sampled", HELD_OUT), control=mean(last, "pass", "sampled", (CONTROL,)),
         zero_shot=mean([row for row in rows if row["step"] == 0], "pass", "sampled", HELD_OUT),
         best=float(np.mean([max(row["pass"] for row in curve) for curve in curves])),
         collapsed=sum(curve[-1]["step"] < steps or all(row["score"] < curve[0]["score"] for row in curve[-2:])
                       for curve in curves),
-        difference=_over_seeds(both, 0) if both and arm != BASELINE else None)
-
-
-def _over_seeds(table: Sequence[Sequence[float] | np.ndarray], n: int) -> Interval:
-    """Statistic of runs by splits; of one run over its ``n`` episodes, and without ends where these say nothing."""
-    if len(table) > 1:
-        return stratified_bootstrap(np.asarray(table), iqm)
-    mean = float(np.mean(table[0]))
-    return wilson(mean * n, n) if n else Interval(mean, float("nan"), float("nan"))
+        difference=over_seeds(both) if both and arm != BASELINE else None)
