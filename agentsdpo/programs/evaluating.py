@@ -94,10 +94,25 @@ def left(folder: RunFolder) -> list[Job]:
             if key not in have]
 
 
-def answer(folder: RunFolder, row: Json, say: Callable[[str], None]) -> None:
-    """Write one evaluation down, and say how it went."""
+def take(play: Callable[..., Json], job: Job, folder: RunFolder, *, follow: bool, say: Callable[[str], None]) -> int:
+    """Play one evaluation, write it down and say how it went; how many that are.
+
+    With ``follow`` a version that is not there any more is none: the learner gave it up since, and says so in what is
+    due, which is looked at again after a pause.
+
+    Raises:
+        RegistryError: the version is not there any more, without ``follow``.
+    """
+    try:
+        row = play(*job)
+    except RegistryError:
+        if not follow:
+            raise
+        time.sleep(POLL_S)
+        return 0
     append_answer(folder, row)
     say(f"version {row['version']} on {row['split']}, {row['decoding']}: pass {row.get('pass')} of {row['n']} episodes")
+    return 1
 
 
 def run_folder(run: Path | str) -> RunFolder:
@@ -133,10 +148,4 @@ def evaluate_due(run: Path | str, *, follow: bool = False, server: str | None = 
                 return {"run": str(folder.path), "played": played}
             time.sleep(POLL_S)
             continue
-        try:
-            answer(folder, evaluator.play(*jobs[0]), say)
-            played += 1
-        except RegistryError:  # the learner gave this version up since, and says so in what is due
-            if not follow:
-                raise
-            time.sleep(POLL_S)
+        played += take(evaluator.play, jobs[0], folder, follow=follow, say=say)

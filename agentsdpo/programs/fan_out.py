@@ -9,15 +9,17 @@ that starts anew plays what the store lacks of its episodes, so that none is los
 evaluation at a time and hands its numbers back; this process alone reads and writes the run folder.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from agentsdpo.config import RunConfig, from_mapping, load
 from agentsdpo.errors import ConfigError, EngineError, RegistryError
-from agentsdpo.programs.evaluating import Evaluator, answer, left, run_folder
+from agentsdpo.programs.evaluating import Evaluator, Job, left, run_folder, take
 from agentsdpo.runfolder import RunFolder
 from agentsdpo.types import Json
 
@@ -118,7 +120,7 @@ def evaluate_over_ray(run: Path | str, *, address: str, of: int, follow: bool = 
     Args:
         run: the folder.
         address: see :func:`cluster`.
-        of: how many evaluators; each takes one CPU of the cluster.
+        of: how many evaluators at once; each takes one CPU of the cluster.
         follow: go on with what becomes due later, until interrupted.
         say: told of every evaluation, in one line.
 
@@ -132,60 +134,50 @@ def evaluate_over_ray(run: Path | str, *, address: str, of: int, follow: bool = 
     folder = run_folder(run)
     config = load(folder.config)
     with cluster(address) as ray:
-        remote = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(Distant)
-        idle = [remote.remote(config.model_dump(mode="json"), str(folder.path)) for _ in range(of)]
         say(f"{of} evaluators on {len(ray.nodes())} machines")
         return {"run": str(folder.path), "evaluators": of,
-                "played": _evaluated(ray, idle, config, folder, follow=follow, say=say)}
+                "played": _evaluated(ray, of, config, folder, follow=follow, say=say)}
 
 
-def _evaluated(ray: Any, idle: list[Any], config: RunConfig, folder: RunFolder, *, follow: bool,
+def _evaluated(ray: Any, of: int, config: RunConfig, folder: RunFolder, *, follow: bool,
                say: Callable[[str], None]) -> int:
     """Hand out what is due and write down what comes back, until nothing is due; how many evaluations."""
+    remote = ray.remote(num_cpus=1, max_retries=-1)(evaluation)
+    settings = config.model_dump_json()
     here: Evaluator | None = None
-    running, played = dict[Any, tuple[Any, Any]](), 0
+    running, played = dict[Any, Job](), 0
     while True:
-        handed = [job for _, job in running.values()]
-        for job in left(folder):
-            if job[0].candidate is not None:
-                here = here or Evaluator(config, folder)
-                answer(folder, here.play(*job), say)
-                played += 1
-            elif idle and job not in handed:
-                actor = idle.pop()
-                running[actor.play.remote(*job)] = actor, job
-        if not running and not follow:
-            return played
-        if not running:
+        jobs = [job for job in left(folder) if job not in running.values()]
+        for job in [job for job in jobs if job[0].candidate is None][:of - len(running)]:
+            running[remote.remote(settings, str(folder.path), *job)] = job
+        for job in [job for job in jobs if job[0].candidate is not None][:1]:
+            here = here or Evaluator(config, folder)
+            played += take(here.play, job, folder, follow=follow, say=say)
+        if not jobs and not running:
+            if not follow:
+                return played
             time.sleep(DUE_S)
-            continue
-        for ref in ray.wait(list(running), timeout=DUE_S)[0]:
-            actor, _ = running.pop(ref)
-            idle.append(actor)
-            played += _taken(ray, ref, folder, follow=follow, say=say)
+        for ref in ray.wait(list(running), timeout=DUE_S)[0] if running else ():
+            played += take(lambda *_, ref=ref: _answered(ray, ref), running.pop(ref), folder, follow=follow, say=say)
 
 
-def _taken(ray: Any, ref: Any, folder: RunFolder, *, follow: bool, say: Callable[[str], None]) -> int:
-    """Write down what came back; how many evaluations that are."""
+def _answered(ray: Any, ref: Any) -> Json:
+    """What an evaluator handed back. Raises RegistryError as it did, EngineError for any other fault."""
     try:
-        answer(folder, ray.get(ref), say)
+        return ray.get(ref)
     except ray.exceptions.RayTaskError as error:
-        if not isinstance(error.cause, RegistryError):
-            raise EngineError(f"an evaluator failed: {error.cause!r}", fix="see the cause, then start again") from error
-        if not follow:  # else the learner gave this version up since, and says so in what is due
+        if isinstance(error.cause, RegistryError):
             raise error.cause from error
-        time.sleep(DUE_S)
-        return 0
-    return 1
+        raise EngineError(f"an evaluator failed: {error.cause!r}", fix="see the cause, then start again") from error
 
 
-class Distant:
-    """What runs on a machine of the cluster: one evaluator, its settings as a plain mapping."""
+def evaluation(settings: str, run: str, *job: Any) -> Json:
+    """What runs on a machine of the cluster: one evaluation, see :meth:`Evaluator.play`; settings as JSON."""
+    return _evaluator(settings, run).play(*job)
 
-    def __init__(self, settings: Json, run: str) -> None:
-        config = from_mapping(settings)
-        self._evaluator = Evaluator(config, RunFolder(Path(run)), policies=config.publish.mirror or None)
 
-    def play(self, *job: Any) -> Json:
-        """See :meth:`Evaluator.play`."""
-        return self._evaluator.play(*job)
+@lru_cache(maxsize=1)
+def _evaluator(settings: str, run: str) -> Evaluator:
+    """That of this process, which Ray uses again: the model is loaded once."""
+    config = from_mapping(json.loads(settings))
+    return Evaluator(config, RunFolder(Path(run)), policies=config.publish.mirror or None)

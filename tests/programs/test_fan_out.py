@@ -13,14 +13,18 @@ import pytest
 
 from agentsdpo.assemble import make_learner
 from agentsdpo.config import from_mapping
+from agentsdpo.errors import EngineError, RegistryError
 from agentsdpo.learn.load import load_chat
 from agentsdpo.programs.evaluating import evaluate_due
+from agentsdpo.programs.fan_out import evaluate_over_ray
 from agentsdpo.programs.owed import Owed, key_of, read_answers, read_owed, write_owed
 from agentsdpo.publish.registry import PolicyRegistry
 from agentsdpo.replay.store import ReplayStore
 from agentsdpo.runfolder import RunFolder
 from agentsdpo.suites import model_path
 
+OF = (os.cpu_count() or 1) + 1
+"""Evaluators, one more than the cluster has room for."""
 CONFIG = 'name = "far"\n[collect]\nwindow = 512\nconcurrency = 2\nmax_tokens = 48\n'
 
 
@@ -98,20 +102,37 @@ def test_evaluations_survive_a_killed_worker(tmp_path: Path) -> None:
         registry.publish(make_learner(config).policy(), learner_step=step)
     wanted = (("val", "sampled", 24), ("test_names", "sampled", 24), ("val", "greedy", 3))
     write_owed(folder, [Owed(step, step, 0.0, wanted, {}) for step in range(2)])
-    process = subprocess.Popen(evaluate(tmp_path, "--ray", "local", "--of", "2", "--json"), stdout=subprocess.PIPE,
+    process = subprocess.Popen(evaluate(tmp_path, "--ray", "local", "--of", str(OF), "--json"), stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 300
-    while not workers(b"ray::Distant.play") and process.poll() is None and time.monotonic() < deadline:
+    while not workers(b"ray::evaluation") and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    killed = workers(b"ray::Distant.play")
+    killed = workers(b"ray::evaluation")
     assert killed, process.communicate()[1]
     os.kill(killed[0], signal.SIGKILL)
     said, told = process.communicate(timeout=300)
     assert process.returncode == 0, told
-    assert json.loads(said.splitlines()[-1]) == {"run": str(tmp_path), "evaluators": 2, "played": 6}
+    assert json.loads(said.splitlines()[-1]) == {"run": str(tmp_path), "evaluators": OF, "played": 6}
     rows = read_answers(folder)
     assert sorted(map(key_of, rows)) == sorted(key for owed in read_owed(folder) for key in owed.keys)
     same = [[row[key] for key in ("n", "pass", "score")] for row in sorted(rows, key=key_of)]
     assert same[:3] == same[3:], "both versions hold the same weights"
     assert evaluate_due(folder.path)["played"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
+def test_what_an_evaluator_meets_is_told(tmp_path: Path) -> None:
+    config, folder = from_mapping({"name": "far"}), RunFolder(tmp_path)
+    folder.config.write_text(config.to_toml())
+    wanted = (("val", "sampled", 2),)
+    for owed, words in ((Owed(0, 7, 0.0, wanted, {}), "policy version 7"),
+                        (Owed(0, 7, 0.0, wanted, {}, candidate=3), "policy version 3")):
+        write_owed(folder, [owed])
+        with pytest.raises(RegistryError, match=words):
+            evaluate_over_ray(tmp_path, address="local", of=1)
+    folder.config.write_text(config.to_toml().replace('suite = "desk-mini"', 'suite = "no.such:suite"'))
+    write_owed(folder, [Owed(0, 7, 0.0, wanted, {})])
+    with pytest.raises(EngineError, match=r"an evaluator failed: .*no\.such"):
+        evaluate_over_ray(tmp_path, address="local", of=1)
