@@ -192,10 +192,15 @@ class Hint(Frozen):
     source: Literal["criteria", "feedback", "peer", "gold", "demo", "judge", "user", "next_step", "contrast"]
     author: str = Field(description="who wrote it: a grader's name or a model id")
     placement: Literal["system_prefix", "last_user_suffix", "turn_local"] = Field(
-        default="system_prefix", description="of text: in front, or at the end of the last opening message; those of "
-                                             "turns stand in front of their turn")
+        default="system_prefix", description="of what is read from the first turn on: in front, or at the end of the "
+                                             "last opening message; what begins with a later turn stands before it")
     scope: Literal["episode", "turn"] = "episode"
     answer_bearing: bool = False
+
+    @property
+    def words(self) -> str:
+        """Everything it says: of the whole episode first, then what it says of turns, each once."""
+        return "\n".join(dict.fromkeys(filter(None, [self.text, *(text for _, text in self.turns)])))
 
 
 class Episode(Frozen):

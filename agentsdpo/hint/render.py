@@ -6,11 +6,14 @@ so student and teacher score the same ids; the learner puts them together and ch
 
 * ``system_prefix``: one system message in front of everything;
 * ``last_user_suffix``: at the end of the last message of the opening, before it is closed;
-* of a single turn: one system message right before that turn, read for that turn alone.
+* of single turns: one system message right before the turn, read for that turn alone. Turns in a row that are told the
+  same read it once, before the first of them; from the first turn of a branch on, it stands where one of the whole
+  episode would.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from agentsdpo.chat import ChatFormat
 from agentsdpo.errors import HintError
@@ -47,13 +50,21 @@ def place(chat: ChatFormat, hint: Hint, branch: Branch) -> list[Placed]:
         raise HintError(f"a hint has placement {hint.placement!r} and scope {hint.scope!r} but does not say which turn",
                         fix="give it as turns = ((turn, text), ...)")
     calls = {call.turn: call for call in reversed(branch.calls)}  # the first call of each turn
-    told = {turn: text for turn, text in hint.turns if turn in calls}
+    told, opening = dict(hint.turns), branch.token_ids[:branch.calls[0].start].tolist() if branch.calls else []
     placed = []
     if hint.text and calls.keys() - told.keys():
-        ids, at = whole(chat, hint, branch.token_ids[:branch.calls[0].start].tolist())
+        ids, at = whole(chat, hint, opening)
         placed.append(Placed(ids, at, frozenset(calls) - told.keys()))
-    return placed + [Placed(tuple(chat.hint(text)), _before(chat, branch, calls[turn]), frozenset([turn]))
-                     for turn, text in sorted(told.items())]
+    for text, run in groupby(sorted(calls, key=lambda turn: calls[turn].start), told.get):
+        turns = list(run)
+        if text is None:
+            continue
+        if calls[turns[0]] is branch.calls[0]:
+            ids, at = whole(chat, hint.model_copy(update={"text": text}), opening)
+        else:
+            ids, at = tuple(chat.hint(text)), _before(chat, branch, calls[turns[0]])
+        placed.append(Placed(ids, at, frozenset(turns)))
+    return placed
 
 
 def whole(chat: ChatFormat, hint: Hint, opening: list[int]) -> tuple[tuple[int, ...], int]:

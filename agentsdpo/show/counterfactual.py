@@ -41,7 +41,7 @@ def hint_rows(episodes: Sequence[Shown], scorer: Scorer) -> list[Json]:
     Raises:
         HintError: an episode has no hint, or all have the same.
     """
-    texts = [hint.text if (hint := one.rows[0].hint) else "" for one in episodes]
+    texts = [hint.words if (hint := one.rows[0].hint) else "" for one in episodes]
     if not all(texts) or len(set(texts)) < 2:
         raise HintError(f"{sum(map(bool, texts))} of {len(texts)} episodes have a hint, {len(set(texts))} different "
                         "ones", fix="give episodes with hints of which at least two differ")

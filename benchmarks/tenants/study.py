@@ -136,7 +136,7 @@ def leaks(tenant: str, folder: Path | str, talks: Mapping[str, Sequence[Talk]], 
         (row,) = view.read([key])
         if row.task_id not in own:
             found.append(f"conversation {row.task_id} is not {tenant}'s")
-        text = chat.decode(row.branch.token_ids.tolist()) + (row.hint.text if row.hint else "")
+        text = chat.decode(row.branch.token_ids.tolist()) + (row.hint.words if row.hint else "")
         found += [f"conversation {row.task_id} holds {sentence!r} of {other}" for other in talks if other != tenant
                   for sentence in sentences(other) if sentence in text]
     return found + _foreign(tenant, talks[tenant])

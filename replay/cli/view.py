@@ -250,6 +250,7 @@ def _header(shown: Shown) -> Text:
         lines += [f"feedback: {first.grade.feedback}"] * bool(first.grade.feedback)
     if first.hint:
         lines.append(f"hint ({first.hint.source}, by {first.hint.author}): {first.hint.text}")
+        lines += [f"hint of turn {turn}: {words}" for turn, words in first.hint.turns]
     return text.append(printable("\n".join(lines) + "\n"), style="not bold")
 
 

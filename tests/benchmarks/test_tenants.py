@@ -67,7 +67,7 @@ def test_who_is_wrong_is_corrected_in_the_next_message(stack: Stack, talks: dict
     for talk in talks["globex"]:
         hint = told[talk.name]
         assert hint is not None
-        assert hint.text == talk.said
+        assert hint.words == talk.said
         assert hint.source == "user"
         assert talk.said in sentences("globex")
     assert all(e.train_allowed and e.reward is None for e in stack.episodes("globex") for _ in e.branches)

@@ -71,16 +71,28 @@ def test_a_suffix_is_read_inside_the_last_message_of_the_opening(chat: ChatForma
 
 def test_turns_have_hints_of_their_own_and_the_episodes_is_for_the_others(chat: ChatFormat) -> None:
     branch = branch_of(chat, ["first", "second", "third"])
-    hint = hint_of(turns=((2, "now submit"), (0, "read /a first"), (9, "of another branch")))
-    whole, first, third = place(chat, hint, branch)
-    assert [one.turns for one in (whole, first, third)] == [{1}, {0}, {2}]
-    for one, text in ((first, "read /a first"), (third, "now submit")):
+    hint = hint_of(turns=((2, "now submit"), (1, "read /a first"), (9, "of another branch")))
+    whole, second, third = place(chat, hint, branch)
+    assert [one.turns for one in (whole, second, third)] == [{0}, {1}, {2}]
+    for one, text in ((second, "read /a first"), (third, "now submit")):
         call = branch.calls[min(one.turns)]
         read = teacher(branch, one.at, one.ids)
         said = chat.decode(read[:call.end + len(one.ids)])
         assert f"<|im_start|>system\n{text}<|im_end|>\n<|im_start|>assistant\n" in said
         assert read[call.start + len(one.ids):call.end + len(one.ids)] == branch.token_ids[call.start:call.end].tolist()
-    assert [one.turns for one in place(chat, hint.model_copy(update={"text": ""}), branch)] == [{0}, {2}]
+    assert [one.turns for one in place(chat, hint.model_copy(update={"text": ""}), branch)] == [{1}, {2}]
+
+
+@pytest.mark.parametrize("placement", ["system_prefix", "last_user_suffix"])
+def test_turns_in_a_row_that_are_told_the_same_read_it_once(chat: ChatFormat, placement: Any) -> None:
+    branch = branch_of(chat, ["a", "b", "c", "d", "e"])
+    hint = hint_of("", turns=((0, TEXT), (1, TEXT), (3, TEXT), (4, TEXT)), placement=placement)
+    first, later = place(chat, hint, branch)
+    assert (first.turns, later.turns) == ({0, 1}, {3, 4})
+    (whole,) = place(chat, hint_of(placement=placement), branch)
+    assert (first.ids, first.at) == (whole.ids, whole.at), "from the first turn on, where one of the episode stands"
+    assert later.ids == tuple(chat.hint(TEXT))
+    assert later.at == branch.calls[3].start - len(chat.header_ids)
 
 
 @pytest.mark.parametrize("fields", [{"placement": "turn_local"}, {"scope": "turn"}])

@@ -56,7 +56,7 @@ def test_conversations_are_recorded_as_they_were_sampled(vllm_server: Any, stack
     assert branch.policy_versions == (0, 0)
     assert parity(ModelScorer(seed_path()), chat) < 1e-4
     assert chat.hint is not None
-    assert chat.hint.text == "Again, 0.\nAgain, 1."
+    assert chat.hint.turns == ((0, "Again, 0."), (1, "Again, 1."))
 
 
 def test_each_tenant_is_served_by_its_newest_adapter(vllm_server: Any, stack: Stack, chat: Any, tmp_path: Path) -> None:

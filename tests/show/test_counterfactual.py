@@ -56,7 +56,7 @@ def test_the_hint_is_about_the_values_it_names(rows: list[dict[str, Any]]) -> No
     assert changed
     assert {row["part"] for row in changed} == {"value"}
     hints = {one.episode.episode_id: one.rows[0].hint for one in load_episodes(RUN, 4)[0]}
-    named = [row["teacher_best"] in (hint.text if (hint := hints[row["episode"]]) else "") for row in changed]
+    named = [row["teacher_best"] in (hint.words if (hint := hints[row["episode"]]) else "") for row in changed]
     assert np.mean(named) > 0.9
     shares = tokens.part_shares(own)
     assert shares["value"][1] > 0.8 > 0.5 > shares["value"][0]

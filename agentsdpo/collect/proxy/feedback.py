@@ -5,17 +5,25 @@ An item is ``{"kind", "turn", "text", "value", "author"}``. Kinds: ``text`` (som
 ``next`` (the user's next message) and ``tool_error``.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from agentsdpo.collect.proxy.refusals import Refused
 from agentsdpo.collect.turns import failed
-from agentsdpo.types import Grade, Hint, Json
+from agentsdpo.types import Branch, Grade, Hint, Json, TokenKind
 
 MOST = 8_000
 """Characters of one item's text: it is read by the teacher in front of the whole conversation."""
 _THUMBS = {"up": 1.0, "down": 0.0, 1: 1.0, 0: 0.0, -1: 0.0}
 """Values of thumbs; yes and no are 1 and 0 to Python."""
+_COURTESY = frozenset({
+    "a", "all", "alright", "amazing", "and", "awesome", "bye", "cheers", "cool", "day", "excellent", "fine", "for",
+    "good", "goodbye", "got", "great", "have", "help", "helpful", "hello", "hi", "i", "is", "it", "it's", "job", "just",
+    "lot", "love", "lovely", "many", "much", "nice", "ok", "okay", "perfect", "really", "right", "so", "super", "sure",
+    "thank", "thanks", "that", "that's", "the", "this", "very", "was", "well", "wonderful", "work", "works", "yeah",
+    "yes", "yep", "you", "your"})
+"""A next message of these words alone corrects nothing."""
 
 
 def item(kind: str, text: str = "", *, turn: int | None = None, value: float | None = None,
@@ -97,33 +105,72 @@ _READ = {"text": lambda value: item("text", _words(value, "text")), "thumb": _th
 # ---------------------------------------------------------------------------------------------------------- writing
 
 
-def hint_of(items: Sequence[Json], before: Hint | None = None) -> Hint | None:
+def hint_of(items: Sequence[Json], branches: Sequence[Branch] = (), before: Hint | None = None) -> Hint | None:
     """The hint that these items make, after one that was there before; None when they say nothing in words.
 
-    >>> hint_of([item("next", "In thousands, please."), item("thumb", value=0.0)]).text
-    'In thousands, please.'
+    What is said about a turn is for what led to it since the user last spoke (:func:`exchange`), a tool's failure for
+    that turn alone, and what names no turn for the whole conversation.
+
+    >>> said = hint_of([item("next", "In thousands, please.", turn=0), item("text", "We are a bank."),
+    ...                 item("next", "Thanks a lot!", turn=1)])
+    >>> said.text, said.turns
+    ('We are a bank.', ((0, 'In thousands, please.'),))
     """
-    lines = [before.text] if before else []
-    for one in items:
-        text = _line(one)
-        if text and text not in lines:
-            lines.append(text)
-    if not lines:
+    about: dict[int | None, list[str]] = {}
+    for turn, words in [(None, before.text), *before.turns] if before else ():
+        about[turn] = [words] if words else []
+    said = [(one, line) for one in items if (line := _line(one))]
+    for one, line in said:
+        for turn in _about(one, branches):
+            lines = about.setdefault(turn, [])
+            if line not in lines:
+                lines.append(line)
+    if not any(about.values()):
         return None
-    said = [one["author"] for one in items if _line(one)]
-    author = said[-1] if said else before.author if before else "user"
-    bearing = any(one["kind"] == "edit" for one in items) or bool(before and before.answer_bearing)
-    return Hint(text="\n".join(lines), source="user", author=author, answer_bearing=bearing)
+    author = said[-1][0]["author"] if said else before.author if before else "user"
+    bearing = any(one["kind"] == "edit" for one, _ in said) or bool(before and before.answer_bearing)
+    turns = {turn: "\n".join(lines) for turn, lines in about.items() if turn is not None}
+    return Hint(text="\n".join(about.get(None, [])), turns=tuple(sorted(turns.items())), source="user", author=author,
+                answer_bearing=bearing)
+
+
+def exchange(branches: Sequence[Branch], turn: int) -> tuple[int, ...]:
+    """A turn and those before it in its branch, back to where something else than a tool's answer was put in: the
+    user's words."""
+    for branch in branches:
+        at = next((i for i, call in enumerate(branch.calls) if call.turn == turn), None)
+        if at is None:
+            continue
+        first = at
+        while first and TokenKind.TOOL in branch.token_kind[branch.calls[first - 1].end:branch.calls[first].start]:
+            first -= 1
+        return tuple(call.turn for call in branch.calls[first:at + 1])
+    return (turn,)
+
+
+def _about(one: Json, branches: Sequence[Branch]) -> Sequence[int | None]:
+    """Turns that an item speaks of, or None."""
+    turn = one["turn"]
+    return (turn,) if turn is None or one["kind"] == "tool_error" else exchange(branches, turn)
 
 
 def _line(one: Json) -> str:
-    """One item as the teacher reads it: a user's words as they are."""
-    if not one["text"]:
+    """One item as the teacher reads it: a user's words as they are; "" where it says nothing."""
+    if not one["text"] or one["kind"] == "next" and courtesy(one["text"]):
         return ""
-    place = "" if one["turn"] is None else f" of turn {one['turn']}"
-    before = {"edit": f"The answer{place} should have been:\n", "outcome": "Outcome: ",
-              "tool_error": f"After the answer{place} a tool failed: "}
+    before = {"edit": "The answer should have been:\n", "outcome": "Outcome: ",
+              "tool_error": "A tool failed after this: "}
     return before.get(one["kind"], "") + one["text"]
+
+
+def courtesy(text: str) -> bool:
+    """Whether a message is nothing but thanks or praise, in English.
+
+    >>> [courtesy(text) for text in ("Thanks!", "Great, that works.", "Thanks, but in thousands.", "Danke")]
+    [True, True, False, False]
+    """
+    words = re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)?|\d+", text.lower())
+    return all(word.replace("’", "'") in _COURTESY for word in words)
 
 
 def grade_of(items: Sequence[Json]) -> Grade | None:

@@ -65,7 +65,7 @@ class Shelf(Protocol):
 def finished(episode: Episode, clean: Clean) -> Episode:
     """The episode with the hint and reward of what was said about it, without its secrets."""
     items = episode.metadata.get("feedback", [])
-    return clean(episode.model_copy(update={"hint": hint_of(items), "grade": grade_of(items)}))
+    return clean(episode.model_copy(update={"hint": hint_of(items, episode.branches), "grade": grade_of(items)}))
 
 
 class StoreShelf:
@@ -130,9 +130,11 @@ class StoreShelf:
         if not keys:
             return False
         items = [{**one, "text": self._words(one["text"])} for one in items]
-        hint, grade, label = hint_of(items, view.read(keys[:1])[0].hint), grade_of(items), label_of(items)
+        rows = view.read(keys)
+        hint = hint_of(items, [row.branch for row in rows], rows[0].hint)
+        grade, label = grade_of(items), label_of(items)
         author = items[-1]["author"]
-        if hint is not None:
+        if hint not in (None, rows[0].hint):
             self.store.add_hints({episode_id: hint})
         if grade is not None:
             self.store.add_rewards({episode_id: grade}, author=author)

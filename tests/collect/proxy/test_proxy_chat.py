@@ -42,7 +42,7 @@ def test_the_users_next_message_becomes_the_hint(stack: Stack) -> None:
     stack.close("c")
     (episode,) = stack.episodes()
     assert episode.hint is not None
-    assert (episode.hint.text, episode.hint.source) == ("In thousands, please.", "user")
+    assert (episode.hint.turns, episode.hint.source) == (((0, "In thousands, please."),), "user")
 
 
 def test_history_alone_is_enough_to_know_a_conversation_again(stack: Stack) -> None:
@@ -76,7 +76,7 @@ def test_tools_go_out_as_calls_and_come_back_as_tool_tokens(stack: Stack) -> Non
     tool = branch.token_ids[branch.token_kind == TokenKind.TOOL]
     assert "no such file" in stack.chat.decode(tool.tolist())
     assert episode.hint is not None
-    assert "a tool failed: Error: no such file" in episode.hint.text
+    assert episode.hint.turns == ((0, "A tool failed after this: Error: no such file"),)
     assert episode.tools[0]["function"]["name"] == "note_get"
 
 
@@ -133,7 +133,7 @@ def test_an_edited_answer_is_feedback(stack: Stack) -> None:
     stack.close("c")
     (episode,) = stack.episodes()
     assert episode.hint is not None
-    assert episode.hint.text == "The answer of turn 0 should have been:\nBetter words."
+    assert episode.hint.turns == ((0, "The answer should have been:\nBetter words."),)
     assert episode.hint.answer_bearing
 
 

@@ -22,7 +22,7 @@ def test_while_it_goes_on(stack: Stack) -> None:
     stack.close("c")
     (episode,) = stack.episodes()
     assert episode.hint is not None
-    assert (episode.hint.text, episode.hint.author) == ("Always in thousands.", "ann")
+    assert (episode.hint.turns, episode.hint.author) == (((0, "Always in thousands."),), "ann")
     assert episode.reward == 0.0
     assert episode.metadata["feedback"][0]["turn"] == 0
 
@@ -39,13 +39,40 @@ def test_after_it_ended_and_after_a_restart(stack: Stack) -> None:
     assert tell(stack, conversation="c", edit="It is 7.", turn=1, thumb="up").status_code == 200
     (episode,) = stack.episodes()
     assert episode.hint is not None
-    assert episode.hint.text.split("\n") == ["Shorter.", "Wrong year.", "Outcome: Two of eight.",
-                                             "The answer of turn 1 should have been:", "It is 7."]
+    assert episode.hint.text.split("\n") == ["Wrong year.", "Outcome: Two of eight."]
+    assert episode.hint.turns == ((0, "Shorter."), (1, "The answer should have been:\nIt is 7."))
     assert episode.reward == 1.0  # the thumb came last
     store = ReplayStore.open(stack.store, create=False)
     assert [row.label for row in store.branches("label == 'thumb_up'")] == ["thumb_up"]
     (row,) = store.branches("reward == 1.0")
     assert row.hint == episode.hint
+
+
+def test_it_is_for_what_led_to_it_since_the_user_last_spoke(stack: Stack) -> None:
+    stack.start()
+    talk = ["Sum?"]
+    for news in ({"role": "tool", "content": "12"}, {"role": "tool", "content": "Error: no such file"},
+                 "In thousands, please.", {"role": "tool", "content": "0.012"}, "Thanks, that's great!",
+                 "Now the mean."):
+        talk += [said(stack.ask(*talk, conversation="c")), news]
+    stack.ask(*talk, conversation="c")
+    stack.close("c")
+    tell(stack, conversation="c", turn=4, text="Two digits.")
+    (episode,) = stack.episodes()
+    assert episode.hint is not None
+    assert episode.hint.turns == ((0, "In thousands, please."),
+                                  (1, "A tool failed after this: Error: no such file\nIn thousands, please."),
+                                  (2, "In thousands, please."), (3, "Two digits."), (4, "Two digits."),
+                                  (5, "Now the mean."))
+    assert episode.hint.text == ""
+    assert [one["text"] for one in episode.metadata["feedback"]].count("Thanks, that's great!") == 1, "it is recorded"
+
+
+def test_thanks_alone_is_no_hint(stack: Stack) -> None:
+    stack.start()
+    stack.ask("Sum?", said(stack.ask("Sum?", conversation="c")), "Perfect, thank you!", conversation="c")
+    stack.close("c")
+    assert stack.episodes()[0].hint is None
 
 
 def test_of_traffic_that_nobody_may_train_on(stack: Stack) -> None:
@@ -109,4 +136,5 @@ def test_secrets_are_taken_out_of_text_and_tokens(stack: Stack, how: str) -> Non
     assert leaky.hint is not None
     assert SECRET not in leaky.model_dump_json(exclude={"branches"})
     assert "redacted" in leaky.hint.text
+    assert "redacted" in leaky.hint.turns[0][1]
     assert not list(stack.store.rglob("*.arrows"))
