@@ -23,9 +23,11 @@ VENV = ".venv-vllm/bin/python"
 _MODULE = "vllm.entrypoints.openai.api_server"  # the distribution for CPUs has no working `vllm` command
 _CONTROL = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-_WORKER = Path(__file__).resolve().parent / "publish" / "in_vllm"
-_UNLESS_SET = {"HF_HUB_OFFLINE": "1"}
-_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+_IN_VLLM = Path(__file__).resolve().parent / "publish" / "in_vllm"
+# Clients keep a connection for 5 s, as vLLM does: a request on one that is closed in that moment is lost.
+_UNLESS_SET = {"HF_HUB_OFFLINE": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "65"}
+# On few cores nobody may spin: publish/in_vllm/agentsdpo_waiting.py.
+_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def environment(options: ServeOptions) -> dict[str, str]:
     """The server's environment: the caller's (with ``VLLM_API_KEY``, which so shows in no list of processes)."""
     chosen = _UNLESS_SET if options.gpu else _UNLESS_SET | _CPU
     own = _CONTROL | {key: os.environ.get(key, value) for key, value in chosen.items()}
-    own |= {} if options.gpu else {"PYTHONPATH": str(_WORKER)}
+    own |= {} if options.gpu else {"PYTHONPATH": str(_IN_VLLM)}
     # A virtual environment of the caller's must not leak into that of vLLM.
     return {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "PYTHONPATH")} | own
 

@@ -34,7 +34,7 @@ from agentsdpo.publish.registry import PolicyRegistry
 from agentsdpo.serve import ServeOptions, Server
 from agentsdpo.types import Json
 
-CLIENTS, TOKENS, ROUNDS, QUIET_S = 8, 256, 4, 1.0
+CLIENTS, TOKENS, ROUNDS, QUIET_S = 8, 256, 12, 1.0
 BOUND_S = 60.0
 """Seconds after which no further push of one kind begins."""
 WARM_S = 60.0

@@ -2,14 +2,16 @@
 
 import os
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
 from fake_vllm import FakeVllm
 
 from agentsdpo.errors import ConfigError, EngineError
-from agentsdpo.serve import ServeOptions, Server, command, environment, find_vllm
+from agentsdpo.serve import VENV, ServeOptions, Server, command, environment, find_vllm
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = "#!/bin/sh\n{body}\n"
 
 
@@ -46,6 +48,24 @@ def test_the_environment_hands_on_the_key_and_nothing_of_this_venv(monkeypatch: 
     assert own["VLLM_CPU_KVCACHE_SPACE"] == "7"
     assert "VIRTUAL_ENV" not in own
     assert "hush" not in " ".join(command(ServeOptions("m"), ["python"], 81))
+
+
+@pytest.mark.vllm
+def test_nobody_spins_in_vllm_on_few_cores() -> None:
+    if not (ROOT / VENV).exists() and not os.environ.get("AGENTSDPO_VLLM_PYTHON"):
+        pytest.skip("no .venv-vllm here: make vllm builds it")
+    own = environment(ServeOptions("m"))
+    assert own["OMP_WAIT_POLICY"] == "PASSIVE"
+    ask = ("from vllm.distributed import utils\n"
+           "from vllm.distributed.device_communicators import shm_broadcast\n"
+           "from vllm.plugins import load_general_plugins\n"
+           "assert shm_broadcast.sched_yield is utils.sched_yield, 'vLLM waits in another way now'\n"
+           "load_general_plugins()\n"
+           "import time\nbegan = time.thread_time()\nfor _ in range(1000): shm_broadcast.sched_yield()\n"
+           "print('asleep', shm_broadcast.sched_yield is not utils.sched_yield, time.thread_time() - began < 0.1)")
+    said = subprocess.run([find_vllm()[0], "-c", ask], env=own, capture_output=True, text=True, timeout=300,
+                          check=False)
+    assert "asleep True True" in said.stdout, said.stderr[-2000:]
 
 
 def test_where_vllm_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
