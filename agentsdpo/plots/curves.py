@@ -89,7 +89,6 @@ def _evaluated(
     axes: Axes, rows: Sequence[Json], x: str, scale: float, value: str, decoding: str, style: Any
 ) -> None:
     """Thin seeds, bold line and band of one decoding."""
-    draw_seeds(axes, rows, x, scale, value, linestyle=style)
     points = curve_points(rows, x, value)
     if not points:
         return
@@ -98,6 +97,7 @@ def _evaluated(
         _line(axes, points, scale, color=ROLES["student"], linestyle="none", marker="D", markerfacecolor="none",
               markersize=7, markeredgewidth=1.6, label=decoding)
         return
+    draw_seeds(axes, rows, x, scale, value, linestyle=style)
     label = f"{decoding}, IQM" if len(by_seed(rows)) > 1 else decoding
     draw_band(axes, rows, x, scale, value, linestyle=style, label=label, marker="o",
               markersize=4 if decoding == "sampled" else 0, banded=decoding == "sampled")

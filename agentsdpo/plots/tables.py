@@ -2,7 +2,7 @@
 
 import os
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,20 @@ def final(rows: Sequence[Json], value: str = "pass", splits: Sequence[str] | Non
             for seed, own in sorted(ends.items())}
 
 
+def full(ends: Mapping[int, Sequence[Json]], value: str = "pass") -> dict[int, list[float]]:
+    """Rates by seed from what :func:`final` finds, with as many splits for every seed.
+
+    A run that ended early was last evaluated on its curve's split alone: the least rate that it had there stands for
+    the other splits.
+
+    >>> full({0: [{"split": "a", "pass": 0.5}, {"split": "b", "pass": 1.0}], 1: [{"split": "a", "pass": 0.25}]})
+    {0: [0.5, 1.0], 1: [0.25, 0.25]}
+    """
+    splits = max(([row["split"] for row in own] for own in ends.values()), key=len, default=[])
+    rates = {seed: {row["split"]: float(row[value]) for row in own} for seed, own in ends.items()}
+    return {seed: [own.get(split, min(own.values())) for split in splits] for seed, own in rates.items()}
+
+
 def held_out(rows: Sequence[Json], value: str = "pass", step: int | None = None,
              splits: Sequence[str] | None = None) -> Interval | None:
     """An arm's rate on the held-out splits, sampled: :func:`agentsdpo.stats.over_seeds`, one seed's splits pooled.
@@ -153,7 +167,31 @@ def held_out(rows: Sequence[Json], value: str = "pass", step: int | None = None,
     if not ends:
         return None
     if len(ends) > 1 or value != "pass":
-        fewest = min(map(len, ends.values()))
-        return over_seeds([[float(row[value]) for row in own[:fewest]] for own in ends.values()])
+        return over_seeds(list(full(ends, value).values()))
     (own,) = ends.values()
     return wilson(round(sum(row["pass"] * row["n"] for row in own)), sum(row["n"] for row in own))
+
+
+def by_split(rows: Sequence[Json]) -> dict[str, Json]:
+    """What :func:`agentsdpo.plots.split_bars` draws, of one arm: every split's sampled pass rate before and after
+    training, and greedy after it, over all seeds.
+
+    >>> rows = [{"kind": "eval", "split": "val", "step": step, "seed": seed, "n": 4, "pass": step / 8}
+    ...         for step in (0, 8) for seed in (0, 1)]
+    >>> by_split(rows)["val"]["n"], by_split(rows)["val"]["final_pass"]
+    (8, 1.0)
+    """
+    found: dict[str, Json] = {}
+    for split in dict.fromkeys(row["split"] for row in evals(rows)):
+        own = evals(rows, split)
+        at = min(row["step"] for row in own)
+        last = [row for (row,) in final(own, splits=[split]).values()]
+        greedy = final([{**row, "decoding": "sampled"} for row in evals(own, None, "greedy")], splits=[split])
+        found[split] = {"n": sum(row["n"] for row in last)}
+        for when, rate in (("zero_shot", held_out(own, step=at, splits=[split])),
+                           ("final", held_out(own, splits=[split]))):
+            if rate:
+                found[split] |= {f"{when}_pass": rate.estimate, f"{when}_ci95": [rate.low, rate.high]}
+        if greedy:
+            found[split]["final_greedy_pass"] = sum(row["pass"] for (row,) in greedy.values()) / len(greedy)
+    return found

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from agentsdpo.plots.tables import final, full
 from agentsdpo.results import HELD_OUT
 from agentsdpo.stats import Interval, over_seeds
 from agentsdpo.types import Json
@@ -71,26 +72,12 @@ def lines(found: pa.Table) -> Iterator[str]:
 
 def results(found: pa.Table) -> list[Result]:
     """One result per arm that has a held-out evaluation after training, in alphabetical order."""
-    rows = found.to_pylist()
+    rows = [{"kind": "eval", **row} for row in found.to_pylist()]
     arms = sorted({row["arm"] for row in rows})
-    ends = {arm: _ends([row for row in rows if row["arm"] == arm]) for arm in arms}
+    ends = {arm: full(final([row for row in rows if row["arm"] == arm], splits=HELD_OUT)) for arm in arms}
     steps = max((row["step"] for row in rows), default=0)
     return [_result(arm, [row for row in rows if row["arm"] == arm], ends[arm], ends.get(BASELINE, {}), steps)
             for arm in arms if ends[arm]]
-
-
-def _ends(rows: list[Json]) -> dict[int, list[float]]:
-    """Sampled pass rates of the held-out splits after training, by seed; all splits of the arm for every seed.
-
-    A run that ended early was last evaluated on its curve's split alone: that rate stands for all.
-    """
-    sampled = [row for row in rows if row["decoding"] == "sampled" and row["split"] in HELD_OUT]
-    splits = [split for split in HELD_OUT if any(row["split"] == split for row in sampled)]
-    found: dict[int, list[float]] = {}
-    for seed in sorted({row["seed"] for row in sampled}):
-        at = {row["split"]: row["pass"] for row in _last([row for row in sampled if row["seed"] == seed])}
-        found[seed] = [at.get(split, min(at.values())) for split in splits]
-    return found
 
 
 def _last(rows: list[Json]) -> list[Json]:

@@ -102,6 +102,22 @@ def test_split_bars_show_every_rate_with_its_interval(arm_summary: Summary) -> N
     assert xs(diamonds) == pytest.approx([99.0, 94.0, 48.0, 7.0])
 
 
+def test_split_bars_of_several_seeds_stand_for_all_of_them(arm_rows: Rows) -> None:
+    runs = [[{**row, "seed": seed} for row in arm_rows(seed, scale=0.6 + 0.1 * seed)] for seed in range(4)]
+    found = plots.by_split([row for rows in runs for row in rows])
+    last = [row for rows in runs for row in rows if row["kind"] == "eval" and row["step"] == 120]
+    for split in ("val", "test_names"):
+        rates = [row["pass"] for row in last if (row["split"], row["decoding"]) == (split, "sampled")]
+        expected = stratified_bootstrap(rates)
+        assert found[split]["final_pass"] == expected.estimate
+        assert found[split]["final_ci95"] == [expected.low, expected.high]
+        greedy = [row["pass"] for row in last if (row["split"], row["decoding"]) == (split, "greedy")]
+        assert found[split]["final_greedy_pass"] == pytest.approx(sum(greedy) / 4)
+    (alone,) = {tuple(plots.by_split(runs[0])[split]["final_ci95"]) for split in ("val",)}
+    end = next(row for row in runs[0] if row["kind"] == "eval" and row["step"] == 120)
+    assert alone == tuple(wilson(round(end["pass"] * end["n"]), end["n"])[1:])
+
+
 def test_split_bars_leave_out_what_is_missing() -> None:
     figure = plots.split_bars({"val": {"final_pass": 0.5}, "test_n": {}})
     widths = [patch.get_width() for patch in axes_of(figure).patches]  # pyright: ignore[reportAttributeAccessIssue]
@@ -178,6 +194,9 @@ def test_two_ends_of_greedy_decoding_are_markers_not_a_line(arm_rows: Rows) -> N
     greedy = lines(plots.learning_curve(rows, split="val", baseline=0.0))["greedy"]
     assert greedy.get_linestyle() == "None"
     assert len(xs(greedy)) == 2
+    several = [{**row, "seed": seed} for seed in (0, 1) for row in rows]
+    drawn = axes_of(plots.learning_curve(several, split="val", baseline=0.0)).lines
+    assert not [line for line in drawn if line.get_linestyle() == "--" and line.get_linewidth() < 1]
 
 
 @pytest.mark.parametrize(("top", "scale"), [(1.02, "linear"), (20.0, "log")])
