@@ -53,7 +53,7 @@ def shipped() -> set[str]:
 
 def test_wheel_holds_the_whole_package_and_nothing_else(built: Path) -> None:
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
-        names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+        names = {name for name in wheel.namelist() if not name.startswith(f"agentsdpo-{__version__}.dist-info/")}
         assert names == shipped()
         assert not [info for info in wheel.infolist() if info.external_attr >> 28 == 0xA], "no links inside"
     assert {"agentsdpo/py.typed", "agentsdpo/envs/__init__.py", "agentsdpo/replay/__init__.py"} <= names
@@ -83,6 +83,7 @@ def test_installed_wheel_runs_without_the_checkout(built: Path, tmp_path: Path) 
 
     assert "train" in answer(str(home / "bin" / "agentsdpo"), "--help")
     assert answer(str(home / "bin" / "agentsdpo"), "--version").strip() == __version__
+    assert answer(str(python), "-m", "agentsdpo", "--version").strip() == __version__
     where = answer(str(python), "-c", "import agentsdpo.envs as e, agentsdpo.replay as r, agentsdpo.benchmarks as b;"
                                       "print(*(m.__file__ for m in (e, r, b)), sep='\\n')").split()
     assert where == [str(packages / "agentsdpo" / name / "__init__.py") for name in LINKS]
