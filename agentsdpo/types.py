@@ -202,6 +202,19 @@ class Hint(Frozen):
         """Everything it says: of the whole episode first, then what it says of turns, each once."""
         return "\n".join(dict.fromkeys(filter(None, [self.text, *(text for _, text in self.turns)])))
 
+    @property
+    def told(self) -> list[tuple[str, str]]:
+        """What it says of turns, and which these are, in words; turns in a row that are told the same are one.
+
+        >>> Hint(turns=((0, "a"), (1, "a"), (2, "b")), source="user", author="u").told
+        [('turns 0 to 1', 'a'), ('turn 2', 'b')]
+        """
+        runs: list[tuple[int, int, str]] = []
+        for turn, text in sorted(self.turns):
+            first = runs.pop()[0] if runs and runs[-1][1:] == (turn - 1, text) else turn
+            runs.append((first, turn, text))
+        return [(f"turn {first}" if first == last else f"turns {first} to {last}", text) for first, last, text in runs]
+
 
 class Episode(Frozen):
     """One whole run of a task: branches, outcome, grade, stop reason, hint."""

@@ -67,7 +67,7 @@ def document(shown: Shown, scores: Sequence[Scores | None], *, by: str = "", not
                       "stop": str(episode.stop_reason), "reward": first.reward, "model": episode.model_id,
                       "criteria": [[one.id, one.score] for one in first.grade.results] if first.grade else [],
                       "note": note},
-            "hint": {"text": hint.text, "turns": [list(one) for one in hint.turns], "source": hint.source,
+            "hint": {"text": hint.text, "turns": [list(one) for one in hint.told], "source": hint.source,
                      "author": hint.author} if hint else None,
             "modes": known, "by": by if by in known else known[0], "scale": _SCALE,
             "branches": branches, "words": words.texts}

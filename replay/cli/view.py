@@ -249,8 +249,9 @@ def _header(shown: Shown) -> Text:
         lines.append("criteria: " + ", ".join(_criterion(each) for each in first.grade.results))
         lines += [f"feedback: {first.grade.feedback}"] * bool(first.grade.feedback)
     if first.hint:
-        lines.append(f"hint ({first.hint.source}, by {first.hint.author}): {first.hint.text}")
-        lines += [f"hint of turn {turn}: {words}" for turn, words in first.hint.turns]
+        who = f"({first.hint.source}, by {first.hint.author})"
+        lines += [f"hint {who}: {first.hint.text}"] * bool(first.hint.text)
+        lines += [f"hint of {turns} {who}: {text}" for turns, text in first.hint.told]
     return text.append(printable("\n".join(lines) + "\n"), style="not bold")
 
 

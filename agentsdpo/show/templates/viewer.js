@@ -160,7 +160,7 @@
   if (data.hint) {
     $("hint").append(make("h3", "hint, read by the teacher alone (" + data.hint.source + ", by " + data.hint.author + ")"));
     if (data.hint.text) $("hint").append(make("div", data.hint.text, "hint"));
-    for (const [turn, text] of data.hint.turns) $("hint").append(make("h3", "turn " + turn), make("div", text, "hint"));
+    for (const [turns, text] of data.hint.turns) $("hint").append(make("h3", turns), make("div", text, "hint"));
   } else $("hint").append(make("p", "No hint is read here.", "quiet"));
   for (const by of data.modes) { const button = make("button", NAMES[by]); button.dataset.by = by; button.addEventListener("click", () => choose(by)); $("modes").append(button); }
   write();
