@@ -34,7 +34,7 @@ def curve(rows: Sequence[Json], crossed: Mapping[str, float]) -> Figure:
         reference(axes, max(crossed.values()), "by the other's rules, at the end", "-.")
     axes.set(xlabel="conversations of each tenant", ylabel="held-out work that is right", ylim=(-0.02, 1.02),
              title="Two tenants, opposite house rules, one server")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     return finish(figure, axes)
 
 
