@@ -109,20 +109,19 @@ def hint_of(items: Sequence[Json], branches: Sequence[Branch] = (), before: Hint
     """The hint that these items make, after one that was there before; None when they say nothing in words.
 
     What is said about a turn is for what led to it since the user last spoke (:func:`exchange`), a tool's failure for
-    that turn alone, and what names no turn for the whole conversation.
+    that turn alone, and what names no turn for the whole conversation: turns with words of their own read it as well.
 
     >>> said = hint_of([item("next", "In thousands, please.", turn=0), item("text", "We are a bank."),
     ...                 item("next", "Thanks a lot!", turn=1)])
     >>> said.text, said.turns
-    ('We are a bank.', ((0, 'In thousands, please.'),))
+    ('We are a bank.', ((0, 'In thousands, please.\\nWe are a bank.'),))
     """
-    about: dict[int | None, list[str]] = {}
-    for turn, words in [(None, before.text), *before.turns] if before else ():
-        about[turn] = [words] if words else []
+    about: dict[int | None, list[str]] = {None: [before.text] if before and before.text else []}
+    about |= {turn: [text] for turn, text in before.turns} if before else {}
     said = [(one, line) for one in items if (line := _line(one))]
     for one, line in said:
-        for turn in _about(one, branches):
-            lines = about.setdefault(turn, [])
+        for turn in list(about) if one["turn"] is None else _about(one, branches):
+            lines = about.setdefault(turn, list(about[None]))
             if line not in lines:
                 lines.append(line)
     if not any(about.values()):
@@ -130,7 +129,7 @@ def hint_of(items: Sequence[Json], branches: Sequence[Branch] = (), before: Hint
     author = said[-1][0]["author"] if said else before.author if before else "user"
     bearing = any(one["kind"] == "edit" for one, _ in said) or bool(before and before.answer_bearing)
     turns = {turn: "\n".join(lines) for turn, lines in about.items() if turn is not None}
-    return Hint(text="\n".join(about.get(None, [])), turns=tuple(sorted(turns.items())), source="user", author=author,
+    return Hint(text="\n".join(about[None]), turns=tuple(sorted(turns.items())), source="user", author=author,
                 answer_bearing=bearing)
 
 
@@ -148,10 +147,9 @@ def exchange(branches: Sequence[Branch], turn: int) -> tuple[int, ...]:
     return (turn,)
 
 
-def _about(one: Json, branches: Sequence[Branch]) -> Sequence[int | None]:
-    """Turns that an item speaks of, or None."""
-    turn = one["turn"]
-    return (turn,) if turn is None or one["kind"] == "tool_error" else exchange(branches, turn)
+def _about(one: Json, branches: Sequence[Branch]) -> Sequence[int]:
+    """Turns that an item with a turn speaks of."""
+    return (one["turn"],) if one["kind"] == "tool_error" else exchange(branches, one["turn"])
 
 
 def _line(one: Json) -> str:

@@ -40,7 +40,8 @@ def test_after_it_ended_and_after_a_restart(stack: Stack) -> None:
     (episode,) = stack.episodes()
     assert episode.hint is not None
     assert episode.hint.text.split("\n") == ["Wrong year.", "Outcome: Two of eight."]
-    assert episode.hint.turns == ((0, "Shorter."), (1, "The answer should have been:\nIt is 7."))
+    late = "Wrong year.\nOutcome: Two of eight."
+    assert episode.hint.turns == ((0, f"Shorter.\n{late}"), (1, f"{late}\nThe answer should have been:\nIt is 7."))
     assert episode.reward == 1.0  # the thumb came last
     store = ReplayStore.open(stack.store, create=False)
     assert [row.label for row in store.branches("label == 'thumb_up'")] == ["thumb_up"]
