@@ -126,12 +126,13 @@ def judged(rows: Sequence[Json]) -> tuple[str, ...]:
     return tuple(split for split in HELD_OUT if split in known) or tuple(filter(None, [headline_split(rows)]))
 
 
-def final(rows: Sequence[Json], value: str = "pass", splits: Sequence[str] | None = None) -> dict[int, list[Json]]:
-    """Of one arm: by seed, the last sampled evaluations that have a value, a row for each split in the order given,
-    :func:`judged` ones when none are named."""
+def final(rows: Sequence[Json], value: str = "pass", splits: Sequence[str] | None = None,
+          decoding: str = "sampled") -> dict[int, list[Json]]:
+    """Of one arm: by seed, the last evaluations of one decoding that have a value, a row for each split in the order
+    given, :func:`judged` ones when none are named."""
     splits = judged(rows) if splits is None else splits
     ends: dict[int, dict[str, Json]] = {}
-    for row in sorted(evals(rows, None, "sampled"), key=lambda row: row["step"]):
+    for row in sorted(evals(rows, None, decoding), key=lambda row: row["step"]):
         if row["split"] in splits and is_number(row.get(value)):
             ends.setdefault(row["seed"], {})[row["split"]] = row
     last = {seed: max(row["step"] for row in own.values()) for seed, own in ends.items()}
@@ -184,14 +185,14 @@ def by_split(rows: Sequence[Json]) -> dict[str, Json]:
     found: dict[str, Json] = {}
     for split in dict.fromkeys(row["split"] for row in evals(rows)):
         own = evals(rows, split)
-        at = min(row["step"] for row in own)
+        at, end = (pick(row["step"] for row in own) for pick in (min, max))
         last = [row for (row,) in final(own, splits=[split]).values()]
-        greedy = final([{**row, "decoding": "sampled"} for row in evals(own, None, "greedy")], splits=[split])
+        greedy = final(own, splits=[split], decoding="greedy")
         found[split] = {"n": sum(row["n"] for row in last)}
         for when, rate in (("zero_shot", held_out(own, step=at, splits=[split])),
-                           ("final", held_out(own, splits=[split]))):
+                           ("final", held_out(own, splits=[split]) if end > at else None)):
             if rate:
                 found[split] |= {f"{when}_pass": rate.estimate, f"{when}_ci95": [rate.low, rate.high]}
-        if greedy:
+        if greedy and end > at:
             found[split]["final_greedy_pass"] = sum(row["pass"] for (row,) in greedy.values()) / len(greedy)
     return found

@@ -8,6 +8,7 @@ what is due stands in the run folder, and so do the answers.
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,8 @@ def left(folder: RunFolder) -> list[Job]:
             if key not in have]
 
 
-def take(play: Callable[..., Json], job: Job, folder: RunFolder, *, follow: bool, say: Callable[[str], None]) -> int:
-    """Play one evaluation, write it down and say how it went; how many that are.
+def take(play: Callable[[], Json], folder: RunFolder, *, follow: bool, say: Callable[[str], None]) -> int:
+    """Have one evaluation played, write it down and say how it went; how many that are.
 
     With ``follow`` a version that is not there any more is none: the learner gave it up since, and says so in what is
     due, which is looked at again after a pause.
@@ -104,7 +105,7 @@ def take(play: Callable[..., Json], job: Job, folder: RunFolder, *, follow: bool
         RegistryError: the version is not there any more, without ``follow``.
     """
     try:
-        row = play(*job)
+        row = play()
     except RegistryError:
         if not follow:
             raise
@@ -148,4 +149,4 @@ def evaluate_due(run: Path | str, *, follow: bool = False, server: str | None = 
                 return {"run": str(folder.path), "played": played}
             time.sleep(POLL_S)
             continue
-        played += take(evaluator.play, jobs[0], folder, follow=follow, say=say)
+        played += take(partial(evaluator.play, *jobs[0]), folder, follow=follow, say=say)

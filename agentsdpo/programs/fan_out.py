@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -152,13 +152,14 @@ def _evaluated(ray: Any, of: int, config: RunConfig, folder: RunFolder, *, follo
             running[remote.remote(settings, str(folder.path), *job)] = job
         for job in [job for job in jobs if job[0].candidate is not None][:1]:
             here = here or Evaluator(config, folder)
-            played += take(here.play, job, folder, follow=follow, say=say)
+            played += take(partial(here.play, *job), folder, follow=follow, say=say)
         if not jobs and not running:
             if not follow:
                 return played
             time.sleep(DUE_S)
         for ref in ray.wait(list(running), timeout=DUE_S)[0] if running else ():
-            played += take(lambda *_, ref=ref: _answered(ray, ref), running.pop(ref), folder, follow=follow, say=say)
+            del running[ref]
+            played += take(partial(_answered, ray, ref), folder, follow=follow, say=say)
 
 
 def _answered(ray: Any, ref: Any) -> Json:

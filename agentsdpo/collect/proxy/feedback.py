@@ -14,7 +14,7 @@ from agentsdpo.collect.turns import failed
 from agentsdpo.types import Branch, Grade, Hint, Json, TokenKind
 
 MOST = 8_000
-"""Characters of one item's text: it is read by the teacher in front of the whole conversation."""
+"""Characters of one item's text: the teacher reads it before the turns it speaks of."""
 _THUMBS = {"up": 1.0, "down": 0.0, 1: 1.0, 0: 0.0, -1: 0.0}
 """Values of thumbs; yes and no are 1 and 0 to Python."""
 _COURTESY = frozenset({

@@ -1,10 +1,9 @@
 """Lives inside all of vLLM's processes, in vLLM's environment: has them sleep where they would spin, on CPUs.
 
 Between two steps engine and worker wait for each other in a loop of ``sched_yield`` (vLLM 0.32). On few cores that
-takes time from the one that computes. On Linux 6.18 it is worse: two tasks that do nothing but yield carry the
-scheduler's clock away from everybody else's (mended in April 2026: "sched/fair: Fix zero_vruntime tracking fix"), and
-any other program of the machine then waits for seconds. vLLM finds this by the ``dist-info`` folder beside it, as a
-plugin; ``agentsdpo serve`` has the folder on its path.
+takes time from the one that computes. On a machine of two cores with Linux 6.18.44 it was worse: programs that were
+ready to run then waited for up to 5 s, all of that on the run queue, and no longer did once nobody yielded. vLLM finds
+this by the ``dist-info`` folder beside it, as a plugin; ``agentsdpo serve`` has the folder on its path.
 """
 
 import time
