@@ -4,11 +4,12 @@
     python -m agentsdpo.benchmarks.methods.episodes --seeds 1
     python -m agentsdpo.benchmarks.methods.episodes --quick         # a look at whether it runs, not a result
 
-Both arms start from the same weights and have the same 1,600 rollouts and the same held-out tasks at temperature 1.
-``robust`` plays every task once, 16 a step, is held three policy versions behind, learns from each episode twice, and
-reads the grader's words as a hint. ``grpo`` plays every task eight times with the newest policy, four tasks a step,
-and learns from the mean criterion score within the group: partial credit, without which there would be nothing to learn
-from where one attempt in some 300 passes. Its learning rate is the best of those tried.
+Both arms start from the same weights and are judged on the same held-out tasks at temperature 1. ``robust`` plays
+1,600 tasks once each, 16 a step, is held three policy versions behind, learns from each episode twice, and reads the
+grader's words as a hint. ``grpo`` has 2,048 attempts, so that it could need twice as many: it plays every task eight
+times with the newest policy, four tasks a step, and learns from the mean criterion score within the group: partial
+credit, without which there would be nothing to learn from where one attempt in some 300 passes. Its learning rate is
+the best of those tried.
 """
 
 import argparse
@@ -35,14 +36,14 @@ COMMON: Json = {
     "eval": {"every": 10, "episodes": 64, "final_episodes": 64, "splits": [SPLIT], "final_splits": [SPLIT]},
     "tripwire": {"on": False}, "learn": {"max_staleness": 8, "control_every": 0}}
 QUICK = ("steps=2", "eval.every=1", "eval.episodes=8", "eval.final_episodes=8")
-_GROUPS = ("staleness=0", "learn.max_staleness=0", "episodes_per_step=32", "steps=50", "eval.every=5")
+_GROUPS = ("staleness=0", "learn.max_staleness=0", "episodes_per_step=32", "steps=64", "eval.every=5")
 MAIN = (Arm("robust", ("preset=robust", "staleness=3", "learn.batch=32")),
         Arm("grpo", ("preset=grpo", *_GROUPS, "learn.batch=4", "learn.lr=3e-4")))
 """The question. ``grpo`` learns from four groups of eight a step, all fresh."""
 MORE = (Arm("opd_grpo", ("preset=opd_grpo", *_GROUPS, "learn.batch=4", "learn.lr=3e-4")),
         Arm("safe_agent", ("preset=safe_agent", *_GROUPS, "learn.batch=4", "learn.lr=3e-4")),
         Arm("sdpo", ("preset=sdpo", *_GROUPS, "learn.batch=32")))
-"""Other methods with groups on the same rollouts, run when they are named."""
+"""Other methods with groups on the rollouts of ``grpo``, run when they are named."""
 TUNING = tuple(Arm(f"grpo-{lr}", ("preset=grpo", *_GROUPS, "learn.batch=4", f"learn.lr={lr}"))
                for lr in ("1e-4", "6e-4", "1e-3"))
 """``grpo`` at other learning rates, for whoever doubts that its own is the best one."""
