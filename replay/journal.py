@@ -16,7 +16,6 @@ import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +224,7 @@ def row_crc(row: dict[str, Any], before: int) -> int:
 
 
 _COVERED = [field for field in SCHEMA if field.name != "crc32"]
+_ROW = pa.struct(list(SCHEMA))
 _SCHEMA_BYTES = SCHEMA.serialize().to_pybytes()
 
 
@@ -243,28 +243,8 @@ def _growth_row(growth: Growth) -> dict[str, Any]:
 
 
 def _encode(rows: list[dict[str, Any]]) -> bytes:
-    """One record batch as an IPC message."""
-    columns = [_array([row.get(field.name) for row in rows], field.type) for field in SCHEMA]
-    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA).serialize().to_pybytes()
-
-
-def _array(values: list[Any], kind: pa.DataType) -> Any:
-    """One column; token arrays go over without a detour through Python numbers."""
-    if all(value is None for value in values):
-        return _nulls(len(values), kind)
-    if not pa.types.is_list(kind):
-        return pa.array(values, kind)
-    filled = [() if value is None else value for value in values]
-    offsets = pa.array(np.cumsum([0, *map(len, filled)], dtype=np.int32))
-    flat = pa.array(np.concatenate(filled, dtype=kind.value_type.to_pandas_dtype(), casting="unsafe"))
-    mask = pa.array([value is None for value in values]) if any(value is None for value in values) else None
-    return pa.ListArray.from_arrays(offsets, flat, type=kind, mask=mask)
-
-
-@lru_cache(maxsize=256)
-def _nulls(n: int, kind: pa.DataType) -> Any:
-    """A column without a value: most of a step's columns are."""
-    return pa.nulls(n, kind)
+    """One record batch as an IPC message; all columns in one conversion, which takes a fifth of thirteen."""
+    return pa.RecordBatch.from_struct_array(pa.array(rows, _ROW)).serialize().to_pybytes()
 
 
 _durable: set[Path] = set()

@@ -22,11 +22,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import aiohttp
+import orjson
 from aiohttp import web
 
 from agentsdpo.benchmarks.perf.figure import Figure, Measure, run_all, tell
 from agentsdpo.envs.desk.seed import seed_path
-from agentsdpo.types import Json
+
 
 CONCURRENCY, TURNS, TOKENS, DELAY_S, ROUNDS = 32, 4, 128, 1.0, 3
 TASK = "File the quarter's figure for the tax team in thousands, and say where you put it. " * 8
@@ -34,8 +35,8 @@ ANSWER = "The file is read and the figure is in it; next comes the report for th
 
 
 class BareEngine:
-    """An engine that has its answer ready: ids, log-probs and versions as vLLM sends them, and chat for clients that
-    come without a proxy.
+    """An engine that has its answers ready as bytes, so that what it takes to read and to write JSON is in no figure:
+    ids, log-probs and versions as vLLM sends them, and chat for clients that come without a proxy.
 
     Args:
         delay_s: before each answer.
@@ -48,10 +49,10 @@ class BareEngine:
                   "weight_versions": [{"version": "0", "start": 0, "end": TOKENS}],
                   "logprobs": {"content": [{"token_id": i, "logprob": -0.5, "rank": 1, "top_logprobs": []}
                                            for i in ids]}}
-        self._tokens: Json = {"request_id": "r", "choices": [choice]}
+        self._tokens = orjson.dumps({"request_id": "r", "choices": [choice]})
         message = {"role": "assistant", "content": ANSWER * 2}
-        self._chat: Json = {"id": "x", "object": "chat.completion", "created": 0, "model": "bare", "choices": [
-            {"index": 0, "message": message, "finish_reason": "stop"}]}
+        self._chat = orjson.dumps({"id": "x", "object": "chat.completion", "created": 0, "model": "bare", "choices": [
+            {"index": 0, "message": message, "finish_reason": "stop"}]})
 
     def app(self) -> web.Application:
         """Its routes."""
@@ -78,10 +79,10 @@ class BareEngine:
     async def _complete(self, request: web.Request) -> web.Response:
         return await self._answer(request, self._chat)
 
-    async def _answer(self, request: web.Request, answer: Json) -> web.Response:
-        await request.json()
+    async def _answer(self, request: web.Request, answer: bytes) -> web.Response:
+        await request.read()
         await asyncio.sleep(self._delay_s)
-        return web.json_response(answer)
+        return web.Response(body=answer, content_type="application/json")
 
 
 @contextmanager

@@ -312,7 +312,7 @@ def test_a_stopped_writer_that_is_closed_loses_nothing_when_it_wakes(tmp_path: P
         row = rows.get(Key(about(1, int(number))["episode_id"], 0, 0))
         assert row is not None, (kind, number, done)
         assert kind == "step" or row.status == "sealed"
-    assert len(store.storage.folders("log")) >= 3
+    assert len(store.storage.folders("log")) >= 2, "what it wrote when awake went into a stream that was not closed"
     assert recover(store).changed == 0
 
 

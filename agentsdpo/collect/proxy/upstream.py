@@ -64,7 +64,8 @@ class Upstream:
     async def open(self) -> None:
         """Connect and learn what the engine is. Raises EngineError when it cannot be reached, or lists no model."""
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=retry.IDLE_S)
-        self._session = aiohttp.ClientSession(connector=connector, headers=headers(None))
+        self._session = aiohttp.ClientSession(connector=connector, headers=headers(None),
+                                              cookie_jar=aiohttp.DummyCookieJar())  # no tenant gets another's
         self.facts = await asyncio.to_thread(self._shake)
         self.loaded, self.label = frozenset(self.facts.models), self.facts.label
 
