@@ -34,7 +34,9 @@ def publish(
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"--to is {url!r}", fix=f"give a whole address, as in http://{url or '127.0.0.1:8000'}")
     from agentsdpo import publishing
+    from agentsdpo.programs.tether import stoppable
 
+    stoppable()  # in the middle of a push too: the server gets back what it had
     source = publishing.registry_at(registry)
     pusher = publishing.make_pusher(how, source, bound=bound, keep=keep, stem=stem, model=model)
     servers = list(dict.fromkeys(url.rstrip("/") for url in to))

@@ -28,8 +28,7 @@ from aiohttp import web
 from agentsdpo.benchmarks.perf.figure import Figure, Measure, run_all, tell
 from agentsdpo.envs.desk.seed import seed_path
 
-
-CONCURRENCY, TURNS, TOKENS, DELAY_S, ROUNDS = 32, 4, 128, 1.0, 3
+CONCURRENCY, TURNS, TOKENS, DELAY_S, ROUNDS = 32, 4, 128, 1.0, 5
 TASK = "File the quarter's figure for the tax team in thousands, and say where you put it. " * 8
 ANSWER = "The file is read and the figure is in it; next comes the report for the tax team, in thousands of dollars. "
 
@@ -164,22 +163,23 @@ def cpu_s(pid: int) -> float:
 
 def added() -> Iterator[Figure]:
     """Milliseconds that the proxy adds, at the median and at the 99th percentile."""
-    direct, through = list[float](), list[float]()
+    rounds: list[tuple[list[float], list[float]]] = []
     with both(DELAY_S) as (engine, proxy, pid):
         for url in (engine, proxy):
             asyncio.run(play(url, DELAY_S, DELAY_S))  # connections, imports, first files
         before = cpu_s(pid)
         for number in range(ROUNDS):
             tell(f"round {number + 1} of {ROUNDS}, without and with the proxy")
-            direct += asyncio.run(play(engine, DELAY_S, DELAY_S))
-            through += asyncio.run(play(proxy, DELAY_S, DELAY_S))
+            rounds.append((asyncio.run(play(engine, DELAY_S, DELAY_S)), asyncio.run(play(proxy, DELAY_S, DELAY_S))))
         used = cpu_s(pid) - before
+    direct, through = ([x for one in rounds for x in one[side]] for side in (0, 1))
     about = {"concurrency": CONCURRENCY, "requests": len(through), "engine_delay_s": DELAY_S, "tokens": TOKENS,
              "proxy_cpu_ms_per_request": round(1e3 * used / len(through), 2)}
     for name, share in (("proxy_p50_ms", 0.50), ("proxy_p99_ms", 0.99)):
         own, alone = percentile(through, share), percentile(direct, share)
         yield Figure(name, 1e3 * (own - alone), "ms", "the same engine without a proxy", {
-            **about, "through_ms": round(1e3 * own, 2), "direct_ms": round(1e3 * alone, 2)})
+            **about, "through_ms": round(1e3 * own, 2), "direct_ms": round(1e3 * alone, 2), "rounds_ms": [
+                round(1e3 * (percentile(proxied, share) - percentile(bare, share)), 2) for bare, proxied in rounds]})
 
 
 def rate() -> Iterator[Figure]:

@@ -215,7 +215,7 @@ def test_the_verb_follows_and_survives_kill_9(registry: PolicyRegistry, fake: An
         assert json.loads(second.stdout.readline())["version"] == 3
         fake.boot()
         assert json.loads(second.stdout.readline())["servers"][0]["changed"]
-        second.send_signal(signal.SIGINT)
+        second.send_signal(signal.SIGTERM)  # as Ctrl-C, not a death in the middle of a push
         assert second.wait(30) == 1
     assert (fake.value, fake.label, fake.paused) == (7.0, "3", False)
 

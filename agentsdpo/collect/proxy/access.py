@@ -16,6 +16,7 @@ from agentsdpo.errors import ConfigError
 KEYS_VARIABLE = "AGENTSDPO_PROXY_KEYS"
 """Environment variable with keys: ``KEY`` or ``TENANT=KEY``, separated by commas."""
 _TENANT = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}\Z")
+_COMMENT = re.compile(r"(^|\s)#.*")
 _LEAST = 16
 
 
@@ -105,13 +106,13 @@ class Keys:
 
 def read_keys(path: Path | None, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Keys and their tenants, from a file (one ``KEY`` or ``TENANT=KEY`` a line, ``#`` begins a comment) and from
-    :data:`KEYS_VARIABLE`.
+    :data:`KEYS_VARIABLE`. What does not begin with a tenant's name is a key as a whole: base64 ends with ``=``.
 
     Raises:
-        ConfigError: the file cannot be read, or gives one key to two tenants.
+        ConfigError: the file cannot be read, has no keys, or gives one key to two tenants.
 
-    >>> read_keys(None, {"AGENTSDPO_PROXY_KEYS": "acme=0123456789abcdef"})
-    {'0123456789abcdef': 'acme'}
+    >>> read_keys(None, {"AGENTSDPO_PROXY_KEYS": "acme=0123456789abcdef,ZmFyIHRvbyBzaG9ydA=="})
+    {'0123456789abcdef': 'acme', 'ZmFyIHRvbyBzaG9ydA==': ''}
     """
     lines = environment.get(KEYS_VARIABLE, "").split(",")
     if path is not None:
@@ -122,11 +123,16 @@ def read_keys(path: Path | None, environment: Mapping[str, str] = os.environ) ->
                               fix="write one KEY or TENANT=KEY a line") from None
     keys: dict[str, str] = {}
     for line in lines:
-        tenant, equals, key = line.partition("#")[0].strip().partition("=")
-        tenant, key = (tenant.strip(), key.strip()) if equals else ("", tenant.strip())
+        whole = _COMMENT.sub("", line).strip()
+        tenant, _, key = (part.strip() for part in whole.partition("="))
+        if not key.strip("=") or not _TENANT.match(tenant):
+            tenant, key = "", whole
         if key and keys.setdefault(key, tenant) != tenant:
             raise ConfigError(f"one key is given to the tenants {keys[key]!r} and {tenant!r}",
                               fix="give each tenant keys of its own")
+    if path is not None and not keys:
+        raise ConfigError(f"there are no keys in {path}, so that anybody could ask",
+                          fix="write one KEY or TENANT=KEY a line, or leave --keys out to ask for none")
     return keys
 
 

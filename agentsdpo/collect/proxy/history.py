@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from agentsdpo.chat import read_json
 from agentsdpo.collect.branch import ForkReason
 from agentsdpo.collect.proxy.refusals import Refused
 from agentsdpo.types import Json, ToolSpec
@@ -73,13 +74,10 @@ def _call(value: Any, where: str) -> Json:
 
 
 def _arguments(value: Any) -> Any:
-    """Arguments as an object where they are one, else as they are."""
+    """Arguments as an object where they are one that can be written again, else as they are."""
     if isinstance(value, dict):
         return value
-    try:
-        parsed = json.loads(value or "{}")
-    except (TypeError, ValueError, RecursionError):
-        return str(value)
+    parsed = read_json(value or "{}")[0] if isinstance(value, str | None) else None
     return parsed if isinstance(parsed, dict) else str(value)
 
 

@@ -3,6 +3,7 @@ weights."""
 
 import asyncio
 import logging
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from hashlib import sha256
 
@@ -65,7 +66,8 @@ class House:
         named = [name for name in storage.folders("") if storage.exists(f"{name}/STORE.json")
                  or storage.exists(f"{name}/recordings")] if self.tenants else [""]
         for tenant in named:
-            await self.room(tenant)
+            with suppress(Refused) if self.tenants else nullcontext():  # logged; the others need not wait for it
+                await self.room(tenant)
 
     @property
     def name(self) -> str:
@@ -145,7 +147,8 @@ class House:
         if room_left < 1:
             raise Refused(400, f"the prompt has {len(prompt.ids)} tokens, the model's window {self.window}",
                           fix="shorten the history", code="context_length_exceeded", param="messages")
-        sampling = sampling.model_copy(update={"max_tokens": min(sampling.max_tokens, room_left)})
+        if sampling.max_tokens > room_left:
+            sampling = sampling.model_copy(update={"max_tokens": room_left})
         async with room.opening(prompt):
             sampled = await self._sample(room, prompt, asked, sampling)
         text, sampled = self._text(asked, sampled)
@@ -202,9 +205,10 @@ class House:
     # ---------------------------------------------------------------------------------------------------- upkeep
 
     async def sweep(self) -> None:
-        """End conversations that have rested too long, in every room."""
+        """End conversations that have rested too long, in every room; a store that fails keeps no other waiting."""
         for room in list(self.rooms.values()):
-            await room.sweep()
+            with suppress(Refused):  # logged where it was raised; tried again
+                await room.sweep()
 
     async def close(self) -> None:
         """End every conversation and let go of everything; what the store will not take stays in its journal."""

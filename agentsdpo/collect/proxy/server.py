@@ -85,8 +85,8 @@ class Proxy:
             await asyncio.sleep(seconds)
             try:
                 await work()
-            except Refused as error:  # logged where it was raised; tried again
-                log.warning("%s", error.what)
+            except Exception:  # one bad round must not be the last one
+                log.exception("%s failed, and is tried again", work.__name__)
 
     # --------------------------------------------------------------------------------------------------- guards
 
@@ -104,7 +104,7 @@ class Proxy:
             refused = Refused(error.status, _REASONS.get(error.status, error.reason))
             return web.json_response(refused.body(), status=error.status)
         except Exception:
-            log.exception("%s %s failed", request.method, request.path)
+            log.exception("%s %s failed", request.method, request.rel_url.raw_path)
             return web.json_response(Refused(500, "the proxy failed; its log says where").body(), status=500)
 
     def _admit(self, caller: Caller) -> None:
@@ -234,8 +234,8 @@ class _Log(AbstractAccessLogger):
     def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
         """Write it; ``time`` in seconds."""
         caller = request.get(CALLER)
-        self.logger.info("%s %s %s %d %.0f ms", caller.name if caller else "-", request.method, request.path,
-                         response.status, 1000 * time)
+        self.logger.info("%s %s %s %d %.0f ms", caller.name if caller else "-", request.method,
+                         request.rel_url.raw_path, response.status, 1000 * time)  # escaped: one line stays one line
 
 
 _REASONS = {404: "there is no such address here", 405: "this address takes another method"}

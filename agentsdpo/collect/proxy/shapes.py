@@ -113,7 +113,10 @@ def _extra(body: Json) -> tuple[Json, str | None]:
     if isinstance(plain, dict) and plain.get("type") == "json_object":
         extra["structured_outputs"] = {"json_object": True}
     elif isinstance(plain, dict) and plain.get("type") == "json_schema":
-        extra["structured_outputs"] = {"json": (plain.get("json_schema") or {}).get("schema", {})}
+        schema = plain.get("json_schema")
+        if not isinstance(schema, dict):
+            raise Refused(400, "response_format has no json_schema with a schema", param="response_format")
+        extra["structured_outputs"] = {"json": schema.get("schema", {})}
     bent = {name: body[name] for name, off in _PENALTIES.items() if body.get(name) not in (None, off)}
     return {**extra, **bent}, "kept_set_missing" if extra else "masked_by_policy" if bent else None
 

@@ -25,7 +25,7 @@ _ADAPTER = re.compile(r"(.+)@v(\d+)\Z")
 _LOOK_S = 10.0
 
 
-class _Ask(NamedTuple):
+class _Call(NamedTuple):
     """One call; the arguments are those of :meth:`Upstream.sample`, and the clock when it began."""
 
     ids: list[int]
@@ -60,14 +60,29 @@ class Upstream:
         self.loaded: frozenset[str] = frozenset()
         self.label: str | None = None
         self._session: aiohttp.ClientSession | None = None
+        self._lost = False
+        self._asking: asyncio.Task[ServerFacts] | None = None
 
     async def open(self) -> None:
         """Connect and learn what the engine is. Raises EngineError when it cannot be reached, or lists no model."""
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=retry.IDLE_S)
         self._session = aiohttp.ClientSession(connector=connector, headers=headers(None),
                                               cookie_jar=aiohttp.DummyCookieJar())  # no tenant gets another's
-        self.facts = await asyncio.to_thread(self._shake)
-        self.loaded, self.label = frozenset(self.facts.models), self.facts.label
+        await self._ask()
+
+    async def _ask(self) -> None:
+        """Ask the engine what it is, at the start and once it was away: who comes back may be another one.
+
+        All calls that wait for the answer share one question. Raises EngineError, Passing when it is not there yet.
+        """
+        self._asking = self._asking or asyncio.create_task(asyncio.to_thread(self._shake))
+        asking = self._asking
+        try:
+            facts = await asyncio.shield(asking)
+        finally:
+            if asking.done():
+                self._asking = None
+        self.facts, self.loaded, self.label, self._lost = facts, frozenset(facts.models), facts.label, False
 
     def _shake(self) -> ServerFacts:
         with retry.Asker(self.url, headers(None)) as ask:
@@ -86,8 +101,9 @@ class Upstream:
             await self._session.close()
 
     async def look(self) -> None:
-        """See which adapters are loaded and which weights; an engine that is away changes nothing."""
+        """See which adapters are loaded and which weights; one that is away is asked what it is before it is used."""
         models, label = await asyncio.gather(self._get("/v1/models"), self._weights())
+        self._lost = self._lost or models is None
         if models:
             self.loaded = frozenset(str(model.get("id")) for model in models.get("data") or ())
         self.label = label or self.label
@@ -130,14 +146,14 @@ class Upstream:
         while True:
             done = [token for part in parts for token in part.completion.token_ids]
             rest = sampling.model_copy(update={"max_tokens": left, "seed": (sampling.seed + len(done)) % 2**63})
-            ask = _Ask([*ids, *done], rest, model, salt, extra, logprobs, f"{call}-{len(parts)}", began)
+            ask = _Call([*ids, *done], rest, model, salt, extra, logprobs, f"{call}-{len(parts)}", began)
             part = await self._attempts(ask)
             left -= len(part.completion.token_ids)
             parts.append(part)
             if part.completion.finish_reason != "abort" or left < 1 or time.monotonic() - began >= self.timeout_s:
                 return _joined(parts)
 
-    async def _attempts(self, ask: _Ask) -> Sampled:
+    async def _attempts(self, ask: _Call) -> Sampled:
         """Ask until there is an answer; only calls that gave no token are made again."""
         try:
             return await retry.patiently(self.retry_s, lambda number: self._once(
@@ -152,8 +168,10 @@ class Upstream:
             raise UpstreamError(502, f"the engine's answer cannot be used: {error.what}", code="engine_answer") \
                 from error
 
-    async def _once(self, ask: _Ask) -> Sampled:
+    async def _once(self, ask: _Call) -> Sampled:
         """One attempt."""
+        if self._lost:
+            await self._ask()
         facts, adapter = self.known, wire.adapter_version(ask.model)
         spans = facts.route == wire.GENERATE or adapter is not None
         before = None if spans else await self._weights()
@@ -186,11 +204,13 @@ class Upstream:
                                           timeout=aiohttp.ClientTimeout(total=left, sock_connect=10)) as answer:
                 data = await answer.read()
         except aiohttp.ConnectionTimeoutError as error:
+            self._lost = True
             raise retry.Passing(f"{self.url} cannot be reached", lost=True) from error
         except TimeoutError as error:
             raise UpstreamError(504, f"the engine took longer than {self.timeout_s:g} s", code="timeout",
                                 fix="ask for fewer tokens, or have the operator raise timeout_s") from error
         except (aiohttp.ClientError, OSError) as error:
+            self._lost = True
             raise retry.Passing(f"{self.url} broke off or cannot be reached ({type(error).__name__})", lost=True) \
                 from error
         return retry.decoded(self.url + path, answer.status, data, answer.headers.get("retry-after", ""))

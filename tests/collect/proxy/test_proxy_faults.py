@@ -173,6 +173,27 @@ def test_an_engine_that_stays_away_is_an_error_and_no_episode(stack: Stack) -> N
     assert len(stack.episodes()) == 1
 
 
+@pytest.mark.parametrize("seen", ["by a call", "by a look"])
+def test_an_engine_that_comes_back_as_another_one_is_asked_what_it_is(stack: Stack, seen: str) -> None:
+    stack.start(poll_s=1000.0)
+    first = stack.ask("Hi.", conversation="c")
+    stack.run(stack.engine.stop())
+    assert stack.proxy is not None
+    if seen == "by a look":
+        stack.run(stack.proxy.house.upstream.look())
+        stack.engine.mode = "raw_logprobs"
+        stack.run(stack.engine.start())
+    else:
+        stack.engine.mode = "raw_logprobs"
+        timer = threading.Timer(0.5, lambda: stack.run(stack.engine.start()))
+        timer.start()
+    stack.ask("Hi.", said(first), "More.", conversation="c")
+    stack.close("c")
+    (branch,) = stack.episodes()[0].branches
+    assert [(call.logprob_kind, call.untrainable_reason) for call in branch.calls] == [
+        ("processed", None), ("raw", "kind_raw")]
+
+
 def test_an_engine_that_hangs_is_a_timeout(stack: Stack) -> None:
     stack.engine.faults = ["hang"]
     stack.start(timeout_s=0.3)
@@ -188,7 +209,9 @@ def test_an_engine_that_hangs_is_a_timeout(stack: Stack) -> None:
     ({"messages": [{"role": "user", "content": "x"}], "max_tokens": 0}, "max_tokens"),
     ({"messages": [{"role": "user", "content": "x"}], "top_p": 1.5}, "top_p"),
     ({"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}, "tools[0]"),
-    ({"messages": [{"role": "user", "content": "x"}], "stop": [3]}, "stop")])
+    ({"messages": [{"role": "user", "content": "x"}], "stop": [3]}, "stop"),
+    ({"messages": [{"role": "user", "content": "x"}],
+      "response_format": {"type": "json_schema", "json_schema": "x"}}, "response_format")])
 def test_malformed_requests_name_the_field(stack: Stack, body: Json, param: str) -> None:
     stack.start()
     answer = stack.post("/v1/chat/completions", body)
@@ -221,6 +244,30 @@ def test_a_body_that_never_arrives_is_given_up(stack: Stack) -> None:
     with socket.create_connection(("127.0.0.1", stack.proxy.port)) as raw:
         raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
         assert b" 408 " in raw.recv(4096).split(b"\r\n", 1)[0]
+
+
+@pytest.mark.parametrize("arguments", ['{"x": NaN}', '{"x": 1e999}', '{"x": "\\ud800"}', "[" * 2_000])
+def test_arguments_that_nobody_could_write_again_stay_text(stack: Stack, arguments: str) -> None:
+    stack.start()
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    first = stack.ask("Hi.", conversation="c")
+    stack.ask("Hi.", said(first), {"role": "user", "content": "Call."}, {"role": "assistant", "tool_calls": [call]},
+              {"role": "tool", "tool_call_id": "1", "content": "ok"}, conversation="c")
+    assert stack.close("c") == 1
+    (episode,) = stack.episodes()
+    assert episode.messages[3]["tool_calls"][0]["function"]["arguments"] == arguments
+    assert sum(len(branch.calls) for branch in episode.branches) == 2
+
+
+def test_a_request_is_one_line_of_the_log_whatever_its_address_says(stack: Stack, caplog: pytest.LogCaptureFixture
+                                                                    ) -> None:
+    stack.start()
+    with caplog.at_level("INFO", "agentsdpo.proxy"):
+        stack.client.get(f"{stack.url}/c/x%0A2026-01-01 admin/v1/models?key=secret")
+        stack.ask("Hi.")  # by now the first one is logged
+    lines = [record.getMessage() for record in caplog.records]
+    assert any("/c/x%0A2026-01-01%20admin/v1/models 200" in line for line in lines)
+    assert not any("\n" in line or "secret" in line for line in lines)
 
 
 def test_a_prompt_beyond_the_window_is_refused(stack: Stack) -> None:

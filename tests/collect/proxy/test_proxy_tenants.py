@@ -1,12 +1,14 @@
 """Keys, rates and tenants: nothing of one reaches another, each is served by its own newest adapter."""
 
 import logging
+import time
+from typing import Any
 
 import pytest
 from proxy_stack import Stack, said
 
 from agentsdpo.collect.proxy.access import Keys, check_binding, read_keys
-from agentsdpo.errors import ConfigError
+from agentsdpo.errors import ConfigError, StoreError
 
 ANN, BOB = "ann-has-this-long-key", "bob-has-that-long-key"
 
@@ -128,5 +130,32 @@ def test_keys_from_file_and_environment(tmp_path: object) -> None:
     assert ANN not in str(caught.value)
     with pytest.raises(ConfigError, match="characters"):
         Keys({"short": ""})
+    encoded = "3q2+7wAAAAAAAAAAAAAAAA=="
+    path.write_text(f"{encoded}\nann={encoded[:-3]}B==\nwith#sign-in-the-middle\n")
+    assert read_keys(path, {}) == {encoded: "", f"{encoded[:-3]}B==": "ann", "with#sign-in-the-middle": ""}
+    path.write_text("# nobody yet\n\n")
+    with pytest.raises(ConfigError, match="no keys in"):
+        read_keys(path, {})
+
+
+def test_a_tenant_whose_store_fails_keeps_no_other_waiting(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack.start({ANN: "ann", BOB: "bob"}, idle_s=0.2)
+    for key in (ANN, BOB):
+        stack.ask("Hi.", conversation="c", key=key)
+    assert stack.proxy is not None
+    rooms, faults = stack.proxy.house.rooms, [StoreError("the disk is full"), OSError("the disk is gone")]
+    real = rooms["ann"].shelf.put
+
+    def failing(episodes: Any) -> None:
+        if faults:
+            raise faults.pop(0)
+        real(episodes)
+
+    monkeypatch.setattr(rooms["ann"].shelf, "put", failing)
+    deadline = time.monotonic() + 20
+    while any(room.open for room in rooms.values()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not faults
+    assert [len(stack.episodes(tenant)) for tenant in ("ann", "bob")] == [1, 1]
     with pytest.raises(ConfigError, match="a tenant is called"):
         Keys({ANN: "../up"})
