@@ -32,6 +32,8 @@ firm; ``entropy``, ``top_share``, ``invented``: how settled choices are; ``craft
 SCHEMA = pa.schema([*COLUMNS, *(pa.field(name, pa.float64()) for name in EXTRA), pa.field("rows", pa.int64())])
 TABLE = Path("docs/results/continual.parquet")
 PAGE = Path("docs/methods/continual.md")
+Record = dict[str, float | None]
+"""Numbers of one run by name."""
 MARKS = "<!-- numbers -->", "<!-- end of numbers -->"
 """What stands around the numbers in the page."""
 KEPT = 0.95
@@ -50,18 +52,18 @@ def read(path: Path) -> list[Json]:
     return pq.read_table(path).to_pylist() if path.exists() else []
 
 
-def ends(rows: Iterable[Json]) -> dict[str, list[dict[str, float]]]:
+def ends(rows: Iterable[Json]) -> dict[str, list[Record]]:
     """What each arm came to, one record per seed; see :func:`record`."""
     runs: dict[tuple[str, int], list[Json]] = {}
     for row in rows:
         runs.setdefault((row["arm"], row["seed"]), []).append(row)
-    found: dict[str, list[dict[str, float]]] = {}
+    found: dict[str, list[Record]] = {}
     for (arm, _), own in sorted(runs.items(), key=lambda item: (list(STYLES).index(item[0][0]), item[0][1])):
         found.setdefault(arm, []).append(record(own))
     return found
 
 
-def record(rows: Sequence[Json]) -> dict[str, float]:
+def record(rows: Sequence[Json]) -> Record:
     """Numbers of one run, fractions.
 
     Returns:
@@ -69,7 +71,7 @@ def record(rows: Sequence[Json]) -> dict[str, float]:
         unseen clients at the change and at the end, by the rules that held; ``old``: share of choices at the end that
         are the first firm's; ``kept``: mean over earlier skills of what is left of each at the end, none above 1;
         ``worst``: the least of these; ``invented``, ``entropy``: of untaught work, at the end; ``valid``: calls that
-        could be run, at the end; and ``first_...`` of the seed model.
+        could be run, at the end; and ``first_...`` of the seed model. None where no choice was made.
     """
     last, change = max(row["step"] for row in rows), _change(rows)
     taught, untaught = ({row["step"]: row for row in rows if row["split"] == split} for split in ("taught", "untaught"))
@@ -128,14 +130,17 @@ def put(numbers: Sequence[str], page: str) -> str:
     return "".join((head, MARKS[0], "\n", "\n".join(numbers), "\n", MARKS[1], rest.partition(MARKS[1])[2]))
 
 
-def _cell(values: Sequence[float]) -> str:
-    """Mean and range in percent.
+def _cell(values: Sequence[float | None]) -> str:
+    """Mean and range in percent, over the seeds that have a value: who makes no call chooses nothing.
 
-    >>> _cell([0.5]), _cell([0.5, 0.75])
-    ('50', '62 (50-75)')
+    >>> _cell([0.5]), _cell([0.5, 0.75]), _cell([None])
+    ('50', '62 (50-75)', '–')
     """
-    middle = f"{100 * fmean(values):.0f}"
-    low, high = (f"{100 * end:.0f}" for end in (min(values), max(values)))
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    middle = f"{100 * fmean(known):.0f}"
+    low, high = (f"{100 * end:.0f}" for end in (min(known), max(known)))
     return middle if low == high else f"{middle} ({low}-{high})"
 
 
@@ -151,7 +156,7 @@ def figure(rows: Sequence[Json]) -> Figure:
     found = ends(rows)
     _dots(kept, {arm: [one["kept"] for one in seeds] for arm, seeds in found.items()},
           "Earlier skills kept at the end", 100 * KEPT, f"target {100 * KEPT:.0f} %")
-    first = fmean(one["first_invented"] for seeds in found.values() for one in seeds)
+    first = fmean(one["first_invented"] or 0.0 for seeds in found.values() for one in seeds)
     _dots(invented, {arm: [one["invented"] for one in seeds] for arm, seeds in found.items()},
           "Choices that became a rule nobody taught", 100 * first, "seed model")
     invented.set_yticklabels([])
@@ -188,9 +193,13 @@ def _line(axes: Axes, points: Mapping[int, Sequence[float]], **style: Any) -> No
     axes.plot(steps, [100 * over_seeds(points[step]).estimate for step in steps], **style)
 
 
-def _dots(axes: Axes, values: Mapping[str, Sequence[float]], title: str, line: float, words: str) -> None:
-    """One row per arm: seeds faint, the interquartile mean with its 95 % interval."""
-    for place, (arm, own) in enumerate(values.items()):
+def _dots(axes: Axes, values: Mapping[str, Sequence[float | None]], title: str, line: float, words: str) -> None:
+    """One row per arm: seeds faint, the interquartile mean with its 95 % interval; no dot for who made no choice."""
+    for place, (arm, seeds) in enumerate(values.items()):
+        own = [one for one in seeds if one is not None]
+        if not own:
+            axes.annotate("makes no call", (24, place), va="center", fontsize=9)
+            continue
         colour, middle = STYLES[arm][0], over_seeds(own)
         axes.plot([100 * one for one in own], [place] * len(own), "o", color=colour, alpha=0.35, markersize=5)
         if len(own) > 1:
