@@ -102,9 +102,11 @@ class AdapterPusher:
         if label not in ("default", str(base)):
             raise PushError(f"{server.url} serves weights {label!r}, the adapter stands on version {base}",
                             fix=f"push version {base} there first, or restart the server with the base model")
-        if server.paused():
-            raise PushError(f"{server.url} is paused", fix=f"resume it: curl -X POST {server.url}/resume")
         record = read_served(registry.root, server.url)
+        if server.paused():
+            fix = f"resume it: curl -X POST {server.url}/resume" if record.before is None else \
+                f"a push that was cut off left it so; push version {base} there first"  # its weights may be half there
+            raise PushError(f"{server.url} is paused", fix=fix)
         write_served(registry.root, record.model_copy(
             update={"holds": tuple(sorted({base, version, *record.holds})), "pushing": version}))
         fresh = _load_once(server, name, folder)

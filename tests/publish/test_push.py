@@ -135,7 +135,7 @@ def test_a_dead_server_does_not_keep_the_others_waiting(registry: PolicyRegistry
     fake.faults["/collective_rpc"] = ["die"]
     report = pusher.push(registry, 1, [URL, "http://other:8000"])
     assert [server.ok for server in report.servers] == [False, True]
-    assert "does not answer (Connection refused); the server is gone" in str(report.servers[0].error)
+    assert "does not answer (Connection refused); the server is gone:" in str(report.servers[0].error)
     assert state(other) == (1.0, "1", False)
     fake.boot()
     assert pusher.push(registry, 1, [URL, "http://other:8000"]).ok
