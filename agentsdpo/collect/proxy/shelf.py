@@ -4,9 +4,11 @@ The store takes nothing that must not be trained on. Such conversations become o
 ``recordings/``, with the store's columns; nothing that reads a store looks there.
 """
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +26,8 @@ from agentsdpo.replay.store import ReplayStore
 from agentsdpo.replay.upkeep.recover import recover
 from agentsdpo.types import Episode, Json
 
+log = logging.getLogger("agentsdpo.proxy")
+RECORDINGS = "recordings"
 Clean = Callable[[Episode], Episode]
 """Takes secrets out of an episode; the identity where nothing is to be redacted."""
 
@@ -167,17 +171,17 @@ class FolderShelf:
         sync: wait for the disk after every call. spool: folder for journals; "" is below ``uri``.
     """
 
-    identity = "recordings"
+    identity = RECORDINGS
 
     def __init__(self, uri: str, clean: Clean, *, sync: bool, spool: str) -> None:
         self._storage, self._clean, self._sync = storage_for(uri), clean, sync
-        self._spool = Path(spool) if spool else _beside(uri)
+        self._spool, self._journals = _journals(uri, spool)
         self._writer = uuid7()
         self._held: dict[str, Journal] = {}
 
     def begin(self, about: Json) -> Journal:
         """See :meth:`Shelf.begin`."""
-        journal = Journal.open(self._spool, "recordings", self._writer, about["episode_id"], about, sync=self._sync)
+        journal = Journal.open(self._spool, self._journals, self._writer, about["episode_id"], about, sync=self._sync)
         self._held[about["episode_id"]] = journal
         return journal
 
@@ -220,7 +224,11 @@ class FolderShelf:
 
     def recover(self) -> int:
         """See :meth:`Shelf.recover`."""
-        return sum(_settle(path, self._salvaged) for path in sorted((self._spool / "recordings").glob(f"*/*{SUFFIX}")))
+        folder, old = self._spool / self._journals, self._spool / RECORDINGS
+        if folder != old and any(old.glob(f"*/*{SUFFIX}")):
+            log.warning("the journals in %s are of an earlier release and do not say of which store: move the folders "
+                        "of those of %s to %s and start again", old, self._storage.uri, folder)
+        return sum(_settle(path, self._salvaged) for path in sorted(folder.glob(f"*/*{SUFFIX}")))
 
     def _salvaged(self, left: Salvage) -> None:
         if left.episode is not None:
@@ -230,12 +238,16 @@ class FolderShelf:
         """See :meth:`Shelf.close`."""
 
 
-def _beside(uri: str) -> Path:
-    """Folder of journals below a local folder; for a bucket the one that stores of buckets use."""
-    scheme, found, _ = uri.partition("://")
-    if found and scheme != "file":
-        return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "agentsdpo" / "spool"
-    return Path(uri.removeprefix("file://")) / "spool"
+def _journals(uri: str, spool: str) -> tuple[Path, str]:
+    """Where the journals of recordings are, and their folder in there: below a local folder they are alone; the folder
+    of a setting, or of all buckets of this machine, they share with those of other stores and tenants."""
+    scheme, found, rest = uri.partition("://")
+    local = Path(rest if found else uri) if not found or scheme == "file" else None
+    if local is not None and not spool:
+        return local / "spool", RECORDINGS
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "agentsdpo" / "spool"
+    whose = sha256((uri.rstrip("/") if local is None else str(local.resolve())).encode()).hexdigest()[:16]
+    return Path(spool) if spool else state, f"{RECORDINGS}-{whose}"
 
 
 def _settle(path: Path, keep: Callable[[Salvage], None]) -> bool:

@@ -1,0 +1,61 @@
+"""Shelves without a proxy: what dead ones left behind goes to whom it belongs, once."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentsdpo.benchmarks.perf.killloop import about, plan
+from agentsdpo.collect.proxy import shelf as shelves
+from agentsdpo.collect.proxy.shelf import Shelf, make_shelf
+from agentsdpo.replay.storage import LocalStorage
+
+
+def shelf_at(uri: Path | str, *, spool: Path | str = "", train_allowed: bool = False) -> Shelf:
+    return make_shelf(str(uri), None, train_allowed=train_allowed, durability="step", spool=str(spool))
+
+
+def begun(shelf: Shelf, number: int, **more: Any) -> Path:
+    """The journal of a conversation whose proxy died."""
+    journal = shelf.begin(about(1, number) | {"env_id": "proxy"} | more)
+    for growth, messages in plan(1, number)[1]:
+        journal.step(growth, messages)
+    journal.close()
+    return journal.path
+
+
+def recordings(root: Path) -> list[str]:
+    return sorted(path.name for path in root.glob("recordings/*.parquet"))
+
+
+@pytest.mark.parametrize("shared", ["bucket", "setting"])
+def test_tenants_recover_nothing_of_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: str) -> None:
+    """The journals of all buckets lie in one folder of this machine."""
+    root, spool = (f"s3://bucket{tmp_path}", "") if shared == "bucket" else (str(tmp_path), tmp_path / "spool")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(shelves, "storage_for", lambda uri: LocalStorage(Path(uri.removeprefix("s3://bucket"))))
+    journals = [begun(shelf_at(f"{root}/{tenant}", spool=spool), i) for i, tenant in enumerate(("ann", "bob"))]
+    assert journals[0].parent.parent != journals[1].parent.parent
+    assert shelf_at(f"{root}/bob", spool=spool).recover() == 1
+    assert [len(recordings(tmp_path / tenant)) for tenant in ("ann", "bob")] == [0, 1]
+    assert shelf_at(f"{root}/ann/", spool=spool).recover() == 1
+    assert recordings(tmp_path / "ann") == [f"{journals[0].stem}-0000.parquet"]
+
+
+def test_what_an_earlier_release_left_in_a_local_folder_is_recovered(tmp_path: Path) -> None:
+    journal = begun(shelf_at(tmp_path), 0)
+    assert journal.parent.parent == tmp_path / "spool" / "recordings"
+    assert shelf_at(tmp_path).recover() == 1
+
+
+def test_what_an_earlier_release_left_beside_others_is_nobodys(tmp_path: Path, caplog: pytest.LogCaptureFixture
+                                                               ) -> None:
+    caplog.set_level(logging.WARNING, logger="agentsdpo")
+    spool = tmp_path / "spool"
+    journal = begun(shelf_at(tmp_path / "ann", spool=spool), 0)
+    mine = journal.parent.parent.rename(spool / "recordings")
+    assert shelf_at(tmp_path / "ann", spool=spool).recover() == 0
+    assert f"the journals in {mine} are of an earlier release and do not say of which store" in caplog.text
+    mine.rename(journal.parent.parent)
+    assert shelf_at(tmp_path / "ann", spool=spool).recover() == 1
