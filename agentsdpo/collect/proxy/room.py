@@ -17,6 +17,7 @@ from agentsdpo.collect.proxy.shapes import Asked
 from agentsdpo.collect.proxy.shelf import Shelf
 from agentsdpo.errors import AgentSdpoError, ModelError, StoreError
 from agentsdpo.replay.ids import derived_uuid, uuid7
+from agentsdpo.replay.upkeep.recover import PROXY
 from agentsdpo.types import Episode, Json, Sampling, StopReason
 
 log = logging.getLogger("agentsdpo.proxy")
@@ -95,7 +96,7 @@ class Room:
         found = self.open.get(name)
         if found is None:
             episode_id = self.episode_id(name)
-            about = {"episode_id": episode_id, "task_id": name, "env_id": "proxy", "group_id": episode_id,
+            about = {"episode_id": episode_id, "task_id": name, "env_id": PROXY, "group_id": episode_id,
                      "run_id": self.config.run_id, "train_allowed": self.config.train_allowed,
                      "stop_reason": StopReason.COMPLETED.value, **self._stamp}
             found = self.open[name] = Conversation(name, episode_id, -1, self.chat, about)

@@ -23,7 +23,7 @@ from agentsdpo.replay.segment import encode
 from agentsdpo.replay.spool import Spool, set_aside
 from agentsdpo.replay.storage import storage_for
 from agentsdpo.replay.store import ReplayStore
-from agentsdpo.replay.upkeep.recover import recover
+from agentsdpo.replay.upkeep.recover import PROXY, recover
 from agentsdpo.types import Episode, Json
 
 log = logging.getLogger("agentsdpo.proxy")
@@ -76,7 +76,7 @@ class StoreShelf:
     """The replay store of one tenant.
 
     Args:
-        uri: of the store, made when it is not there. clean: see :data:`Clean`.
+        uri: of the store, made when it is not there. clean: see :data:`Clean`. words: takes secrets out of a text.
         durability, spool: see :class:`agentsdpo.replay.spool.Spool`.
     """
 
@@ -133,7 +133,7 @@ class StoreShelf:
         keys = view.attempt(episode_id)
         if not keys:
             return False
-        items = [{**one, "text": self._words(one["text"])} for one in items]
+        items = _said(items, self._words)
         rows = view.read(keys)
         hint = hint_of(items, [row.branch for row in rows], rows[0].hint)
         grade, label = grade_of(items), label_of(items)
@@ -147,7 +147,7 @@ class StoreShelf:
         return True
 
     def recover(self) -> int:
-        """See :meth:`Shelf.recover`: hints and redaction first, then the store's own recovery for the rest."""
+        """See :meth:`Shelf.recover`: conversations, with hints and redaction; then the store's own for the rest."""
         folder = self._spool.folder / self.store.about["store_id"]
         found = sum(_settle(path, self._salvaged) for path in sorted(folder.glob(f"*/*{SUFFIX}")))
         recover(self.store, spool=self._spool.folder)
@@ -167,14 +167,14 @@ class FolderShelf:
     """Recordings that nobody may train on.
 
     Args:
-        uri: folder or prefix that a store would have. clean: see :data:`Clean`.
+        uri: folder or prefix that a store would have. clean: see :data:`Clean`. words: takes secrets out of a text.
         sync: wait for the disk after every call. spool: folder for journals; "" is below ``uri``.
     """
 
     identity = RECORDINGS
 
-    def __init__(self, uri: str, clean: Clean, *, sync: bool, spool: str) -> None:
-        self._storage, self._clean, self._sync = storage_for(uri), clean, sync
+    def __init__(self, uri: str, clean: Clean, *, sync: bool, spool: str, words: Callable[[str], str]) -> None:
+        self._storage, self._clean, self._sync, self._words = storage_for(uri), clean, sync, words
         self._spool, self._journals = _journals(uri, spool)
         self._writer = uuid7()
         self._held: dict[str, Journal] = {}
@@ -218,7 +218,7 @@ class FolderShelf:
         """See :meth:`Shelf.say`: one more small file beside the recording."""
         if not self.attempts(episode_id):
             return False
-        said = {"episode_id": episode_id, "items": list(items)}
+        said = {"episode_id": episode_id, "items": _said(items, self._words)}
         self._storage.create(f"recordings/feedback/{uuid7()}.json", canonical_json(said))
         return True
 
@@ -251,7 +251,7 @@ def _journals(uri: str, spool: str) -> tuple[Path, str]:
 
 
 def _settle(path: Path, keep: Callable[[Salvage], None]) -> bool:
-    """Have a dead writer's journal kept, then delete it; False where its writer lives or nothing was in it.
+    """Have a dead proxy's journal kept, then delete it; False where its writer lives or nothing was in it.
 
     One that cannot be read to its end is set aside once what can be believed of it is kept.
     """
@@ -263,6 +263,8 @@ def _settle(path: Path, keep: Callable[[Salvage], None]) -> bool:
         if not try_lock(handle) or not os.fstat(handle).st_nlink:
             return False
         left = salvage(path)
+        if left.about.get("env_id", PROXY) != PROXY:  # a collector's, with a hint and a grade of its own
+            return False
         try:
             keep(left)
         except (ValueError, PermissionError):  # refused for what it is: kept for people to look at
@@ -284,9 +286,15 @@ def make_shelf(uri: str, redactor: Redactor | None, *, train_allowed: bool, dura
         StoreError: the store cannot be opened or made.
     """
     clean: Clean = (lambda episode: redactor.episode(episode)[0]) if redactor else lambda episode: episode
+    words = _words(redactor)
     if train_allowed:
-        return StoreShelf(uri, clean, durability=durability, spool=spool, words=_words(redactor))
-    return FolderShelf(uri, clean, sync=durability == "step", spool=spool)
+        return StoreShelf(uri, clean, durability=durability, spool=spool, words=words)
+    return FolderShelf(uri, clean, sync=durability == "step", spool=spool, words=words)
+
+
+def _said(items: Sequence[Json], words: Callable[[str], str]) -> list[Json]:
+    """What is said late, without its secrets."""
+    return [{**one, "text": words(one["text"])} for one in items]
 
 
 def _words(redactor: Redactor | None) -> Callable[[str], str]:

@@ -139,3 +139,13 @@ def test_secrets_are_taken_out_of_text_and_tokens(stack: Stack, how: str) -> Non
     assert "redacted" in leaky.hint.text
     assert "redacted" in leaky.hint.turns[0][1]
     assert not list(stack.store.rglob("*.arrows"))
+
+
+def test_secrets_are_taken_out_of_what_is_said_late_of_recordings(stack: Stack) -> None:
+    stack.start(redact="mask", train_allowed=False)
+    stack.ask("Sum?", conversation="c")
+    stack.close("c")
+    assert tell(stack, conversation="c", text=f"Never {SECRET}.").json()["state"] == "stored"
+    (late,) = (stack.store / "recordings" / "feedback").glob("*.json")
+    assert SECRET not in late.read_text()
+    assert "redacted" in late.read_text()

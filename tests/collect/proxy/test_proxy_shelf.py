@@ -8,12 +8,18 @@ import pytest
 
 from agentsdpo.benchmarks.perf.killloop import about, plan
 from agentsdpo.collect.proxy import shelf as shelves
+from agentsdpo.collect.proxy.feedback import item
 from agentsdpo.collect.proxy.shelf import Shelf, make_shelf
+from agentsdpo.replay.formats.redact import Redactor
 from agentsdpo.replay.storage import LocalStorage
+from agentsdpo.replay.store import ReplayStore
+from agentsdpo.replay.upkeep.recover import recover
+from agentsdpo.types import Hint
 
 
-def shelf_at(uri: Path | str, *, spool: Path | str = "", train_allowed: bool = False) -> Shelf:
-    return make_shelf(str(uri), None, train_allowed=train_allowed, durability="step", spool=str(spool))
+def shelf_at(uri: Path | str, *, spool: Path | str = "", train_allowed: bool = False,
+             redactor: Redactor | None = None) -> Shelf:
+    return make_shelf(str(uri), redactor, train_allowed=train_allowed, durability="step", spool=str(spool))
 
 
 def begun(shelf: Shelf, number: int, **more: Any) -> Path:
@@ -59,3 +65,34 @@ def test_what_an_earlier_release_left_beside_others_is_nobodys(tmp_path: Path, c
     assert f"the journals in {mine} are of an earlier release and do not say of which store" in caplog.text
     mine.rename(journal.parent.parent)
     assert shelf_at(tmp_path / "ann", spool=spool).recover() == 1
+
+
+SECRET = "sk-" + 40 * "a"
+
+
+def test_the_stores_own_recovery_leaves_conversations_to_the_proxy(tmp_path: Path) -> None:
+    shelf = shelf_at(tmp_path, train_allowed=True)
+    said = [item("text", f"Never {SECRET}.")]
+    path = begun(shelf, 0, metadata={"feedback": said})
+    store = ReplayStore.open(tmp_path, create=False)
+    for _ in range(2):
+        (found,) = [found for found in recover(store).found if found.path == str(path)]
+        assert (found.what, found.detail.partition(": ")[2]) == (
+            "left", "start `agentsdpo proxy --train-allowed` on its store")
+        assert not store.snapshot().rows
+    assert recover(store).changed == 0
+    assert shelf_at(tmp_path, train_allowed=True, redactor=Redactor(tokens="mask")).recover() == 1
+    episode = store.snapshot().episode(path.stem)
+    assert episode.hint is not None
+    assert "redacted" in episode.hint.text
+    assert SECRET not in episode.model_dump_json(exclude={"branches"})
+    assert not path.exists()
+
+
+def test_a_collectors_episodes_keep_the_hint_they_came_with(tmp_path: Path) -> None:
+    shelf = shelf_at(tmp_path, train_allowed=True)
+    path = begun(shelf, 0, env_id="desk", hint=Hint(text="A rule.", source="gold", author="env").model_dump())
+    assert shelf_at(tmp_path, train_allowed=True).recover() == 0
+    hint = ReplayStore.open(tmp_path, create=False).snapshot().episode(path.stem).hint
+    assert hint is not None
+    assert hint.text == "A rule."
