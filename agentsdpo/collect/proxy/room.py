@@ -204,21 +204,27 @@ class Room:
 
     # -------------------------------------------------------------------------------------------------- feedback
 
-    async def say(self, name: str, items: list[Json]) -> str:
+    async def say(self, name: str, items: list[Json], attempt: int | None = None) -> str:
         """Attach feedback to a conversation: ``open`` when it is still going on, ``stored`` when it has ended.
+
+        Args:
+            name: of the conversation. items: what is said.
+            attempt: which one of that name; None is the one that is open, or else the latest.
 
         Raises:
             Refused: 404, there is no such conversation; 503, it cannot be written.
         """
         async with self._ending:
             conversation = self.open.get(name)
+            if conversation is not None and attempt not in (None, conversation.attempt):
+                conversation = None  # another attempt goes on meanwhile
             if conversation is not None and conversation.journal is not None and conversation.lines:
                 async with conversation.lock:
                     conversation.feedback += items
                     journal, about = conversation.journal, {"metadata": self._metadata(conversation)}
                     await self._safely(lambda: journal.step(about=about))
                 return "open"
-            if not await self._safely(lambda: self.shelf.say(self.episode_id(name), items)):
+            if not await self._safely(lambda: self.shelf.say(self.episode_id(name), items, attempt)):
                 raise Refused(404, "there is no such conversation", code="no_conversation", param="conversation")
         return "stored"
 

@@ -53,8 +53,9 @@ class Shelf(Protocol):
         """How often this conversation has ended before."""
         ...
 
-    def say(self, episode_id: str, items: Sequence[Json]) -> bool:
-        """Attach what is said about a conversation that has ended; False when there is none. Raises StoreError."""
+    def say(self, episode_id: str, items: Sequence[Json], attempt: int | None = None) -> bool:
+        """Attach what is said about a conversation that has ended, the latest attempt unless named; False when there is
+        none. Raises StoreError."""
         ...
 
     def recover(self) -> int:
@@ -127,10 +128,10 @@ class StoreShelf:
             attempt += 1
         return attempt
 
-    def say(self, episode_id: str, items: Sequence[Json]) -> bool:
+    def say(self, episode_id: str, items: Sequence[Json], attempt: int | None = None) -> bool:
         """See :meth:`Shelf.say`: late values, which replace those that were there."""
         view = self.store.snapshot()
-        keys = view.attempt(episode_id)
+        keys = view.attempt(episode_id, attempt)
         if not keys:
             return False
         items = _said(items, self._words)
@@ -139,11 +140,11 @@ class StoreShelf:
         grade, label = grade_of(items), label_of(items)
         author = items[-1]["author"]
         if hint not in (None, rows[0].hint):
-            self.store.add_hints({episode_id: hint})
+            self.store.add_hints({key: hint for key in keys})
         if grade is not None:
-            self.store.add_rewards({episode_id: grade}, author=author)
+            self.store.add_rewards({key: grade for key in keys}, author=author)
         if label is not None:
-            self.store.add_labels({episode_id: label}, author=author)
+            self.store.add_labels({key: label for key in keys}, author=author)
         return True
 
     def recover(self) -> int:
@@ -214,11 +215,13 @@ class FolderShelf:
             attempt += 1
         return attempt
 
-    def say(self, episode_id: str, items: Sequence[Json]) -> bool:
+    def say(self, episode_id: str, items: Sequence[Json], attempt: int | None = None) -> bool:
         """See :meth:`Shelf.say`: one more small file beside the recording."""
-        if not self.attempts(episode_id):
+        latest = self.attempts(episode_id) - 1
+        attempt = latest if attempt is None else attempt
+        if not 0 <= attempt <= latest:
             return False
-        said = {"episode_id": episode_id, "items": _said(items, self._words)}
+        said = {"episode_id": episode_id, "attempt": attempt, "items": _said(items, self._words)}
         self._storage.create(f"recordings/feedback/{uuid7()}.json", canonical_json(said))
         return True
 
