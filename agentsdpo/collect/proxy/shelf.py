@@ -12,6 +12,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from agentsdpo.collect.proxy.feedback import grade_of, hint_of, label_of
 from agentsdpo.replay.canonical import canonical_json
 from agentsdpo.replay.formats.redact import Redactor
@@ -199,11 +202,24 @@ class FolderShelf:
             self.drop(episode.episode_id)
 
     def _write(self, episode: Episode) -> None:
-        data, _ = encode(to_rows([finished(episode, self._clean)], self._writer))
-        try:
-            self._storage.create(self._path(episode.episode_id, episode.attempt), data)
-        except FileExistsError:  # written before a crash that came before its journal was deleted
-            return
+        """Write an episode, under the next attempt where another proxy on this folder has written one meanwhile."""
+        episode = finished(episode, self._clean)
+        while True:
+            rows, path = to_rows([episode], self._writer), self._path(episode.episode_id, episode.attempt)
+            try:
+                return self._storage.create(path, encode(rows)[0])
+            except FileExistsError:
+                if self._holds(path, rows):  # written before a crash that came before its journal was deleted
+                    return None
+            log.warning("%s/%s is of another conversation of that name: give each proxy a --store of its own",
+                        self._storage.uri, path)
+            episode = episode.model_copy(update={"attempt": self.attempts(episode.episode_id)})
+
+    def _holds(self, path: str, rows: pa.Table) -> bool:
+        """Whether a recording says the same."""
+        names = ["content_sha256", "messages_json"]
+        found = pq.read_table(pa.BufferReader(self._storage.read(path)), columns=names)
+        return found.to_pylist() == rows.select(names).to_pylist()
 
     def _path(self, episode_id: str, attempt: int) -> str:
         return f"recordings/{episode_id}-{attempt:04d}.parquet"

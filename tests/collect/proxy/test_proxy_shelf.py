@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from agentsdpo.benchmarks.perf.killloop import about, plan
@@ -96,3 +97,23 @@ def test_a_collectors_episodes_keep_the_hint_they_came_with(tmp_path: Path) -> N
     hint = ReplayStore.open(tmp_path, create=False).snapshot().episode(path.stem).hint
     assert hint is not None
     assert hint.text == "A rule."
+
+
+def test_two_proxies_on_one_folder_lose_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, logger="agentsdpo")
+    first, second = shelf_at(tmp_path), shelf_at(tmp_path)
+    episode = plan(1, 0)[0]
+    other = plan(1, 1)[0].model_copy(update={"episode_id": episode.episode_id})
+    journal = begun(first, 0)
+    first.put([episode])
+    second.put([other])
+    assert recordings(tmp_path) == [f"{episode.episode_id}-000{attempt}.parquet" for attempt in (0, 1)]
+    assert "0000.parquet is of another conversation of that name: give each proxy a --store of its own" in caplog.text
+    tables = [pq.read_table(tmp_path / "recordings" / name) for name in recordings(tmp_path)]
+    assert [table.column("token_ids").to_pylist() for table in tables] == [
+        [one.branches[0].token_ids.tolist()] for one in (episode, other)]
+    assert [table.column("attempt").to_pylist() for table in tables] == [[0], [1]]
+    assert journal.exists()
+    assert shelf_at(tmp_path).recover() == 1, "its proxy was killed before it deleted the journal"
+    assert not journal.exists()
+    assert len(recordings(tmp_path)) == 2
