@@ -269,12 +269,18 @@ class Room:
                     conversation.journal.path.unlink(missing_ok=True)  # one that failed does not delete itself
         except ValueError as error:
             if len(conversations) == 1:
-                log.error("conversation %s is no episode, its journal stays: %s", conversations[0].name, error)
-                if conversations[0].journal is not None:
-                    conversations[0].journal.close()
+                self._rescue(conversations[0], error)
                 return
             for conversation in conversations:
                 self._put([conversation])
+
+    def _rescue(self, conversation: Conversation, error: ValueError) -> None:
+        """Have the shelf keep what the journal holds, which is all that was answered: the next attempt opens another.
+        """
+        log.error("conversation %s is no episode, what its journal says is kept: %s", conversation.name, error)
+        if conversation.journal is not None:
+            conversation.journal.close()
+            self.shelf.rescue(conversation.episode_id, conversation.journal.path)
 
     def _episode(self, conversation: Conversation) -> Episode:
         metadata = self._metadata(conversation) | ({"faults": conversation.faults} if conversation.faults else {})

@@ -23,7 +23,7 @@ from agentsdpo.replay.journal import SUFFIX, Journal, try_lock
 from agentsdpo.replay.rows import to_rows
 from agentsdpo.replay.salvage import Salvage, salvage
 from agentsdpo.replay.segment import encode
-from agentsdpo.replay.spool import Spool, set_aside
+from agentsdpo.replay.spool import LOST, Spool, set_aside
 from agentsdpo.replay.storage import storage_for
 from agentsdpo.replay.store import ReplayStore
 from agentsdpo.replay.upkeep.recover import PROXY, recover
@@ -50,6 +50,11 @@ class Shelf(Protocol):
 
     def put(self, episodes: Sequence[Episode]) -> None:
         """Keep conversations that have ended, durably, and let go of their journals. Raises StoreError."""
+        ...
+
+    def rescue(self, episode_id: str, journal: Path) -> None:
+        """Keep what a closed journal holds of a conversation that :meth:`put` refused, and let go of it; a journal that
+        is refused as well is set aside. Raises StoreError."""
         ...
 
     def attempts(self, episode_id: str) -> int:
@@ -105,6 +110,11 @@ class StoreShelf:
         self._append(done)
         self._spool.seal(episode.episode_id for episode in episodes)
 
+    def rescue(self, episode_id: str, journal: Path) -> None:
+        """See :meth:`Shelf.rescue`."""
+        _settle(journal, self._salvaged)
+        self.drop(episode_id)
+
     def _append(self, episodes: Sequence[Episode], *, salvaged: bool = False) -> None:
         """Into the store, and what is known of the policies that sampled them."""
         self.store.append(episodes, salvaged=salvaged)
@@ -153,7 +163,7 @@ class StoreShelf:
     def recover(self) -> int:
         """See :meth:`Shelf.recover`: conversations, with hints and redaction; then the store's own for the rest."""
         folder = self._spool.folder / self.store.about["store_id"]
-        found = sum(_settle(path, self._salvaged) for path in sorted(folder.glob(f"*/*{SUFFIX}")))
+        found = sum(_settle(path, self._salvaged) for path in _left(folder))
         recover(self.store, spool=self._spool.folder)
         return found
 
@@ -201,6 +211,11 @@ class FolderShelf:
             self._write(episode)
             self.drop(episode.episode_id)
 
+    def rescue(self, episode_id: str, journal: Path) -> None:
+        """See :meth:`Shelf.rescue`."""
+        _settle(journal, self._salvaged)
+        self.drop(episode_id)
+
     def _write(self, episode: Episode) -> None:
         """Write an episode, under the next attempt where another proxy on this folder has written one meanwhile."""
         episode = finished(episode, self._clean)
@@ -244,10 +259,10 @@ class FolderShelf:
     def recover(self) -> int:
         """See :meth:`Shelf.recover`."""
         folder, old = self._spool / self._journals, self._spool / RECORDINGS
-        if folder != old and any(old.glob(f"*/*{SUFFIX}")):
+        if folder != old and _left(old):
             log.warning("the journals in %s are of an earlier release and do not say of which store: move the folders "
                         "of those of %s to %s and start again", old, self._storage.uri, folder)
-        return sum(_settle(path, self._salvaged) for path in sorted(folder.glob(f"*/*{SUFFIX}")))
+        return sum(_settle(path, self._salvaged) for path in _left(folder))
 
     def _salvaged(self, left: Salvage) -> None:
         if left.episode is not None:
@@ -267,6 +282,11 @@ def _journals(uri: str, spool: str) -> tuple[Path, str]:
     state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "agentsdpo" / "spool"
     whose = sha256((uri.rstrip("/") if local is None else str(local.resolve())).encode()).hexdigest()[:16]
     return Path(spool) if spool else state, f"{RECORDINGS}-{whose}"
+
+
+def _left(folder: Path) -> list[Path]:
+    """Journals in there, but those that were set aside for people to look at."""
+    return [path for path in sorted(folder.glob(f"*/*{SUFFIX}")) if path.parent.name != LOST]
 
 
 def _settle(path: Path, keep: Callable[[Salvage], None]) -> bool:

@@ -12,6 +12,7 @@ from agentsdpo.collect.proxy import shelf as shelves
 from agentsdpo.collect.proxy.feedback import item
 from agentsdpo.collect.proxy.shelf import Shelf, make_shelf
 from agentsdpo.replay.formats.redact import Redactor
+from agentsdpo.replay.spool import set_aside
 from agentsdpo.replay.storage import LocalStorage
 from agentsdpo.replay.store import ReplayStore
 from agentsdpo.replay.upkeep.recover import recover
@@ -117,3 +118,10 @@ def test_two_proxies_on_one_folder_lose_nothing(tmp_path: Path, caplog: pytest.L
     assert shelf_at(tmp_path).recover() == 1, "its proxy was killed before it deleted the journal"
     assert not journal.exists()
     assert len(recordings(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("train_allowed", [True, False])
+def test_a_journal_that_was_set_aside_stays_there(tmp_path: Path, train_allowed: bool) -> None:
+    aside = set_aside(begun(shelf_at(tmp_path, train_allowed=train_allowed), 0))
+    assert shelf_at(tmp_path, train_allowed=train_allowed).recover() == 0
+    assert aside.exists()
