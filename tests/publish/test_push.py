@@ -237,26 +237,6 @@ def test_adapters_refuse_another_base_a_pause_and_a_taken_name(adapters: PolicyR
         hotload.push(adapters, 0, [URL])
 
 
-def test_tenants_share_a_server_by_name(adapters: PolicyRegistry, fake: Any, scorer_of: ScorerOf) -> None:
-    for version in (1, 2, 3):
-        for tenant in ("pol-a", "pol-b"):
-            AdapterPusher(scorer_of(adapters), keep=2, stem=tenant, connect=fake.connect).push(adapters, version, [URL])
-    assert sorted(fake.adapters) == ["pol-a@v2", "pol-a@v3", "pol-b@v2", "pol-b@v3"]
-
-
-def test_a_base_that_serves_already_is_no_push_to_another_tenant(adapters: PolicyRegistry, fake: Any,
-                                                                 scorer_of: ScorerOf, tmp_path: Path) -> None:
-    fake.label = "0"
-    AdapterPusher(scorer_of(adapters), stem="pol-ann", connect=fake.connect).push(adapters, 1, [URL])
-    other = PolicyRegistry(tmp_path / "bob")
-    other.publish(dict(adapters.load(0)), learner_step=0)
-    report = ReloadPusher(scorer_of(other), connect=fake.connect).push(other, 0, [URL])
-    assert report.ok
-    assert not report.servers[0].changed
-    assert list(fake.adapters) == ["pol-ann@v1"]
-    assert "/pause" not in fake.calls
-
-
 def test_full_weights_are_not_reloaded_under_adapters(adapters: PolicyRegistry, fake: Any, hotload: AdapterPusher,
                                                       scorer_of: ScorerOf) -> None:
     hotload.push(adapters, 1, [URL])
