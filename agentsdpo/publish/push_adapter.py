@@ -92,6 +92,13 @@ class AdapterPusher:
                 outcomes = [done.get(o.url, o) for o in round_.outcomes]
         return PushReport(version, self.kind, tuple(outcomes), next(iter(names.values()), None))
 
+    def foreign(self, registry: PolicyRegistry, label: str) -> bool:
+        """Whether a label may be another registry's name for the base, as tenants that share a server have: what the
+        weights are only a probe can tell."""
+        if self.stem is None or not label.isdecimal():
+            return False
+        return int(label) not in registry.versions() or registry.manifest(int(label)).kind != "full"
+
     def _name(self, server: VllmControl, version: int) -> str:
         return adapter_name(self.stem or server.base()[0], version)
 
@@ -99,12 +106,14 @@ class AdapterPusher:
         """Load and probe; a name that does not pass is unloaded again."""
         name, folder = self._name(server, version), registry.folder(version).resolve()
         label = server.label()
-        if label not in ("default", str(base)):
+        if label not in ("default", str(base)) and not self.foreign(registry, label):
             raise PushError(f"{server.url} serves weights {label!r}, the adapter stands on version {base}",
                             fix=f"push version {base} there first, or restart the server with the base model")
-        if server.paused():
-            raise PushError(f"{server.url} is paused", fix=f"resume it: curl -X POST {server.url}/resume")
         record = read_served(registry.root, server.url)
+        if server.paused():
+            fix = f"resume it: curl -X POST {server.url}/resume" if record.before is None else \
+                f"a push that was cut off left it so; push version {base} there first"  # its weights may be half there
+            raise PushError(f"{server.url} is paused", fix=fix)
         write_served(registry.root, record.model_copy(
             update={"holds": tuple(sorted({base, version, *record.holds})), "pushing": version}))
         fresh = _load_once(server, name, folder)
@@ -181,7 +190,20 @@ class AutoPusher:
         """Whether a server was stopped in the middle of a push, or serves another version than the base."""
         with self._connect(url) as server:
             try:
-                half = server.paused() and read_served(registry.root, server.url).before is not None
-                return half or (server.label() not in ("default", str(base)) and not server.adapters())
+                if server.paused():
+                    return read_served(registry.root, server.url).before is not None
+                label = server.label()
+                if label in ("default", str(base)) or server.adapters():
+                    return False
+                return not (self.adapter.foreign(registry, label) and self._serves_base(base, server))
             except PushError:
                 return False
+
+    def _serves_base(self, base: int, server: VllmControl) -> bool:
+        """Whether the weights of a server are those of the base, whatever it calls them."""
+        self.full.scorer.load(base)
+        try:
+            parity(server, self.full.scorer, server.base()[0], self.full.bound)
+        except Mismatch:
+            return False
+        return True

@@ -152,13 +152,13 @@ class ReloadPusher:
         server.reload(registry.folder(version).resolve())
 
     def _restore(self, server: VllmControl, model: str, old: _Old, *, touched: bool) -> tuple[str, bool]:
-        """Put back what was served and go on; what came of it in words, and whether it worked."""
+        """Put back what was served and go on; what came of it in words, and whether it is known to have worked."""
         try:
             if touched:
                 self._put_back(server, model, old)
             server.resume()
-        except ServerGone:
-            return "the server is gone and will start with its own weights", True
+        except ServerGone:  # or only out of reach, paused on other weights: the record lets the next push go on from it
+            return "the server is gone: started anew it has its own weights, else the next push mends it", False
         except PushError as error:
             for act in (server.pause, lambda: server.set_label(UNKNOWN), server.resume):
                 with suppress(PushError):  # each on its own: a server that waits for ever helps nobody

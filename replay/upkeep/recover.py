@@ -25,8 +25,10 @@ from agentsdpo.replay.store import ReplayStore
 from agentsdpo.replay.upkeep.adopt import adopted_rows
 from agentsdpo.types import Branch, Json
 
-What = Literal["running", "committed", "empty", "salvaged", "set_aside", "open", "closed", "adopted", "lost"]
-_UNTOUCHED = ("running", "open")
+What = Literal["running", "left", "committed", "empty", "salvaged", "set_aside", "open", "closed", "adopted", "lost"]
+PROXY = "proxy"
+"""``env_id`` of conversations that ``agentsdpo proxy`` recorded."""
+_UNTOUCHED = ("running", "left", "open")
 _UNFIT = (RowError, TrainForbidden, TokenizerMismatch)
 """Why the store refuses an episode or a file for what it is, not for the state of the disk."""
 
@@ -36,8 +38,9 @@ class Found:
     """One thing a recovery met, and what became of it.
 
     Attributes:
-        what: of a journal: ``running`` (its writer lives), ``committed`` and ``empty`` (deleted), ``salvaged``,
-            ``set_aside``; of a stream: ``open`` (left), ``closed``; of a data file: ``adopted``, ``lost``.
+        what: of a journal: ``running`` (its writer lives), ``left`` (for the proxy, which knows what secrets to take
+            out), ``committed`` and ``empty`` (deleted), ``salvaged``, ``set_aside``; of a stream: ``open`` (untouched),
+            ``closed``; of a data file: ``adopted``, ``lost``.
         path: of the journal, or inside the store.
         writer: id of the writer it belongs to.
         detail: how much was salvaged, or why it went where it went.
@@ -206,6 +209,9 @@ class _Recovery:
             self._finish(path, "set_aside" if unread else "empty", left.lost)
         elif self._stands(left):
             self._finish(path, "committed", keep=bool(left.lost) and not self._whole(left))
+        elif left.about.get("env_id") == PROXY:  # its hint, and its secrets, are still to be seen to
+            self._note("left", path, path.parent.name,
+                       f"{left.steps} steps of a conversation: start `agentsdpo proxy --train-allowed` on its store")
         else:
             try:
                 if not self.dry_run:

@@ -31,7 +31,8 @@ def value_of(folder: Path) -> float:
 
 
 class FakeVllm:
-    """One server; ``faults`` maps a path to what its next calls answer: a status, ``"die"``, or a body."""
+    """One server; ``faults`` maps a path to what its next calls answer: a status, ``"die"``, a body, or ``"cut"``: what
+    is asked for is done, and then nothing reaches it any more."""
 
     def __init__(self, start: Path) -> None:
         self.start, self.faults, self.calls = start, dict[str, list[Any]](), list[str]()
@@ -59,9 +60,14 @@ class FakeVllm:
         self.on_call(parts.path)
         if isinstance(wrong, int):
             return wrong, {"error": {"message": f"injected {wrong}"}}
-        if wrong is not None:
+        if wrong not in (None, "cut"):
             return 200, wrong
         act = getattr(self, "do_" + parts.path.strip("/").replace("/", "_"), None)
+        if wrong == "cut":
+            assert act
+            act({**dict(parse_qsl(parts.query)), **(body or {})})
+            self.alive = False
+            raise ConnectionError
         return act({**dict(parse_qsl(parts.query)), **(body or {})}) if act else (404, {"detail": "Not Found"})
 
     def do_weight_info(self, _: Any) -> tuple[int, Any]:

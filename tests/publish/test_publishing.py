@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 
 from agentsdpo.cli import app
 from agentsdpo.errors import ConfigError, ModelError, RegistryError, StoreError
+from agentsdpo.publish.push_adapter import AdapterPusher
 from agentsdpo.publish.push_full import ReloadPusher
 from agentsdpo.publish.registry import PolicyRegistry
-from agentsdpo.publish.served import read_served
+from agentsdpo.publish.served import Served, read_served, write_served
 from agentsdpo.publishing import RegistryScorer, follow, make_pusher, newest, registry_at
 
 URL = "http://server:8000"
@@ -128,6 +129,7 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[4])
 from conftest import FakeScorer
 from agentsdpo.publish import control
+from agentsdpo.publish.push_adapter import AdapterPusher
 from agentsdpo.publish.push_full import ReloadPusher
 from agentsdpo.publish.registry import PolicyRegistry
 
@@ -172,6 +174,54 @@ def test_killed_in_mid_push_the_next_one_may_fail_and_goes_back(registry: Policy
     assert (fake.value, fake.label, fake.paused) == (0.0, "default", False)
 
 
+@pytest.mark.parametrize("before", [None, 1])
+@pytest.mark.parametrize("at", ["/pause", "/collective_rpc", "/update_weight_version", "/resume"])
+def test_a_server_that_was_only_out_of_reach_is_mended_by_the_next_push(
+        registry: PolicyRegistry, fake: Any, scorer_of: Any, at: str, before: int | None) -> None:
+    """It did as it was told, its answer was lost and every call after that: it stands paused, on whatever weights."""
+    pusher = ReloadPusher(scorer_of(registry), connect=fake.connect)
+    if before is not None:
+        pusher.push(registry, before, [URL])
+    old = fake.value, fake.label
+    fake.faults[at] = ["cut"]
+    report = pusher.push(registry, 2, [URL])
+    assert "the server is gone: started anew it has its own weights, else the next push mends it" in str(
+        report.servers[0].error)
+    record = read_served(registry.root, URL)
+    assert (record.version, record.pushing, record.before and record.before[0]) == (before, 2, old[1])
+    fake.alive = True
+    fake.faults["/collective_rpc"] = [500]
+    report = pusher.push(registry, 2, [URL])
+    assert f"it serves {fake.label!r} as before" in str(report.servers[0].error)
+    assert (fake.value, fake.label) in (old, (2.0, "2")), "no weights under the label of others"
+    assert pusher.push(registry, 2, [URL]).ok
+    assert (fake.value, fake.label, fake.paused) == (2.0, "2", False)
+    assert read_served(registry.root, URL) == Served(url=URL, version=2, holds=(2,))
+
+
+def test_a_server_that_started_anew_in_mid_push_is_not_given_what_it_served_before(
+        registry: PolicyRegistry, fake: Any, scorer_of: Any) -> None:
+    pusher = ReloadPusher(scorer_of(registry), connect=fake.connect)
+    pusher.push(registry, 1, [URL])
+    fake.faults["/collective_rpc"] = ["die"]
+    assert not pusher.push(registry, 2, [URL]).ok
+    fake.boot()
+    fake.faults["/reset_prefix_cache"] = [500]
+    assert "it serves 'default' as before" in str(pusher.push(registry, 2, [URL]).servers[0].error)
+    assert (fake.value, fake.label, fake.paused) == (0.0, "default", False)
+    assert pusher.push(registry, 2, [URL]).ok
+
+
+def test_nobody_is_told_to_resume_a_server_that_a_push_left_paused(adapters: PolicyRegistry, fake: Any,
+                                                                   scorer_of: Any) -> None:
+    pusher = AdapterPusher(scorer_of(adapters), connect=fake.connect)
+    fake.paused = True
+    write_served(adapters.root, Served(url=URL, pushing=0, before=("default", str(fake.start))))
+    error = str(pusher.push(adapters, 1, [URL]).servers[0].error)
+    assert "a push that was cut off left it so; push version 0 there first" in error
+    assert "/resume" not in error
+
+
 # ------------------------------------------------------------------------------------------------------------ the verb
 
 
@@ -179,6 +229,7 @@ PUSHER = '''
 import sys
 sys.path.insert(0, {here!r})
 from conftest import FakeScorer
+from agentsdpo.publish.push_adapter import AdapterPusher
 from agentsdpo.publish.push_full import ReloadPusher
 from agentsdpo.publish.registry import PolicyRegistry
 def make(scorer, bound):

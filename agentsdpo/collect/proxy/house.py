@@ -198,9 +198,10 @@ class House:
         logprobs = None
         if asked.logprobs is not None:
             logprobs = (text_logprobs if answer is None else chat_logprobs)(self.chat, sampled)
-        return Reply(id=f"{kind}-{prompt.conversation.name}.{prompt.turn}", model=sampled.model or self.name,
-                     finish=finish_reason(answer, sampled), prompt_tokens=len(prompt.ids), message=answer, text=text,
-                     completion_tokens=len(sampled.completion.token_ids), logprobs=logprobs)
+        name = f"{prompt.conversation.name}.{prompt.conversation.attempt}-{prompt.turn}"
+        return Reply(id=f"{kind}-{name}", model=sampled.model or self.name, finish=finish_reason(answer, sampled),
+                     prompt_tokens=len(prompt.ids), completion_tokens=len(sampled.completion.token_ids),
+                     message=answer, text=text, logprobs=logprobs)
 
     # ---------------------------------------------------------------------------------------------------- upkeep
 

@@ -17,6 +17,7 @@ from agentsdpo.collect.proxy.shapes import Asked
 from agentsdpo.collect.proxy.shelf import Shelf
 from agentsdpo.errors import AgentSdpoError, ModelError, StoreError
 from agentsdpo.replay.ids import derived_uuid, uuid7
+from agentsdpo.replay.upkeep.recover import PROXY
 from agentsdpo.types import Episode, Json, Sampling, StopReason
 
 log = logging.getLogger("agentsdpo.proxy")
@@ -95,7 +96,7 @@ class Room:
         found = self.open.get(name)
         if found is None:
             episode_id = self.episode_id(name)
-            about = {"episode_id": episode_id, "task_id": name, "env_id": "proxy", "group_id": episode_id,
+            about = {"episode_id": episode_id, "task_id": name, "env_id": PROXY, "group_id": episode_id,
                      "run_id": self.config.run_id, "train_allowed": self.config.train_allowed,
                      "stop_reason": StopReason.COMPLETED.value, **self._stamp}
             found = self.open[name] = Conversation(name, episode_id, -1, self.chat, about)
@@ -203,21 +204,27 @@ class Room:
 
     # -------------------------------------------------------------------------------------------------- feedback
 
-    async def say(self, name: str, items: list[Json]) -> str:
+    async def say(self, name: str, items: list[Json], attempt: int | None = None) -> str:
         """Attach feedback to a conversation: ``open`` when it is still going on, ``stored`` when it has ended.
+
+        Args:
+            name: of the conversation. items: what is said.
+            attempt: which one of that name; None is the one that is open, or else the latest.
 
         Raises:
             Refused: 404, there is no such conversation; 503, it cannot be written.
         """
         async with self._ending:
             conversation = self.open.get(name)
+            if conversation is not None and attempt not in (None, conversation.attempt):
+                conversation = None  # another attempt goes on meanwhile
             if conversation is not None and conversation.journal is not None and conversation.lines:
                 async with conversation.lock:
                     conversation.feedback += items
                     journal, about = conversation.journal, {"metadata": self._metadata(conversation)}
                     await self._safely(lambda: journal.step(about=about))
                 return "open"
-            if not await self._safely(lambda: self.shelf.say(self.episode_id(name), items)):
+            if not await self._safely(lambda: self.shelf.say(self.episode_id(name), items, attempt)):
                 raise Refused(404, "there is no such conversation", code="no_conversation", param="conversation")
         return "stored"
 
@@ -262,12 +269,18 @@ class Room:
                     conversation.journal.path.unlink(missing_ok=True)  # one that failed does not delete itself
         except ValueError as error:
             if len(conversations) == 1:
-                log.error("conversation %s is no episode, its journal stays: %s", conversations[0].name, error)
-                if conversations[0].journal is not None:
-                    conversations[0].journal.close()
+                self._rescue(conversations[0], error)
                 return
             for conversation in conversations:
                 self._put([conversation])
+
+    def _rescue(self, conversation: Conversation, error: ValueError) -> None:
+        """Have the shelf keep what the journal holds, which is all that was answered: the next attempt opens another.
+        """
+        log.error("conversation %s is no episode, what its journal says is kept: %s", conversation.name, error)
+        if conversation.journal is not None:
+            conversation.journal.close()
+            self.shelf.rescue(conversation.episode_id, conversation.journal.path)
 
     def _episode(self, conversation: Conversation) -> Episode:
         metadata = self._metadata(conversation) | ({"faults": conversation.faults} if conversation.faults else {})

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -197,10 +198,11 @@ class Proxy:
         name = self._name(request, body)
         if name is None:
             raise Refused(400, "no conversation is named", param="conversation", fix="give its id")
-        name, turn = _by_answer(name)
+        name, attempt, turn = _by_answer(name)
         items = read_feedback({"turn": turn, **body} if turn is not None else body)
         room = await self.house.room(request[CALLER].tenant)
-        return web.json_response({"conversation": name, "state": await room.say(name, items), "items": len(items)})
+        state = await room.say(name, items, attempt)
+        return web.json_response({"conversation": name, "state": state, "items": len(items)})
 
     async def _close(self, request: web.Request) -> web.Response:
         name = self._name(request, await self._body(request))
@@ -241,14 +243,16 @@ class _Log(AbstractAccessLogger):
 _REASONS = {404: "there is no such address here", 405: "this address takes another method"}
 
 
-def _by_answer(name: str) -> tuple[str, int | None]:
-    """A conversation and a turn from the id of an answer; other names are conversations.
+def _by_answer(name: str) -> tuple[str, int | None, int | None]:
+    """A conversation, an attempt at it and a turn from the id of an answer; other names are conversations.
 
-    >>> _by_answer("chatcmpl-abc.4"), _by_answer("abc")
-    (('abc', 4), ('abc', None))
+    Ids of earlier releases name no attempt.
+
+    >>> _by_answer("chatcmpl-abc.0-4"), _by_answer("chatcmpl-abc.4"), _by_answer("abc")
+    (('abc', 0, 4), ('abc', None, 4), ('abc', None, None))
     """
-    kind, _, rest = name.partition("-")
-    conversation, dot, turn = rest.rpartition(".")
-    if kind in ("chatcmpl", "cmpl") and dot and turn.isascii() and turn.isdigit():
-        return conversation, int(turn)
-    return name, None
+    found = re.fullmatch(r"(?:chatcmpl|cmpl)-(.*)\.(?:(\d+)-)?(\d+)", name, re.ASCII)
+    if found is None:
+        return name, None, None
+    conversation, attempt, turn = found.groups()
+    return conversation, None if attempt is None else int(attempt), int(turn)

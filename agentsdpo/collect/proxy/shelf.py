@@ -4,11 +4,16 @@ The store takes nothing that must not be trained on. Such conversations become o
 ``recordings/``, with the store's columns; nothing that reads a store looks there.
 """
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from agentsdpo.collect.proxy.feedback import grade_of, hint_of, label_of
 from agentsdpo.replay.canonical import canonical_json
@@ -18,12 +23,14 @@ from agentsdpo.replay.journal import SUFFIX, Journal, try_lock
 from agentsdpo.replay.rows import to_rows
 from agentsdpo.replay.salvage import Salvage, salvage
 from agentsdpo.replay.segment import encode
-from agentsdpo.replay.spool import Spool, set_aside
+from agentsdpo.replay.spool import LOST, Spool, set_aside
 from agentsdpo.replay.storage import storage_for
 from agentsdpo.replay.store import ReplayStore
-from agentsdpo.replay.upkeep.recover import recover
+from agentsdpo.replay.upkeep.recover import PROXY, recover
 from agentsdpo.types import Episode, Json
 
+log = logging.getLogger("agentsdpo.proxy")
+RECORDINGS = "recordings"
 Clean = Callable[[Episode], Episode]
 """Takes secrets out of an episode; the identity where nothing is to be redacted."""
 
@@ -45,12 +52,18 @@ class Shelf(Protocol):
         """Keep conversations that have ended, durably, and let go of their journals. Raises StoreError."""
         ...
 
+    def rescue(self, episode_id: str, journal: Path) -> None:
+        """Keep what a closed journal holds of a conversation that :meth:`put` refused, and let go of it; a journal that
+        is refused as well is set aside. Raises StoreError."""
+        ...
+
     def attempts(self, episode_id: str) -> int:
         """How often this conversation has ended before."""
         ...
 
-    def say(self, episode_id: str, items: Sequence[Json]) -> bool:
-        """Attach what is said about a conversation that has ended; False when there is none. Raises StoreError."""
+    def say(self, episode_id: str, items: Sequence[Json], attempt: int | None = None) -> bool:
+        """Attach what is said about a conversation that has ended, the latest attempt unless named; False when there is
+        none. Raises StoreError."""
         ...
 
     def recover(self) -> int:
@@ -72,7 +85,7 @@ class StoreShelf:
     """The replay store of one tenant.
 
     Args:
-        uri: of the store, made when it is not there. clean: see :data:`Clean`.
+        uri: of the store, made when it is not there. clean: see :data:`Clean`. words: takes secrets out of a text.
         durability, spool: see :class:`agentsdpo.replay.spool.Spool`.
     """
 
@@ -96,6 +109,11 @@ class StoreShelf:
         done = [finished(episode, self._clean) for episode in episodes]
         self._append(done)
         self._spool.seal(episode.episode_id for episode in episodes)
+
+    def rescue(self, episode_id: str, journal: Path) -> None:
+        """See :meth:`Shelf.rescue`."""
+        _settle(journal, self._salvaged)
+        self.drop(episode_id)
 
     def _append(self, episodes: Sequence[Episode], *, salvaged: bool = False) -> None:
         """Into the store, and what is known of the policies that sampled them."""
@@ -123,29 +141,29 @@ class StoreShelf:
             attempt += 1
         return attempt
 
-    def say(self, episode_id: str, items: Sequence[Json]) -> bool:
+    def say(self, episode_id: str, items: Sequence[Json], attempt: int | None = None) -> bool:
         """See :meth:`Shelf.say`: late values, which replace those that were there."""
         view = self.store.snapshot()
-        keys = view.attempt(episode_id)
+        keys = view.attempt(episode_id, attempt)
         if not keys:
             return False
-        items = [{**one, "text": self._words(one["text"])} for one in items]
+        items = _said(items, self._words)
         rows = view.read(keys)
         hint = hint_of(items, [row.branch for row in rows], rows[0].hint)
         grade, label = grade_of(items), label_of(items)
         author = items[-1]["author"]
         if hint not in (None, rows[0].hint):
-            self.store.add_hints({episode_id: hint})
+            self.store.add_hints({key: hint for key in keys})
         if grade is not None:
-            self.store.add_rewards({episode_id: grade}, author=author)
+            self.store.add_rewards({key: grade for key in keys}, author=author)
         if label is not None:
-            self.store.add_labels({episode_id: label}, author=author)
+            self.store.add_labels({key: label for key in keys}, author=author)
         return True
 
     def recover(self) -> int:
-        """See :meth:`Shelf.recover`: hints and redaction first, then the store's own recovery for the rest."""
+        """See :meth:`Shelf.recover`: conversations, with hints and redaction; then the store's own for the rest."""
         folder = self._spool.folder / self.store.about["store_id"]
-        found = sum(_settle(path, self._salvaged) for path in sorted(folder.glob(f"*/*{SUFFIX}")))
+        found = sum(_settle(path, self._salvaged) for path in _left(folder))
         recover(self.store, spool=self._spool.folder)
         return found
 
@@ -163,21 +181,21 @@ class FolderShelf:
     """Recordings that nobody may train on.
 
     Args:
-        uri: folder or prefix that a store would have. clean: see :data:`Clean`.
+        uri: folder or prefix that a store would have. clean: see :data:`Clean`. words: takes secrets out of a text.
         sync: wait for the disk after every call. spool: folder for journals; "" is below ``uri``.
     """
 
-    identity = "recordings"
+    identity = RECORDINGS
 
-    def __init__(self, uri: str, clean: Clean, *, sync: bool, spool: str) -> None:
-        self._storage, self._clean, self._sync = storage_for(uri), clean, sync
-        self._spool = Path(spool) if spool else _beside(uri)
+    def __init__(self, uri: str, clean: Clean, *, sync: bool, spool: str, words: Callable[[str], str]) -> None:
+        self._storage, self._clean, self._sync, self._words = storage_for(uri), clean, sync, words
+        self._spool, self._journals = _journals(uri, spool)
         self._writer = uuid7()
         self._held: dict[str, Journal] = {}
 
     def begin(self, about: Json) -> Journal:
         """See :meth:`Shelf.begin`."""
-        journal = Journal.open(self._spool, "recordings", self._writer, about["episode_id"], about, sync=self._sync)
+        journal = Journal.open(self._spool, self._journals, self._writer, about["episode_id"], about, sync=self._sync)
         self._held[about["episode_id"]] = journal
         return journal
 
@@ -193,12 +211,30 @@ class FolderShelf:
             self._write(episode)
             self.drop(episode.episode_id)
 
+    def rescue(self, episode_id: str, journal: Path) -> None:
+        """See :meth:`Shelf.rescue`."""
+        _settle(journal, self._salvaged)
+        self.drop(episode_id)
+
     def _write(self, episode: Episode) -> None:
-        data, _ = encode(to_rows([finished(episode, self._clean)], self._writer))
-        try:
-            self._storage.create(self._path(episode.episode_id, episode.attempt), data)
-        except FileExistsError:  # written before a crash that came before its journal was deleted
-            return
+        """Write an episode, under the next attempt where another proxy on this folder has written one meanwhile."""
+        episode = finished(episode, self._clean)
+        while True:
+            rows, path = to_rows([episode], self._writer), self._path(episode.episode_id, episode.attempt)
+            try:
+                return self._storage.create(path, encode(rows)[0])
+            except FileExistsError:
+                if self._holds(path, rows):  # written before a crash that came before its journal was deleted
+                    return None
+            log.warning("%s/%s is of another conversation of that name: give each proxy a --store of its own",
+                        self._storage.uri, path)
+            episode = episode.model_copy(update={"attempt": self.attempts(episode.episode_id)})
+
+    def _holds(self, path: str, rows: pa.Table) -> bool:
+        """Whether a recording says the same."""
+        names = ["content_sha256", "messages_json"]
+        found = pq.read_table(pa.BufferReader(self._storage.read(path)), columns=names)
+        return found.to_pylist() == rows.select(names).to_pylist()
 
     def _path(self, episode_id: str, attempt: int) -> str:
         return f"recordings/{episode_id}-{attempt:04d}.parquet"
@@ -210,17 +246,23 @@ class FolderShelf:
             attempt += 1
         return attempt
 
-    def say(self, episode_id: str, items: Sequence[Json]) -> bool:
+    def say(self, episode_id: str, items: Sequence[Json], attempt: int | None = None) -> bool:
         """See :meth:`Shelf.say`: one more small file beside the recording."""
-        if not self.attempts(episode_id):
+        latest = self.attempts(episode_id) - 1
+        attempt = latest if attempt is None else attempt
+        if not 0 <= attempt <= latest:
             return False
-        said = {"episode_id": episode_id, "items": list(items)}
+        said = {"episode_id": episode_id, "attempt": attempt, "items": _said(items, self._words)}
         self._storage.create(f"recordings/feedback/{uuid7()}.json", canonical_json(said))
         return True
 
     def recover(self) -> int:
         """See :meth:`Shelf.recover`."""
-        return sum(_settle(path, self._salvaged) for path in sorted((self._spool / "recordings").glob(f"*/*{SUFFIX}")))
+        folder, old = self._spool / self._journals, self._spool / RECORDINGS
+        if folder != old and _left(old):
+            log.warning("the journals in %s are of an earlier release and do not say of which store: move the folders "
+                        "of those of %s to %s and start again", old, self._storage.uri, folder)
+        return sum(_settle(path, self._salvaged) for path in _left(folder))
 
     def _salvaged(self, left: Salvage) -> None:
         if left.episode is not None:
@@ -230,16 +272,25 @@ class FolderShelf:
         """See :meth:`Shelf.close`."""
 
 
-def _beside(uri: str) -> Path:
-    """Folder of journals below a local folder; for a bucket the one that stores of buckets use."""
-    scheme, found, _ = uri.partition("://")
-    if found and scheme != "file":
-        return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "agentsdpo" / "spool"
-    return Path(uri.removeprefix("file://")) / "spool"
+def _journals(uri: str, spool: str) -> tuple[Path, str]:
+    """Where the journals of recordings are, and their folder in there: below a local folder they are alone; the folder
+    of a setting, or of all buckets of this machine, they share with those of other stores and tenants."""
+    scheme, found, rest = uri.partition("://")
+    local = Path(rest if found else uri) if not found or scheme == "file" else None
+    if local is not None and not spool:
+        return local / "spool", RECORDINGS
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "agentsdpo" / "spool"
+    whose = sha256((uri.rstrip("/") if local is None else str(local.resolve())).encode()).hexdigest()[:16]
+    return Path(spool) if spool else state, f"{RECORDINGS}-{whose}"
+
+
+def _left(folder: Path) -> list[Path]:
+    """Journals in there, but those that were set aside for people to look at."""
+    return [path for path in sorted(folder.glob(f"*/*{SUFFIX}")) if path.parent.name != LOST]
 
 
 def _settle(path: Path, keep: Callable[[Salvage], None]) -> bool:
-    """Have a dead writer's journal kept, then delete it; False where its writer lives or nothing was in it.
+    """Have a dead proxy's journal kept, then delete it; False where its writer lives or nothing was in it.
 
     One that cannot be read to its end is set aside once what can be believed of it is kept.
     """
@@ -251,6 +302,8 @@ def _settle(path: Path, keep: Callable[[Salvage], None]) -> bool:
         if not try_lock(handle) or not os.fstat(handle).st_nlink:
             return False
         left = salvage(path)
+        if left.about.get("env_id", PROXY) != PROXY:  # a collector's, with a hint and a grade of its own
+            return False
         try:
             keep(left)
         except (ValueError, PermissionError):  # refused for what it is: kept for people to look at
@@ -272,9 +325,15 @@ def make_shelf(uri: str, redactor: Redactor | None, *, train_allowed: bool, dura
         StoreError: the store cannot be opened or made.
     """
     clean: Clean = (lambda episode: redactor.episode(episode)[0]) if redactor else lambda episode: episode
+    words = _words(redactor)
     if train_allowed:
-        return StoreShelf(uri, clean, durability=durability, spool=spool, words=_words(redactor))
-    return FolderShelf(uri, clean, sync=durability == "step", spool=spool)
+        return StoreShelf(uri, clean, durability=durability, spool=spool, words=words)
+    return FolderShelf(uri, clean, sync=durability == "step", spool=spool, words=words)
+
+
+def _said(items: Sequence[Json], words: Callable[[str], str]) -> list[Json]:
+    """What is said late, without its secrets."""
+    return [{**one, "text": words(one["text"])} for one in items]
 
 
 def _words(redactor: Redactor | None) -> Callable[[str], str]:

@@ -13,6 +13,8 @@ import httpx
 import pytest
 from proxy_stack import Json, Stack, said
 
+from agentsdpo.collect.proxy.conversation import Conversation
+from agentsdpo.collect.proxy.room import Room
 from agentsdpo.replay.journal import Journal, JournalError
 
 
@@ -330,6 +332,31 @@ def test_an_answer_that_cannot_be_recorded_is_not_given(stack: Stack, monkeypatc
     stack.stop_proxy()
     assert [episode.attempt for episode in stack.episodes()] == [0, 1]
     assert stack.episodes()[1].messages[-1]["content"] == "reply 2"
+
+
+@pytest.mark.parametrize("train_allowed", [True, False])
+def test_what_was_answered_outlives_a_conversation_that_is_no_episode(
+        stack: Stack, monkeypatch: pytest.MonkeyPatch, train_allowed: bool) -> None:
+    stack.start(train_allowed=train_allowed)
+    first = stack.ask("One.", conversation="c")
+    tell = {"conversation": "c", "text": "No."}
+    assert stack.post("/v1/feedback", tell).json()["state"] == "open"
+
+    def broken(room: Room, conversation: Conversation) -> Any:
+        raise ValueError("no episode")
+
+    with monkeypatch.context() as now:
+        now.setattr(Room, "_episode", broken)
+        assert stack.close("c") == 1
+    stack.ask("One.", said(first), "Two.", conversation="c")
+    stack.stop_proxy()
+    assert not list(stack.store.rglob("*.arrows"))
+    if train_allowed:
+        assert [episode.attempt for episode in stack.episodes()] == [0, 1]
+        assert stack.episodes()[0].hint is not None
+        assert stack.episodes()[0].branches[0].n_trainable > 0
+    else:
+        assert len(list(stack.store.glob("recordings/*.parquet"))) == 2
 
 
 def test_what_comes_while_a_conversation_is_stored_is_its_next_attempt(stack: Stack, monkeypatch: pytest.MonkeyPatch

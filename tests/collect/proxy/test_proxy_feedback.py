@@ -1,5 +1,6 @@
 """Feedback at any time: while a conversation goes on, after it has ended, after a restart; nothing about others."""
 
+import json
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -47,6 +48,40 @@ def test_after_it_ended_and_after_a_restart(stack: Stack) -> None:
     assert [row.label for row in store.branches("label == 'thumb_up'")] == ["thumb_up"]
     (row,) = store.branches("reward == 1.0")
     assert row.hint == episode.hint
+
+
+def test_the_id_of_an_answer_names_its_attempt(stack: Stack) -> None:
+    """Turns begin anew with each attempt at a conversation."""
+    stack.start()
+    first = stack.ask("Sum?", conversation="a.b")
+    stack.close("a.b")
+    second = stack.ask("Mean?", conversation="a.b")
+    assert (first["id"], second["id"]) == ("chatcmpl-a.b.0-0", "chatcmpl-a.b.1-0")
+    assert tell(stack, conversation=first["id"], text="Of the first.", thumb="up").json() == {
+        "conversation": "a.b", "state": "stored", "items": 2}
+    assert tell(stack, conversation=second["id"], text="Of the second.").json()["state"] == "open"
+    assert tell(stack, conversation="chatcmpl-a.b.7-0", text="x").status_code == 404
+    stack.close("a.b")
+    tell(stack, conversation=second["id"], text="Late.")
+    tell(stack, conversation=first["id"], text="Later.", thumb="down")
+    tell(stack, conversation="chatcmpl-a.b.0", text="As ids were.")
+    hints = [episode.hint.turns if episode.hint else () for episode in stack.episodes()]
+    assert hints == [((0, "Of the first.\nLater."),), ((0, "Of the second.\nLate.\nAs ids were."),)]
+    assert [episode.reward for episode in stack.episodes()] == [0.0, None]
+    store = ReplayStore.open(stack.store, create=False)
+    assert [row.key.attempt for row in store.branches("label == 'thumb_down'")] == [0]
+
+
+def test_of_an_attempt_that_nobody_may_train_on(stack: Stack) -> None:
+    stack.start(train_allowed=False)
+    answers = []
+    for _ in range(2):
+        answers.append(stack.ask("Sum?", conversation="c"))
+        stack.close("c")
+    for name in (answers[0]["id"], "c", "chatcmpl-c.9-0"):
+        tell(stack, conversation=name, text=name)
+    late = [json.loads(path.read_text()) for path in sorted((stack.store / "recordings" / "feedback").glob("*.json"))]
+    assert [(one["attempt"], one["items"][0]["text"]) for one in late] == [(0, answers[0]["id"]), (1, "c")]
 
 
 def test_it_is_for_what_led_to_it_since_the_user_last_spoke(stack: Stack) -> None:
@@ -139,3 +174,13 @@ def test_secrets_are_taken_out_of_text_and_tokens(stack: Stack, how: str) -> Non
     assert "redacted" in leaky.hint.text
     assert "redacted" in leaky.hint.turns[0][1]
     assert not list(stack.store.rglob("*.arrows"))
+
+
+def test_secrets_are_taken_out_of_what_is_said_late_of_recordings(stack: Stack) -> None:
+    stack.start(redact="mask", train_allowed=False)
+    stack.ask("Sum?", conversation="c")
+    stack.close("c")
+    assert tell(stack, conversation="c", text=f"Never {SECRET}.").json()["state"] == "stored"
+    (late,) = (stack.store / "recordings" / "feedback").glob("*.json")
+    assert SECRET not in late.read_text()
+    assert "redacted" in late.read_text()
