@@ -342,6 +342,6 @@ def test_a_run_is_written_once(arm: str, tmp_path: Path) -> None:
     count = len(told)
     continual.study([arm], [0], PLAN, table, told.append)
     assert (len(told), continual_report.read(table)) == (count, found)
-    assert continual_report.record(found)["stream"] > 0.3
+    assert (continual_report.record(found)["stream"] or 0.0) > 0.3
 
 
