@@ -9,7 +9,7 @@ import numpy as np
 
 from agentsdpo.chat import ChatFormat
 from agentsdpo.config import RunConfig
-from agentsdpo.errors import LearnError, NothingToLearn, RunError
+from agentsdpo.errors import LearnError, NothingToLearn, RunError, RunOver
 from agentsdpo.hint.audit import hint_metrics
 from agentsdpo.hint.render import Placed, place
 from agentsdpo.learn.checkpoint import versions_kept
@@ -17,7 +17,7 @@ from agentsdpo.learn.learner import Learner, StepReport
 from agentsdpo.learn.rows import TrainRow
 from agentsdpo.learn.together import Together
 from agentsdpo.learn.trackers import tracking
-from agentsdpo.learn.tripwire import Tripwire
+from agentsdpo.learn.tripwire import MAX_ROLLBACKS, Tripwire
 from agentsdpo.publish.registry import PolicyRegistry
 from agentsdpo.replay.ids import Key
 from agentsdpo.replay.rows import Row
@@ -32,6 +32,8 @@ REDRAWS = 16
 """Draws without a single hint before a step is given up."""
 MAX_SKIPPED = 8
 """Steps in a row with nothing to train on after which a run stops: then it is not chance."""
+NEW_RUN = "start a new run with a lower learn.lr or learn.max_staleness, or with preset robust"
+"""What to do about a run whose roll-backs are spent."""
 
 
 @dataclass(kw_only=True)
@@ -74,7 +76,7 @@ class Learning:
         Versions published after the checkpoint are published again.
 
         Raises:
-            LearnError: no checkpoint can be read. RunError: they are of a run on another store.
+            LearnError: no checkpoint can be read. RunError, RunOver: see :meth:`load_state`.
         """
         if any(self.folder.checkpoint.glob("step-*")):
             saved = self.together.load(self.folder.checkpoint)
@@ -125,7 +127,7 @@ class Learning:
         """Put :meth:`state` back.
 
         Raises:
-            RunError: it is of a run on another store.
+            RunError: it is of a run on another store. RunOver: the tripwire has ended it.
         """
         if saved["store"] != self.store.about["store_id"]:
             raise RunError(f"{self.folder.path} learnt from store {saved['store']}, {self.store.storage.uri} is "
@@ -133,6 +135,9 @@ class Learning:
         self.sampler.load_state_dict(saved["sampler"])
         self.tripwire.load_state_dict(saved["tripwire"])
         self.skipped = saved["skipped"]
+        if self.tripwire.spent:
+            raise RunOver(f"{self.folder.path} sounded a hard alarm after {MAX_ROLLBACKS} roll-backs; policy version "
+                          f"{self.version} is its last good one", fix=NEW_RUN)
 
     def count(self, episodes: Sequence[Episode]) -> None:
         """Add fresh episodes, their tool calls and sampled tokens to the totals."""

@@ -16,7 +16,7 @@ since. In the synchronous loop every step is judged, and an alarm without a prob
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from agentsdpo.assemble import make_learner, make_registry, make_sampler, model_path
@@ -32,7 +32,7 @@ from agentsdpo.learn.together import obey
 from agentsdpo.learn.trackers import check_trackers
 from agentsdpo.learning import Learning, recording, update
 from agentsdpo.programs.flow import LEARNER, TTL_S, Learnt, episodes_in, limit, looked_at
-from agentsdpo.programs.owed import Owed, key_of, read_answers, read_owed, write_owed
+from agentsdpo.programs.owed import Owed, key_of, owed_of, read_answers, write_owed
 from agentsdpo.publish.registry import PolicyRegistry
 from agentsdpo.replay.ids import Key
 from agentsdpo.replay.sampling.index import SideIndex
@@ -82,14 +82,16 @@ class Following(Learning):
 
     def state(self) -> Json:
         """What a checkpoint holds besides the learner."""
-        return {**super().state(), "totals": self.totals}
+        return {**super().state(), "totals": self.totals, "owed": [asdict(one) for one in self.owed]}
 
     def load_state(self, saved: Json) -> None:
-        """Put :meth:`state` back; later evaluations than the checkpoint are of versions that were given up."""
+        """Put :meth:`state` back: what was heard since is heard again, what was asked for since is asked for anew."""
         super().load_state(saved)
         self.totals = saved["totals"]
         self._joined = {Key.parse(text).episode_id for text in saved["sampler"]["rows"]}
-        self.owed = [one for one in read_owed(self.folder) if one.step <= self.step and one.version <= self.version]
+        self.owed = owed_of(saved["owed"])
+        self._give_up()
+        write_owed(self.folder, self.owed)
         self.tombstone()
 
     def awaited(self) -> list[tuple[int, int]]:
@@ -192,7 +194,8 @@ class Following(Learning):
             if one is None:  # heard before, or given up by a roll-back
                 continue
             values = {**{key: value for key, value in row.items() if key != "step"}, **one.totals}
-            metrics.write("eval", one.step, values, wall_s=one.wall_s)
+            if not any(key_of(seen) == key_of(row) for seen in metrics.rows if seen["kind"] == "eval"):
+                metrics.write("eval", one.step, values, wall_s=one.wall_s)
             view.evaluation({"step": one.step, **values})
             left = tuple(each for each in one.wanted if each[:2] != (row["split"], row["decoding"]))
             at = self.owed.index(one)
@@ -203,15 +206,20 @@ class Following(Learning):
                 self.candidates.prune(1, spare={other.candidate for other in self.owed if other.candidate is not None})
 
     def _judge(self, one: Owed, row: Json, metrics: MetricsWriter, view: View) -> None:
-        """Have the tripwire judge a probed state; after a roll-back nobody waits for what was given up."""
+        """Have the tripwire judge a probed state, once: the checkpoint knows of it before ``due.json`` forgets it."""
         asked = [each[:2] for each in probes(self.config)]
         if not self.config.tripwire.on or (row["split"], row["decoding"]) not in asked:
             return
-        before = self.tripwire.state.rollbacks
-        act(self, self.tripwire.judge(one.step, one.version, Probe.of(row)), metrics, view)
-        if self.tripwire.state.rollbacks > before:
-            low, high = self.tripwire.state.abandoned[-1]
-            self.owed = [other for other in self.owed if not low <= other.version <= high]
+        decision = self.tripwire.judge(one.step, one.version, Probe.of(row), asked=True, now=self.step)
+        act(self, decision, metrics, view)
+        self._give_up()
+        if decision.good is None and not decision.keep:  # else it was saved with what was done
+            self.checkpoint()
+
+    def _give_up(self) -> None:
+        """Wait no longer for versions that a roll-back has given up."""
+        void = self.tripwire.state.abandoned
+        self.owed = [one for one in self.owed if not any(low <= one.version <= high for low, high in void)]
 
 
 # --------------------------------------------------------------------------------------------------------- the steps

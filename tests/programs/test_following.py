@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from agentsdpo.config import RunConfig, from_mapping
+from agentsdpo.errors import LearnError, RunOver
 from agentsdpo.loop import train
 from agentsdpo.programs import following
 from agentsdpo.programs.evaluating import evaluate_due, left
@@ -259,6 +260,82 @@ def test_the_tripwire_goes_back_when_the_probes_say_so(tmp_path: Path, played: l
     assert about.parent == rows[1]["good_version"]
     assert about.weights_id == run.registry.manifest(rows[1]["good_version"]).weights_id
     assert all(one.version == run.version or one.version <= rows[1]["good_version"] for one in run.owed)
+
+
+WATCHED = ("tripwire.on=true", "tripwire.every=1", "eval.every=100", "publish.keep=9", "checkpoint_every=50")
+
+
+def again_after_a_kill(run: Following) -> Following:
+    run.folder.release()
+    made = assemble_following(run.config, run.store.storage.uri, run.folder.path, resume=True)
+    made.restore_or_begin()
+    return made
+
+
+def a_step_behind(run: Following, episodes: list[Episode], metrics: MetricsWriter) -> None:
+    """Ask for a probe, and take a step before anybody answers."""
+    run.store.append(copies(episodes[:4], run.step, run.version))
+    run.ask(metrics)
+    run.look()
+    following.step(run, metrics, SilentView())
+
+
+def test_a_probe_is_judged_once_wherever_the_learner_is_killed(tmp_path: Path, played: list[Episode],
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    run = assemble_following(config(*WATCHED, steps=60), tmp_path / "store", tmp_path / "run")
+    run.restore_or_begin()
+    for score in (0.8, 0.1):
+        with MetricsWriter(run.folder.metrics, resume_step=run.step) as metrics:
+            a_step_behind(run, played, metrics)
+            answer(run.folder, lambda step, score=score: score)
+            with monkeypatch.context() as patch:
+                patch.setattr(following, "write_owed", lambda *given: 1 / 0)
+                with pytest.raises(ZeroDivisionError):  # killed before the file says that it was heard
+                    run.hear(metrics, SilentView())
+        run = again_after_a_kill(run)
+        with MetricsWriter(run.folder.metrics, resume_step=run.step) as metrics:
+            run.hear(metrics, SilentView())
+            assert not run.owed
+    state = run.tripwire.state
+    assert (state.low, state.rollbacks) == (1, 0), "one low probe, which was not taken for two"
+    assert state.best is not None
+    assert run.tripwire.withheld(run.step)
+    told = [row["score"] for row in read_metrics(run.folder.metrics) if (row["kind"], row["step"]) == ("eval", 0)]
+    assert told == [0.8] * 2, "sampled and greedy, each told once"
+
+
+def test_a_run_whose_roll_backs_are_spent_is_not_gone_on_with(tmp_path: Path, played: list[Episode]) -> None:
+    run = assemble_following(config(*WATCHED, steps=60), tmp_path / "store", tmp_path / "run")
+    run.restore_or_begin()
+    run.tripwire.state.rollbacks = 3
+    with MetricsWriter(tmp_path / "m.jsonl") as metrics, pytest.raises(LearnError, match="after 3 roll-backs"):
+        for _ in range(4):
+            a_step_behind(run, played, metrics)
+            answer(run.folder, lambda step: 0.8 if step < 1 else 0.1)
+            run.hear(metrics, SilentView())
+    newest = run.version
+    with pytest.raises(RunOver, match=f"policy version {newest} is its last good one") as refused:
+        again_after_a_kill(run)
+    assert refused.value.exit_code == 2
+    assert run.registry.latest() == newest
+
+
+def test_a_probe_of_which_nothing_could_be_scored_holds_back_all_the_same(tmp_path: Path,
+                                                                          played: list[Episode]) -> None:
+    run = assemble_following(config(*WATCHED, steps=60), tmp_path / "store", tmp_path / "run")
+    run.restore_or_begin()
+    plain = {"learn/grad_norm": 1.0, "learn/ess_frac": 0.9, "learn/hijack/max": 0.01, "learn/entropy/student": 1.0,
+             "learn/gap/abs": 0.3}
+    run.tripwire.state.start = {"entropy": 1.0, "gap": 0.3}
+    run.tripwire.state.rows = [plain] * 5 + [{**plain, "learn/grad_norm": 9.0}] * 5
+    with MetricsWriter(tmp_path / "m.jsonl") as metrics:
+        a_step_behind(run, played, metrics)
+        (one,) = [one for one in run.owed if one.step == 0]
+        append_answer(run.folder, {"step": 0, "version": one.version, "split": "val", "decoding": "sampled", "n": 0})
+        run.hear(metrics, SilentView())
+    (line,) = [row for row in read_metrics(tmp_path / "m.jsonl") if row["kind"] == "tripwire"]
+    assert (line["level"], list(line["alarms"])) == ("soft", ["update/grad_norm"])
+    assert run.tripwire.withheld(run.step + 19), "twenty steps from when it was heard of"
 
 
 def test_answers_that_were_cut_off_are_played_again(tmp_path: Path) -> None:
