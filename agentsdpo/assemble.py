@@ -47,10 +47,12 @@ class Run(Learning):
         return {**super().state(), "totals": self.totals}
 
     def load_state(self, saved: Json) -> None:
-        """Put :meth:`state` back, and hide again what a roll-back before it had hidden."""
+        """Put :meth:`state` back, hide again what a roll-back before it had hidden, and remember what was played."""
         super().load_state(saved)
         self.totals = saved["totals"]
         self.tombstone()
+        view = self.store.snapshot()
+        self.hinter.remember(view.gather(dict.fromkeys((key.episode_id, key.attempt) for key in view.rows)))
 
     def announce(self) -> None:
         """Tell the store, which then takes no episode of this version that cannot be."""
