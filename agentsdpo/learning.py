@@ -292,7 +292,8 @@ def train_rows(chat: ChatFormat, drawn: Row, *, tool: bool = False, weight: floa
     return [TrainRow(branch=drawn.branch, hint_ids=hint.ids if hint else None, hint_at=hint.at if hint else 0,
                      turns=turns, draw=draw, episode_id=drawn.key.episode_id,
                      train_allowed=drawn.train_allowed, tokenizer_sha256=drawn.tokenizer_sha256,
-                     chat_template_sha256=drawn.chat_template_sha256, score=drawn.reward, group=drawn.group_id,
+                     chat_template_sha256=drawn.chat_template_sha256, score=drawn.reward,
+                     group=drawn.group_id or drawn.key.episode_id,
                      source=drawn.hint.source if drawn.hint and turns is not rest else "", tool=marks, weight=weight)
             for hint, turns in rows]
 

@@ -77,16 +77,18 @@ def test_turns_without_a_hint_learn_from_the_grade_alone(tmp_path: Path) -> None
     assert (bare.hint_ids, bare.source) == (None, "")
     (whole,) = run.rows(replace(one, hint=Hint(text="now", source="user", author="a")))
     assert whole.turns == turns
+    assert whole.group == one.group_id
+    (alone,) = run.rows(replace(one, hint=None, group_id=""))
+    assert alone.group == one.key.episode_id, "as the sampler has it"
 
 
 def test_a_run_that_goes_on_knows_the_successes_it_knew_before(tmp_path: Path) -> None:
     run = assemble(small("robust", 3, "hint.sources=['peer']", "learn.batch=8"), tmp_path / "run")
     run.restore_or_begin()
     lost = loop.collect(run)[0]
-    won = lost.model_copy(update={"episode_id": "won", "grade": Grade.of([CriterionResult(id="unit", score=1.0)], "")})
-    run.keep([won])
-    known = lost.model_copy(update={"episode_id": "lost", "grade": Grade.of([CriterionResult(id="unit", score=0.0)], ""),
-                                    "hint": None})
+    right, wrong = (Grade.of([CriterionResult(id="unit", score=score)], "") for score in (1.0, 0.0))
+    run.keep([lost.model_copy(update={"episode_id": "won", "grade": right})])
+    known = lost.model_copy(update={"episode_id": "lost", "grade": wrong, "hint": None})
     expected = run.hinter.hint(known)
     run.folder.release()
     again = assemble(run.config, tmp_path / "run", resume=True)

@@ -140,6 +140,12 @@ def test_prioritised_replay_goes_by_the_gap(played: Path, tmp_path: Path) -> Non
     assert 0 < min(priorities) < max(priorities) < 5
 
 
+def test_an_advantage_of_groups_needs_groups(played: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="with group 1: alone in its group"):
+        learn_alone(config("learn.mix=add"), played, out=tmp_path / "run", mode="none")
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_is_drawn_twice_counts_twice(played: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[TrainRow] = []
 

@@ -4,7 +4,8 @@
 
 It waits where the store holds nothing for it, says in its pin how far it is, and publishes. What it needs to have
 evaluated it writes into ``due.json`` of its run folder; an evaluator answers in ``evals.jsonl``, whenever it can, and
-the answers become lines of ``metrics.jsonl`` and the tripwire's probes. Episodes join once they have a hint.
+the answers become lines of ``metrics.jsonl`` and the tripwire's probes. Episodes join once they have a hint; where
+grades teach too, those without one join when the hint writer has looked at them, at once where there are no sources.
 
 Killed, it goes on from its newest checkpoint. Collectors do not stop for that, so no version number is ever used again:
 the weights of the checkpoint are published under the next one.
@@ -19,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from agentsdpo.assemble import make_learner, make_registry, make_sampler, model_path
+from agentsdpo.assemble import make_learner, make_registry, make_sampler, model_path, need_groups
 from agentsdpo.collect.metrics import collect_metrics
 from agentsdpo.config import RunConfig
 from agentsdpo.errors import NotFinite
@@ -59,7 +60,7 @@ class Following(Learning):
 
     owed: list[Owed] = field(default_factory=list)
     _joined: set[str] = field(default_factory=set)
-    _bare: set[str] = field(default_factory=set)
+    _bare: dict[str, int | None] = field(default_factory=dict)  # scored: how many episodes there were when it was seen
     _fresh: list[Episode] = field(default_factory=list)
 
     # ------------------------------------------------------------------------------------------------- coming back
@@ -121,28 +122,36 @@ class Following(Learning):
         return self.limiter.may_sample(self.config.learn.batch) and self.eligible > 0
 
     def look(self) -> None:
-        """Let what has a hint by now join, and say in the pin where this learner is."""
+        """Let what has a hint by now join, or will have none, and say in the pin where this learner is."""
         view = self.store.snapshot()
-        hinted = self._hinted(view)
-        if hinted - self._joined:
-            self.sampler.refresh(only=hinted)
-            self._take_in(view, hinted - self._joined)
         episodes, looked = episodes_in(view), looked_at(self.store)
+        fit = self._hinted(view, episodes) | self._unhinted(looked)
+        if fit - self._joined:
+            self.sampler.refresh(only=fit)
+            self._take_in(view, fit - self._joined)
         undecided = 0 if looked is None else max(0, episodes - looked)
         starved = not undecided and self.limiter.size >= self.limiter.limit.min_size and not self.eligible
         said = Learnt(None if starved else self.limiter, episodes, undecided, self.version)
         pin(self.store, LEARNER, self.sampler.snapshot, ttl_s=TTL_S, state=said.as_json())
 
-    def _hinted(self, view: Snapshot) -> set[str]:
+    def _hinted(self, view: Snapshot, episodes: int) -> set[str]:
         """Episodes with a hint, late or from their append; what has joined stays."""
         late = {slot.key.episode_id for slot in view.late.latest if slot.kind == "hint" and slot.key in view.rows}
-        known = late | self._joined | self._bare
+        known = late | self._joined | self._bare.keys()
         for key in [key for key in view.rows if key.episode_id not in known]:
-            if view.read([key])[0].hint:
+            (row,) = view.read([key])
+            if row.hint:
                 late.add(key.episode_id)
             else:
-                self._bare.add(key.episode_id)
+                self._bare[key.episode_id] = None if row.reward is None else episodes
         return late | self._joined
+
+    def _unhinted(self, looked: int | None) -> set[str]:
+        """Scored episodes that a mix learns from though no hint came; ``looked``: at how many the hint writer did."""
+        if self.config.learn.mix == "pure":
+            return set()
+        none = not self.config.hint.sources
+        return {name for name, seen in self._bare.items() if seen is not None and (none or seen <= (looked or 0))}
 
     def _take_in(self, view: Snapshot, names: set[str]) -> None:
         """Count episodes that have just joined."""
@@ -155,7 +164,7 @@ class Following(Learning):
     def words(self) -> str:
         """What it is waiting for."""
         counts = self.sampler.explain(self.version)
-        bare = len(self._bare - self._joined)
+        bare = len(self._bare.keys() - self._joined)
         return (f"waiting for episodes: {counts['eligible']} eligible, {bare} without a hint, {self.limiter.inserts} "
                 f"joined and {self.limiter.samples} drawn so far")
 
@@ -338,6 +347,7 @@ def assemble_following(config: RunConfig, uri: Path | str, out: Path | str, *, r
     Raises:
         See :func:`learn_following`.
     """
+    need_groups(config)
     check_trackers(config.track)
     chat = load_chat(model_path(config))
     limiter = RateLimiter(limit(config))

@@ -14,12 +14,15 @@ import pytest
 import torch
 
 from agentsdpo.config import RunConfig, from_mapping
-from agentsdpo.errors import LearnError, RunOver
+from agentsdpo.errors import ConfigError, LearnError, RunOver
+from agentsdpo.hint.config import HintConfig
+from agentsdpo.hint.hinter import Hinter
 from agentsdpo.loop import train
 from agentsdpo.programs import following
 from agentsdpo.programs.evaluating import evaluate_due, left
 from agentsdpo.programs.flow import learners
 from agentsdpo.programs.following import Following, assemble_following, learn_following
+from agentsdpo.programs.hinting import HintWriter
 from agentsdpo.programs.owed import Owed, append_answer, read_answers, read_owed, write_owed
 from agentsdpo.publish.registry import PolicyRegistry
 from agentsdpo.replay.store import ReplayStore
@@ -107,6 +110,46 @@ def test_episodes_join_with_their_hints_and_the_pin_says_so(run: Following, play
     run.store.append([played[6].model_copy(update={"hint": HINT})])
     run.look()
     assert run.totals["episodes"] == 6, "a hint of the append counts as well"
+
+
+GRADES = ("learn.mix=add", "learn.advantage=reinforce")
+
+
+def test_where_grades_teach_episodes_without_a_hint_join_once_none_is_to_come(tmp_path: Path,
+                                                                             played: list[Episode]) -> None:
+    run = assemble_following(config(*GRADES), tmp_path / "store", tmp_path / "run")
+    run.restore_or_begin()
+    run.store.append([*played[:4], played[4].model_copy(update={"grade": None})])
+    run.look()
+    assert run.totals["episodes"] == 0, "a hint may come"
+    silent = HintWriter(run.store, Hinter({}, HintConfig()))
+    silent.look()
+    run.look()
+    assert run.totals["episodes"] == 4, "nor hint nor grade is nothing to learn from"
+    run.store.append(played[5:7])
+    run.look()
+    assert run.totals["episodes"] == 4
+    silent.look()
+    run.look()
+    assert run.totals["episodes"] == 6
+    with MetricsWriter(tmp_path / "m.jsonl") as metrics:
+        assert following.step(run, metrics, SilentView())["learn/rows"] > 0
+
+
+def test_where_nobody_writes_hints_nobody_waits_for_them(tmp_path: Path, played: list[Episode]) -> None:
+    sets = ("hint.sources=[]", "learn.mix=grade", "learn.form=sampled", "learn.advantage=reinforce")
+    run = assemble_following(config(*sets), tmp_path / "store", tmp_path / "run")
+    run.restore_or_begin()
+    run.store.append(played[:5])
+    run.look()
+    assert run.ready()
+    assert run.totals["episodes"] == 5
+
+
+def test_an_advantage_of_groups_needs_groups(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="with group 1: alone in its group"):
+        learn_following(config("learn.mix=add"), tmp_path / "store", out=tmp_path / "run", mode="none")
+    assert not (tmp_path / "run").exists()
 
 
 def test_it_uses_episodes_no_more_than_it_may(run: Following, played: list[Episode], tmp_path: Path) -> None:
