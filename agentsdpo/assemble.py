@@ -47,10 +47,12 @@ class Run(Learning):
         return {**super().state(), "totals": self.totals}
 
     def load_state(self, saved: Json) -> None:
-        """Put :meth:`state` back, and hide again what a roll-back before it had hidden."""
+        """Put :meth:`state` back, hide again what a roll-back before it had hidden, and remember what was played."""
         super().load_state(saved)
         self.totals = saved["totals"]
         self.tombstone()
+        view = self.store.snapshot()
+        self.hinter.remember(view.gather(dict.fromkeys((key.episode_id, key.attempt) for key in view.rows)))
 
     def announce(self) -> None:
         """Tell the store, which then takes no episode of this version that cannot be."""
@@ -100,8 +102,7 @@ def check_request(config: RunConfig) -> tuple[Path | str, ChatFormat, Suite]:
     Raises:
         ModelError, ConfigError: no such model, template, suite or split; an advantage that would be 0 everywhere.
     """
-    if config.learn.mix != "pure" and config.learn.advantage == "grpo":
-        _need_groups(config)
+    need_groups(config)
     check_trackers(config.track)
     path = model_path(config)
     chat, suite = load_chat(path), make_suite(config)
@@ -110,7 +111,10 @@ def check_request(config: RunConfig) -> tuple[Path | str, ChatFormat, Suite]:
     return path, chat, suite
 
 
-def _need_groups(config: RunConfig) -> None:
+def need_groups(config: RunConfig) -> None:
+    """Refuse an advantage within groups that would be 0 everywhere. Raises ConfigError."""
+    if config.learn.mix == "pure" or config.learn.advantage != "grpo":
+        return
     if config.group == 1:
         raise ConfigError("learn.advantage is 'grpo' with group 1: alone in its group, each episode has advantage 0",
                           fix="set group to 4 or more, or learn.advantage = \"reinforce\"")

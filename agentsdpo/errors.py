@@ -114,3 +114,9 @@ class NotFinite(LearnError):
 
 class RunError(AgentSdpoError, ValueError):
     """A run folder or its numbers cannot be read: a missing file, a broken line, more passes than attempts."""
+
+
+class RunOver(RunError):
+    """A run that the tripwire has ended: to go on with it would only go wrong again."""
+
+    exit_code = 2

@@ -9,7 +9,7 @@ from agentsdpo.evaluate import play, probes
 from agentsdpo.learn.alarms import Probe
 from agentsdpo.learn.checkpoint import folder_of
 from agentsdpo.learn.tripwire import MAX_ROLLBACKS, Decision, Point
-from agentsdpo.learning import Learning
+from agentsdpo.learning import NEW_RUN, Learning
 from agentsdpo.publish.registry import behaviour_version
 from agentsdpo.show.console import View
 from agentsdpo.signals import uninterrupted
@@ -81,7 +81,7 @@ def act(run: Learning, decision: Decision, metrics: MetricsWriter, view: View, *
     if decision.last:
         raise LearnError(f"step {decision.step} sounded a hard alarm after {MAX_ROLLBACKS} roll-backs ({seen}); "
                          f"the newest policy version, {run.version}, is the last good one",
-                         fix="start a new run with a lower learn.lr or learn.max_staleness, or with preset robust")
+                         fix=NEW_RUN)
 
 
 def _roll_back(run: Learning, point: Point, *, steps: int) -> Json:

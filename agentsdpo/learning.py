@@ -1,6 +1,7 @@
 """What the learner turns over, with a collector beside it (``loop.py``) or alone on a store (``offline.py``)."""
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ import numpy as np
 
 from agentsdpo.chat import ChatFormat
 from agentsdpo.config import RunConfig
-from agentsdpo.errors import LearnError, NothingToLearn, RunError
+from agentsdpo.errors import LearnError, NothingToLearn, RunError, RunOver
 from agentsdpo.hint.audit import hint_metrics
 from agentsdpo.hint.render import Placed, place
 from agentsdpo.learn.checkpoint import versions_kept
@@ -17,7 +18,7 @@ from agentsdpo.learn.learner import Learner, StepReport
 from agentsdpo.learn.rows import TrainRow
 from agentsdpo.learn.together import Together
 from agentsdpo.learn.trackers import tracking
-from agentsdpo.learn.tripwire import Tripwire
+from agentsdpo.learn.tripwire import MAX_ROLLBACKS, Tripwire
 from agentsdpo.publish.registry import PolicyRegistry
 from agentsdpo.replay.ids import Key
 from agentsdpo.replay.rows import Row
@@ -32,6 +33,8 @@ REDRAWS = 16
 """Draws without a single hint before a step is given up."""
 MAX_SKIPPED = 8
 """Steps in a row with nothing to train on after which a run stops: then it is not chance."""
+NEW_RUN = "start a new run with a lower learn.lr or learn.max_staleness, or with preset robust"
+"""What to do about a run whose roll-backs are spent."""
 
 
 @dataclass(kw_only=True)
@@ -74,7 +77,7 @@ class Learning:
         Versions published after the checkpoint are published again.
 
         Raises:
-            LearnError: no checkpoint can be read. RunError: they are of a run on another store.
+            LearnError: no checkpoint can be read. RunError, RunOver: see :meth:`load_state`.
         """
         if any(self.folder.checkpoint.glob("step-*")):
             saved = self.together.load(self.folder.checkpoint)
@@ -125,7 +128,7 @@ class Learning:
         """Put :meth:`state` back.
 
         Raises:
-            RunError: it is of a run on another store.
+            RunError: it is of a run on another store. RunOver: the tripwire has ended it.
         """
         if saved["store"] != self.store.about["store_id"]:
             raise RunError(f"{self.folder.path} learnt from store {saved['store']}, {self.store.storage.uri} is "
@@ -133,6 +136,9 @@ class Learning:
         self.sampler.load_state_dict(saved["sampler"])
         self.tripwire.load_state_dict(saved["tripwire"])
         self.skipped = saved["skipped"]
+        if self.tripwire.spent:
+            raise RunOver(f"{self.folder.path} sounded a hard alarm after {MAX_ROLLBACKS} roll-backs; policy version "
+                          f"{self.version} is its last good one", fix=NEW_RUN)
 
     def count(self, episodes: Sequence[Episode]) -> None:
         """Add fresh episodes, their tool calls and sampled tokens to the totals."""
@@ -184,10 +190,10 @@ class Learning:
                           fix="start a run with a larger learn.max_staleness or episodes_per_step, or with hint.scope "
                               "'all'")
 
-    def rows(self, drawn: Row, weight: float = 1.0) -> list[TrainRow]:
-        """A store row as the learner takes it; ``weight`` makes up for an uneven draw."""
+    def rows(self, drawn: Row, weight: float = 1.0, draw: int = 0) -> list[TrainRow]:
+        """A store row as the learner takes it; ``weight`` makes up for an uneven draw, ``draw`` counts earlier ones."""
         told = self.chat.marks_calls or self.config.learn.tool_weight != 1.0  # the latter asks for what it cannot have
-        return train_rows(self.chat, drawn, tool=told, weight=weight)
+        return train_rows(self.chat, drawn, tool=told, weight=weight, draw=draw, bare=self.config.learn.mix != "pure")
 
 
 def update(run: Learning) -> Json:
@@ -204,12 +210,17 @@ def update(run: Learning) -> Json:
     drawn = run.hinted()
     about = {**hint_metrics(run.chat, drawn), **run.sampler.metrics()}
     run.together.restrain(lr_factor=run.tripwire.lr_factor(run.step), hold_teacher=run.tripwire.withheld(run.step))
-    pairs = [(row, one) for one, weight in zip(drawn, run.sampler.weights, strict=True)
-             for row in run.rows(one, float(weight))]
+    seen = Counter[Key]()
+    pairs: list[tuple[TrainRow, Row]] = []
+    for one, weight in zip(drawn, run.sampler.weights, strict=True):
+        pairs += [(row, one) for row in run.rows(one, float(weight), seen[one.key])]
+        seen[one.key] += 1
     try:
         report = run.together.step([row for row, _ in pairs], run.version)
     except NothingToLearn as error:
         about |= skip(run, error)
+        if run.registry.manifest(run.version).learner_step < run.step - run.skipped:  # of the last step that trained
+            about |= publish_due(run)
     else:
         run.skipped = 0
         about |= {**report.metrics, "learn/rows": report.n_trained, "learn/tokens": report.n_tokens}
@@ -260,7 +271,8 @@ def recording(run: Learning, *, resume: bool) -> Iterator[MetricsWriter]:
         yield metrics
 
 
-def train_rows(chat: ChatFormat, drawn: Row, *, tool: bool = False, weight: float = 1.0) -> list[TrainRow]:
+def train_rows(chat: ChatFormat, drawn: Row, *, tool: bool = False, weight: float = 1.0, draw: int = 0,
+               bare: bool = False) -> list[TrainRow]:
     """A store row as a learner takes it: once, and once more for every turn with a hint of its own.
 
     Args:
@@ -268,15 +280,22 @@ def train_rows(chat: ChatFormat, drawn: Row, *, tool: bool = False, weight: floa
         drawn: as read.
         tool: mark the tokens of tool calls.
         weight: on all of its tokens.
+        draw: how often the step had drawn it before.
+        bare: turns that no hint speaks of are a row as well, for a mix that learns from their grade.
     """
     marks = tool_tokens(chat, drawn.branch) if tool else None
-    placed: list[Placed | None] = list(place(chat, drawn.hint, drawn.branch)) if drawn.hint else []
+    placed = place(chat, drawn.hint, drawn.branch) if drawn.hint else []
+    rows: list[tuple[Placed | None, frozenset[int] | None]] = [(hint, hint.turns) for hint in placed] or [(None, None)]
+    rest = frozenset(call.turn for call in drawn.branch.calls).difference(*(hint.turns for hint in placed))
+    if bare and placed and rest:
+        rows.append((None, rest))
     return [TrainRow(branch=drawn.branch, hint_ids=hint.ids if hint else None, hint_at=hint.at if hint else 0,
-                     turns=hint.turns if hint else None, episode_id=drawn.key.episode_id,
+                     turns=turns, draw=draw, episode_id=drawn.key.episode_id,
                      train_allowed=drawn.train_allowed, tokenizer_sha256=drawn.tokenizer_sha256,
-                     chat_template_sha256=drawn.chat_template_sha256, score=drawn.reward, group=drawn.group_id,
-                     source=drawn.hint.source if drawn.hint else "", tool=marks, weight=weight)
-            for hint in placed or [None]]
+                     chat_template_sha256=drawn.chat_template_sha256, score=drawn.reward,
+                     group=drawn.group_id or drawn.key.episode_id,
+                     source=drawn.hint.source if drawn.hint and turns is not rest else "", tool=marks, weight=weight)
+            for hint, turns in rows]
 
 
 def tool_tokens(chat: ChatFormat, branch: Branch) -> np.ndarray:

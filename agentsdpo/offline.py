@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from agentsdpo.assemble import make_learner, make_registry, make_sampler, model_path
+from agentsdpo.assemble import make_learner, make_registry, make_sampler, model_path, need_groups
 from agentsdpo.audit import require_store_lift
 from agentsdpo.config import RunConfig
 from agentsdpo.errors import LearnError, StoreNotFound, TokenizerMismatch
@@ -141,6 +141,7 @@ def assemble_alone(config: RunConfig, uri: Path | str, out: Path | str, *, resum
     Raises:
         See :func:`learn_alone`.
     """
+    need_groups(config)
     check_trackers(config.track)
     path = model_path(config)
     chat, store = load_chat(path), open_store(uri)

@@ -150,10 +150,11 @@ def _readable(cls: type[Settings], error: ValidationError) -> ConfigError:
     if isinstance(inner, ConfigError):
         return inner
     known = {setting.key: setting for setting in describe(cls)}
+    tables = {key[:at] for key in known for at, letter in enumerate(key) if letter == "."}
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return ConfigError(f"{key} is not a setting", fix=nearest(key, known))
-    while key not in known and "." in key:
+    while key not in known and key not in tables and "." in key:
         key = key.rpartition(".")[0]  # the complaint is about an item of a list, or one type of several
     shown = NONE if first["input"] is None else first["input"]
     expected = known[key].expected if key in known else "a table of settings"

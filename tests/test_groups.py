@@ -1,5 +1,6 @@
 """Several attempts at each task: played in groups, stored as groups, drawn as groups, and learnt from end to end."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from agentsdpo.programs.collecting import assemble_collector
 from agentsdpo.runfolder import open_run
 from agentsdpo.suites import run_id
 from agentsdpo.track import read_metrics
+from agentsdpo.types import CriterionResult, Grade, Hint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETS = ["collect.window=512", "collect.concurrency=16", "collect.max_tokens=64", "episodes_per_step=8", "group=4",
@@ -63,6 +65,36 @@ def test_a_group_is_drawn_whole_and_its_advantages_are_its_own(tmp_path: Path) -
     admitted = run.learner.admit([one for row in drawn for one in run.rows(row)], run.version).rows
     assert sum(row.advantage for row in admitted) == pytest.approx(0.0, abs=1e-6)
     assert len({row.advantage for row in admitted}) > 1
+
+
+def test_turns_without_a_hint_learn_from_the_grade_alone(tmp_path: Path) -> None:
+    run = collected(tmp_path)
+    one = next(row for row in run.draw() if len(row.branch.calls) > 1)
+    turns = {call.turn for call in one.branch.calls}
+    hinted, bare = run.rows(replace(one, hint=Hint(text="", source="user", author="a", turns=((min(turns), "now"),))))
+    assert (hinted.turns, bare.turns) == ({min(turns)}, turns - {min(turns)})
+    assert hinted.hint_ids
+    assert (bare.hint_ids, bare.source) == (None, "")
+    (whole,) = run.rows(replace(one, hint=Hint(text="now", source="user", author="a")))
+    assert whole.turns == turns
+    assert whole.group == one.group_id
+    (alone,) = run.rows(replace(one, hint=None, group_id=""))
+    assert alone.group == one.key.episode_id, "as the sampler has it"
+
+
+def test_a_run_that_goes_on_knows_the_successes_it_knew_before(tmp_path: Path) -> None:
+    run = assemble(small("robust", 3, "hint.sources=['peer']", "learn.batch=8"), tmp_path / "run")
+    run.restore_or_begin()
+    lost = loop.collect(run)[0]
+    right, wrong = (Grade.of([CriterionResult(id="unit", score=score)], "") for score in (1.0, 0.0))
+    run.keep([lost.model_copy(update={"episode_id": "won", "grade": right})])
+    known = lost.model_copy(update={"episode_id": "lost", "grade": wrong, "hint": None})
+    expected = run.hinter.hint(known)
+    run.folder.release()
+    again = assemble(run.config, tmp_path / "run", resume=True)
+    again.restore_or_begin()
+    assert expected is not None
+    assert again.hinter.hint(known) == expected
 
 
 def test_a_stopped_collection_plays_the_attempts_that_are_missing(tmp_path: Path,

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from agentsdpo import loop
 from agentsdpo.assemble import Run, run_id
 from agentsdpo.config import RunConfig, from_mapping
-from agentsdpo.errors import LearnError, NotFinite
+from agentsdpo.errors import LearnError, NotFinite, RunOver
 from agentsdpo.learn.learner import Learner, StepReport
 from agentsdpo.loop import train
 from agentsdpo.publish.registry import PolicyRegistry
@@ -136,6 +136,10 @@ def test_an_objective_that_cannot_learn_stops_after_three_roll_backs(tmp_path: P
     newest = registry.latest()
     assert newest is not None
     assert registry.manifest(newest).weights_id == registry.manifest(0).weights_id
+    with pytest.raises(RunOver, match=f"policy version {newest} is its last good one; start a new run") as refused:
+        train(config, out=tmp_path / "run", resume=True, mode="none")
+    assert refused.value.exit_code == 2, "no supervisor starts it again"
+    assert PolicyRegistry(tmp_path / "run" / "policies").latest() == newest
 
 
 def test_a_step_that_is_not_finite_goes_back_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from agentsdpo.config import RunConfig, from_mapping
-from agentsdpo.errors import ConfigError, LearnError, RunError, StoreNotFound, TokenizerMismatch
+from agentsdpo.errors import ConfigError, LearnError, NothingToLearn, RunError, StoreNotFound, TokenizerMismatch
 from agentsdpo.learn import trackers
+from agentsdpo.learn.learner import Learner, StepReport
+from agentsdpo.learn.rows import TrainRow
 from agentsdpo.loop import train
 from agentsdpo.offline import learn_alone
 from agentsdpo.publish.registry import PolicyRegistry
@@ -136,6 +138,49 @@ def test_prioritised_replay_goes_by_the_gap(played: Path, tmp_path: Path) -> Non
     priorities = {remembered[-1] for remembered in units.values()}
     assert len(priorities) == 12, "each branch has its own, from the gap of its tokens"
     assert 0 < min(priorities) < max(priorities) < 5
+
+
+def test_an_advantage_of_groups_needs_groups(played: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="with group 1: alone in its group"):
+        learn_alone(config("learn.mix=add"), played, out=tmp_path / "run", mode="none")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_drawn_twice_counts_twice(played: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[TrainRow] = []
+
+    def told(self: Learner, rows: list[TrainRow], version: int) -> StepReport:
+        given.extend(rows)
+        return step(self, rows, version)
+
+    step = Learner.step
+    monkeypatch.setattr(Learner, "step", told)
+    learn_alone(config("replay.strategy=uniform_iid", "learn.batch=24", steps=1), played, out=tmp_path / "run",
+                mode="none")
+    draws: dict[str, list[int]] = {}
+    for row in given:
+        draws.setdefault(row.episode_id, []).append(row.draw)
+    assert max(map(len, draws.values())) > 1, "24 draws of 12 episodes"
+    assert all(own == list(range(len(own))) for own in draws.values())
+
+
+def test_what_was_learnt_is_published_though_the_last_step_is_skipped(played: Path, tmp_path: Path,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Learner.step
+
+    def last_is_empty(self: Learner, rows: list[TrainRow], version: int) -> StepReport:
+        if self.step_count == 2:
+            raise NothingToLearn("every token is gated", reason="gated")
+        return step(self, rows, version)
+
+    monkeypatch.setattr(Learner, "step", last_is_empty)
+    learn_alone(config("publish.every=9", steps=3), played, out=tmp_path / "run", mode="none")
+    registry = PolicyRegistry(tmp_path / "run" / "policies")
+    first, last = (registry.manifest(version) for version in registry.versions())
+    assert last.learner_step == 3
+    assert last.weights_id != first.weights_id
+    np.testing.assert_array_equal(registry.load(last.version)["model.norm.weight"],
+                                  weights(tmp_path / "run")["model.norm.weight"])
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ equals the student, the gap is zero, and the fault would hide in a healthy-looki
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from agentsdpo.collect.waiting import waited
@@ -15,7 +15,7 @@ from agentsdpo.errors import AgentSdpoError, ConfigError, TrainForbidden
 from agentsdpo.hint.config import HintConfig
 from agentsdpo.hint.critic import Critic, NextStep, hosted
 from agentsdpo.hint.peers import Contrast, Peer
-from agentsdpo.hint.sources import Criteria, Expert, Feedback, Source
+from agentsdpo.hint.sources import Alone, Criteria, Expert, Feedback, Source
 from agentsdpo.types import Episode, Hint, Suite
 
 _log = logging.getLogger(__name__)
@@ -82,6 +82,13 @@ class Hinter:
         enough), ``broken`` (a source raised).
         """
         return self.hints([episode])[0]
+
+    def remember(self, episodes: Iterable[Episode]) -> None:
+        """Take in what an earlier life of the program saw, oldest first; not read where no source goes by others."""
+        learning = [source for source in self.sources.values() if not isinstance(source, Alone)]
+        for episode in episodes if learning else ():
+            for source in learning:
+                source.see(episode)
 
     def hints(self, episodes: Sequence[Episode]) -> list[Hint | None]:
         """Hints of several episodes, at once; each may be a peer of the others."""

@@ -41,8 +41,9 @@ class Peer:
         same, done = self._nearest(episode)
         if not done:
             return None
-        lines = [f"A colleague solved {'this' if same else 'a similar'} task like this:", *done]
-        return Hint(text=fitted(lines, self.config.max_chars), source="peer", author="peer", answer_bearing=same)
+        text = fitted([f"A colleague solved {'this' if same else 'a similar'} task like this:", *done],
+                      self.config.max_chars)
+        return Hint(text=text, source="peer", author="peer", answer_bearing=same) if text else None
 
     def _nearest(self, episode: Episode) -> tuple[bool, list[str]]:
         """Whether the nearest success was at the same task, and what it did; nothing for a success of its own."""
@@ -70,9 +71,11 @@ class Contrast(Peer):
         missed, vain = [one for one in done if one not in own], [one for one in own if one not in done]
         if not same or not (missed or vain):
             return None
-        lines = [*(["Another attempt at this task succeeded. What it did and you did not:", *missed] if missed else []),
-                 *(["What you did and a successful attempt did not:", *vain] if vain else [])]
-        return Hint(text=fitted(lines, self.config.max_chars), source="contrast", author="peer", answer_bearing=True)
+        lines = ["Another attempt at this task succeeded. What it did and you did not:", *missed] if missed else []
+        more = ["What you did and a successful attempt did not:", *vain] if vain else []
+        lines += ["\n".join(more[:2]), *more[2:]] if lines and more else more  # no heading without a line under it
+        text = fitted(lines, self.config.max_chars)
+        return Hint(text=text, source="contrast", author="peer", answer_bearing=True) if text else None
 
 
 def asked(episode: Episode) -> str:

@@ -77,7 +77,7 @@ class Feedback(Alone):
         if not lines:
             return None
         text = fitted(["These calls failed, avoid them:", *dict.fromkeys(lines)], self.config.max_chars)
-        return Hint(text=text, source="feedback", author=episode.env_id)
+        return Hint(text=text, source="feedback", author=episode.env_id) if text else None
 
 
 class Expert(Alone):
@@ -99,8 +99,9 @@ class Expert(Alone):
         if not text:
             return None
         head = "The right answer:" if self.kind == "gold" else "An expert did this task like this:"
-        return Hint(text=fitted([head, *text.splitlines()], self.config.max_chars), answer_bearing=True,
-                    source="gold" if self.kind == "gold" else "demo", author=f"{self.suite.name} expert")
+        text = fitted([head, *text.splitlines()], self.config.max_chars)
+        return Hint(text=text, source="gold" if self.kind == "gold" else "demo", author=f"{self.suite.name} expert",
+                    answer_bearing=True) if text else None
 
 
 def task_of(episode: Episode, suite: Suite) -> Task | None:
@@ -126,13 +127,22 @@ def calls_of(episode: Episode) -> Iterator[tuple[str, str]]:
 
 
 def fitted(lines: list[str], limit: int) -> str:
-    """Whole lines from the first on, as many as ``limit`` characters hold; what is left out is said.
+    """Whole lines under a heading, as many as ``limit`` characters hold; what is left out is said.
 
-    >>> fitted(["one", "two", "three hundred"], 14)
-    'one\\ntwo\\n[...]'
+    Of a first line that is too long by itself the beginning is kept; "" where not even that has room, since a heading
+    alone says nothing.
+
+    >>> fitted(["one:", "two", "three hundred"], 14)
+    'one:\\ntwo\\n[...]'
+    >>> fitted(["one:", "three hundred"], 16), fitted(["one:", "three hundred"], 10)
+    ('one:\\nthree [...]', '')
     """
     text = "\n".join(lines)
-    while len(text) > limit and len(lines) > 1:
+    while len(text) > limit and len(lines) > 2:
         lines = lines[:-1]
         text = "\n".join([*lines, "[...]"])
-    return text[:limit]
+    if len(text) <= limit:
+        return text
+    heading, first = lines[:2]
+    room = limit - len(f"{heading}\n[...]")
+    return f"{heading}\n{first[:room]}[...]" if room > 0 else ""

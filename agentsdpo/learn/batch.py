@@ -41,18 +41,21 @@ class MicroBatch:
 def loss_weights(rows: list[LossRow], config: LearnConfig) -> list[np.ndarray]:
     """Weight of each loss token of each row, float32[n] per row: its share of the step times what is known beforehand.
 
-    Shares are counted over all rows of the step, before gates and masks; see :mod:`agentsdpo.learn.prior`.
+    Shares are counted over all rows of the step, before gates and masks; see :mod:`agentsdpo.learn.prior`. A branch or
+    an episode that was drawn twice is two of them.
 
     Args:
         rows: all rows of the step.
         config: ``normaliser``, ``loss_tokens``; ``tool_weight``, ``skip_first``, ``staleness_decay``.
     """
     counts = [len(row.position) for row in rows]
-    episodes = {row.row.episode_id: i for i, row in enumerate(rows)}
+    episodes = {(row.row.episode_id, row.row.draw): i for i, row in enumerate(rows)}
+    branches = {(id(row.row.branch), row.row.draw): i for i, row in enumerate(rows)}  # rows of its turns share it
     turns = np.cumsum([0, *(int(row.turn.max()) + 1 for row in rows)])
     turn = np.concatenate([row.turn + first for row, first in zip(rows, turns, strict=False)])
-    weight = shares(config.normaliser, turn=turn, branch=np.repeat(np.arange(len(rows)), counts),
-                    episode=np.repeat([episodes[row.row.episode_id] for row in rows], counts),
+    weight = shares(config.normaliser, turn=turn,
+                    branch=np.repeat([branches[id(row.row.branch), row.row.draw] for row in rows], counts),
+                    episode=np.repeat([episodes[row.row.episode_id, row.row.draw] for row in rows], counts),
                     loss_tokens=config.loss_tokens or 1)
     weight = weight * np.repeat([row.row.weight for row in rows], counts)
     if config.tool_weight != 1.0:

@@ -94,8 +94,8 @@ def mismatch_metrics(log_r: Tensor) -> Metrics:
 
 
 def mask_metrics(stats: TokenStats) -> Metrics:
-    """Share of tokens the ratio correction silences, among positive and among negative gaps."""
-    up, down = stats.gap > 0, stats.gap < 0
+    """Share of tokens the ratio correction silences, among positive and among negative signals."""
+    up, down = stats.signal > 0, stats.signal < 0
     return {"learn/masked_frac/pos": _share(~stats.mask[up]), "learn/masked_frac/neg": _share(~stats.mask[down])}
 
 

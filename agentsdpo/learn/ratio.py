@@ -294,6 +294,9 @@ RATIOS: dict[str, Callable[[Evidence, Limits], Tensor]] = {
 SEGMENTED = frozenset({"minpro", "turn_geo", "gspo", "seq_tis", "seq_mis"})
 """Corrections that read other tokens than their own: they need a whole turn or branch at once."""
 
+SIGNED = frozenset({"topr", "tis_topr", "ppo", "dppo", "decoupled", "m2po", "gspo"})
+"""Corrections that go by the sign of the signal."""
+
 MASKING = frozenset({"ppo", "icepop", "mis", "dppo", "decoupled", "m2po", "gspo", "seq_mis"})
 """Corrections that may give a token no weight at all."""
 

@@ -161,15 +161,16 @@ class TokenScores:
 class TokenStats:
     """What the objective saw at each loss token; float32[N] or bool[N], detached.
 
-    ``gap`` = teacher_logp - student_logp before clipping, ``used_gap`` after; ``ratio_weight`` multiplies the gap;
-    ``mask`` is the PPO mask, ``gate`` the turn gate; ``divergence`` is zero in the sampled form; ``push`` is the
-    token's share of the step before ``LossTokens.weight``.
+    ``gap`` = teacher_logp - student_logp before clipping, ``used_gap`` after; ``signal`` is what the ratio goes by, the
+    gap or in a mix the advantage; ``ratio_weight`` multiplies it; ``mask`` is the PPO mask, ``gate`` the turn gate;
+    ``divergence`` is zero in the sampled form; ``push`` is the token's share of the step before ``LossTokens.weight``.
     """
 
     student_logp: Tensor
     teacher_logp: Tensor
     gap: Tensor
     used_gap: Tensor
+    signal: Tensor
     log_ratio: Tensor
     ratio_weight: Tensor
     mask: Tensor

@@ -23,7 +23,9 @@ class TrainRow:
         episode_id: branches of one episode share it (normaliser).
         train_allowed: from the task's licence.
         hint_at: token index the hint is inserted at; 0 puts it in front.
-        turns: those that carry loss, None for all; a branch with hints of single turns is a row for each of them.
+        turns: those that carry loss, None for all; a branch with hints of single turns is a row for each of them, and
+            these share the record.
+        draw: how often the step had drawn the branch before; what is drawn twice counts twice (normaliser).
         tokenizer_sha256, chat_template_sha256: of the collecting engine; one value per step.
         score: grade of the episode, None when unscored; read by a mix with a policy gradient alone.
         group: attempts at one task share it (advantage ``grpo``).
@@ -45,6 +47,7 @@ class TrainRow:
     source: str = ""
     weight: float = 1.0
     turns: frozenset[int] | None = None
+    draw: int = 0
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ class Tripwire:
                          "gap": sum(r["learn/gap/abs"] for r in own.rows) / RECENT}
 
     def judge(self, step: int, version: int, probe: Probe | None, *, asked: bool = False,
-              broken: bool = False) -> Decision:
+              broken: bool = False, now: int | None = None) -> Decision:
         """Decide about the state after ``step`` steps, once.
 
         Args:
@@ -136,6 +136,7 @@ class Tripwire:
             probe: of this very state; None when none was played.
             asked: a probe was asked for and played, whatever came of it.
             broken: the next step could not be taken: its loss or gradient is not finite.
+            now: steps done by now, where a probe is heard of late: a soft alarm lasts from there.
         """
         alarms = self._alarms(probe, broken)
         if alarms and probe is None and not (asked or broken or self.withheld(step)):
@@ -147,9 +148,9 @@ class Tripwire:
         keep = self._remember(step, version, probe, alarms, low)
         if (low and own.low >= 2) or any(alarm.level == "hard" for alarm in alarms):
             return Decision(step, "hard", tuple(alarms), probe, good=self._way_back(step),
-                            last=own.rollbacks == MAX_ROLLBACKS)
+                            last=own.rollbacks >= MAX_ROLLBACKS)
         if alarms:
-            own.until = step + QUIET
+            own.until = (step if now is None else now) + QUIET
         return Decision(step, "soft" if alarms else "clear", tuple(alarms), probe, keep=keep)
 
     def rolled_back(self, to: Point, *, step: int, gone: int, version: int) -> None:
@@ -162,6 +163,11 @@ class Tripwire:
         own.judged, own.floor, own.probe = step, version, None
 
     # ------------------------------------------------------------------------------------------------- being asked
+
+    @property
+    def spent(self) -> bool:
+        """Whether it went back once more than a run may: there is no going on."""
+        return self.state.rollbacks > MAX_ROLLBACKS
 
     def withheld(self, step: int) -> bool:
         """Whether a soft alarm is in force after ``step`` steps: publish nothing, hold the teacher."""

@@ -15,7 +15,7 @@ from agentsdpo.errors import LearnError
 from agentsdpo.learn import mix as mixing
 from agentsdpo.learn.config import LearnConfig
 from agentsdpo.learn.gates import segment_gate, segment_mean
-from agentsdpo.learn.ratio import SEGMENTED, Evidence, Limits, correct, log_ratio, prefix_min
+from agentsdpo.learn.ratio import SEGMENTED, SIGNED, Evidence, Limits, correct, log_ratio, prefix_min
 from agentsdpo.learn.records import LossTokens, TokenScores, TokenStats
 
 SOD_CAP = 1.2
@@ -73,6 +73,7 @@ class Weights:
     token: Tensor | None
     gap: Tensor
     used_gap: Tensor
+    signal: Tensor
     log_ratio: Tensor
     ratio_weight: Tensor
     mask: Tensor
@@ -104,16 +105,17 @@ def weigh(student_logp: Tensor, teacher_logp: Tensor, tokens: LossTokens, config
                                               tokens.branches, tokens.ages), limits)
 
     pure, divergence = config.mix == "pure", config.form == "divergence"
+    signal = gap if pure else tokens.advantages
     if pure and divergence and config.ratio == "minpro":
         ratio = prefix_min(log_r, tokens.branches)  # a divergence weighs the state alone: the prefix without the token
     else:
-        ratio = corrected(gap if pure else tokens.advantages)
+        ratio = corrected(signal)
     distil = None if divergence else u * (ratio if pure else corrected(gap)) * used
     a, b = _mixed(config, ratio, distil, u, used, tokens)
     a, b = (None if each is None else gate * each for each in (a, b))
     for pull in _penalties(student_logp, log_r, tokens, config):
         b = pull if b is None else b + pull
-    return Weights(divergence=a, token=b, gap=gap, used_gap=used, log_ratio=log_r, ratio_weight=ratio,
+    return Weights(divergence=a, token=b, gap=gap, used_gap=used, signal=signal, log_ratio=log_r, ratio_weight=ratio,
                    mask=ratio != 0, gate=gate)
 
 
@@ -157,8 +159,9 @@ def reads_turns(config: LearnConfig) -> bool:
 
 
 def reads_teacher(config: LearnConfig) -> bool:
-    """Whether weights depend on the teacher's log-probs of the sampled tokens."""
-    return config.form == "sampled" or config.token_weight != "off"
+    """Whether weights depend on the teacher's log-probs of the sampled tokens: by the gap, or by its sign alone."""
+    signed = config.mix == "pure" and config.ratio in SIGNED
+    return config.form == "sampled" or config.token_weight != "off" or signed
 
 
 class Weigher:
@@ -187,5 +190,5 @@ class Weigher:
         push = torch.zeros_like(found.gap) if found.token is None else found.token
         if found.divergence is not None:
             push = push + found.divergence * scores.divergence
-        return TokenStats(gap=found.gap, used_gap=found.used_gap, log_ratio=found.log_ratio,
+        return TokenStats(gap=found.gap, used_gap=found.used_gap, signal=found.signal, log_ratio=found.log_ratio,
                           ratio_weight=found.ratio_weight, mask=found.mask, gate=found.gate, push=push, **vars(scores))

@@ -82,8 +82,8 @@ PANELS = (
         Series("learn/adv_clip/frac", "gap clipped", "teacher"),
         Series("learn/capped_frac", "ratio capped", "student"),
         Series("learn/gated_frac", "gated", "hint"),
-        Series("learn/masked_frac/pos", "masked, gap > 0", "behaviour"),
-        Series("learn/masked_frac/neg", "masked, gap < 0", "behaviour", (0, (4, 2)))),
+        Series("learn/masked_frac/pos", "masked, signal > 0", "behaviour"),
+        Series("learn/masked_frac/neg", "masked, signal < 0", "behaviour", (0, (4, 2)))),
         lambda _: [(0.0, "nothing cut"), (0.5, "alarm above 0.5, of gaps 0.25")]),
     Panel("gap", "Teacher-student gap", "gap [nats per token]", (
         Series("learn/gap/abs", "mean size", "teacher"),

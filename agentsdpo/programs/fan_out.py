@@ -147,7 +147,8 @@ def _evaluated(ray: Any, of: int, config: RunConfig, folder: RunFolder, *, follo
     here: Evaluator | None = None
     running, played = dict[Any, Job](), 0
     while True:
-        jobs = [job for job in left(folder) if job not in running.values()]
+        begun = {_name(job) for job in running.values()}
+        jobs = [job for job in left(folder) if _name(job) not in begun]
         for job in [job for job in jobs if job[0].candidate is None][:of - len(running)]:
             running[remote.remote(settings, str(folder.path), *job)] = job
         for job in [job for job in jobs if job[0].candidate is not None][:1]:
@@ -160,6 +161,12 @@ def _evaluated(ray: Any, of: int, config: RunConfig, folder: RunFolder, *, follo
         for ref in ray.wait(list(running), timeout=DUE_S)[0] if running else ():
             del running[ref]
             played += take(partial(_answered, ray, ref), folder, follow=follow, say=say)
+
+
+def _name(job: Job) -> tuple[int, int, str, str]:
+    """What an evaluation is known by, however many others its learner still waits for."""
+    owed, split, decoding, _ = job
+    return owed.step, owed.version, split, decoding
 
 
 def _answered(ray: Any, ref: Any) -> Json:

@@ -4,7 +4,8 @@
 
 It waits where the store holds nothing for it, says in its pin how far it is, and publishes. What it needs to have
 evaluated it writes into ``due.json`` of its run folder; an evaluator answers in ``evals.jsonl``, whenever it can, and
-the answers become lines of ``metrics.jsonl`` and the tripwire's probes. Episodes join once they have a hint.
+the answers become lines of ``metrics.jsonl`` and the tripwire's probes. Episodes join once they have a hint; where
+grades teach too, those without one join when the hint writer has looked at them, at once where there are no sources.
 
 Killed, it goes on from its newest checkpoint. Collectors do not stop for that, so no version number is ever used again:
 the weights of the checkpoint are published under the next one.
@@ -16,10 +17,10 @@ since. In the synchronous loop every step is judged, and an alarm without a prob
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from agentsdpo.assemble import make_learner, make_registry, make_sampler, model_path
+from agentsdpo.assemble import make_learner, make_registry, make_sampler, model_path, need_groups
 from agentsdpo.collect.metrics import collect_metrics
 from agentsdpo.config import RunConfig
 from agentsdpo.errors import NotFinite
@@ -32,7 +33,7 @@ from agentsdpo.learn.together import obey
 from agentsdpo.learn.trackers import check_trackers
 from agentsdpo.learning import Learning, recording, update
 from agentsdpo.programs.flow import LEARNER, TTL_S, Learnt, episodes_in, limit, looked_at
-from agentsdpo.programs.owed import Owed, key_of, read_answers, read_owed, write_owed
+from agentsdpo.programs.owed import Owed, key_of, owed_of, read_answers, write_owed
 from agentsdpo.publish.registry import PolicyRegistry
 from agentsdpo.replay.ids import Key
 from agentsdpo.replay.sampling.index import SideIndex
@@ -59,7 +60,7 @@ class Following(Learning):
 
     owed: list[Owed] = field(default_factory=list)
     _joined: set[str] = field(default_factory=set)
-    _bare: set[str] = field(default_factory=set)
+    _bare: dict[str, int | None] = field(default_factory=dict)  # scored: how many episodes there were when it was seen
     _fresh: list[Episode] = field(default_factory=list)
 
     # ------------------------------------------------------------------------------------------------- coming back
@@ -82,14 +83,16 @@ class Following(Learning):
 
     def state(self) -> Json:
         """What a checkpoint holds besides the learner."""
-        return {**super().state(), "totals": self.totals}
+        return {**super().state(), "totals": self.totals, "owed": [asdict(one) for one in self.owed]}
 
     def load_state(self, saved: Json) -> None:
-        """Put :meth:`state` back; later evaluations than the checkpoint are of versions that were given up."""
+        """Put :meth:`state` back: what was heard since is heard again, what was asked for since is asked for anew."""
         super().load_state(saved)
         self.totals = saved["totals"]
         self._joined = {Key.parse(text).episode_id for text in saved["sampler"]["rows"]}
-        self.owed = [one for one in read_owed(self.folder) if one.step <= self.step and one.version <= self.version]
+        self.owed = owed_of(saved["owed"])
+        self._give_up()
+        write_owed(self.folder, self.owed)
         self.tombstone()
 
     def awaited(self) -> list[tuple[int, int]]:
@@ -119,28 +122,36 @@ class Following(Learning):
         return self.limiter.may_sample(self.config.learn.batch) and self.eligible > 0
 
     def look(self) -> None:
-        """Let what has a hint by now join, and say in the pin where this learner is."""
+        """Let what has a hint by now join, or will have none, and say in the pin where this learner is."""
         view = self.store.snapshot()
-        hinted = self._hinted(view)
-        if hinted - self._joined:
-            self.sampler.refresh(only=hinted)
-            self._take_in(view, hinted - self._joined)
         episodes, looked = episodes_in(view), looked_at(self.store)
+        fit = self._hinted(view, episodes) | self._unhinted(looked)
+        if fit - self._joined:
+            self.sampler.refresh(only=fit)
+            self._take_in(view, fit - self._joined)
         undecided = 0 if looked is None else max(0, episodes - looked)
         starved = not undecided and self.limiter.size >= self.limiter.limit.min_size and not self.eligible
         said = Learnt(None if starved else self.limiter, episodes, undecided, self.version)
         pin(self.store, LEARNER, self.sampler.snapshot, ttl_s=TTL_S, state=said.as_json())
 
-    def _hinted(self, view: Snapshot) -> set[str]:
+    def _hinted(self, view: Snapshot, episodes: int) -> set[str]:
         """Episodes with a hint, late or from their append; what has joined stays."""
         late = {slot.key.episode_id for slot in view.late.latest if slot.kind == "hint" and slot.key in view.rows}
-        known = late | self._joined | self._bare
+        known = late | self._joined | self._bare.keys()
         for key in [key for key in view.rows if key.episode_id not in known]:
-            if view.read([key])[0].hint:
+            (row,) = view.read([key])
+            if row.hint:
                 late.add(key.episode_id)
             else:
-                self._bare.add(key.episode_id)
+                self._bare[key.episode_id] = None if row.reward is None else episodes
         return late | self._joined
+
+    def _unhinted(self, looked: int | None) -> set[str]:
+        """Scored episodes that a mix learns from though no hint came; ``looked``: at how many the hint writer did."""
+        if self.config.learn.mix == "pure":
+            return set()
+        none = not self.config.hint.sources
+        return {name for name, seen in self._bare.items() if seen is not None and (none or seen <= (looked or 0))}
 
     def _take_in(self, view: Snapshot, names: set[str]) -> None:
         """Count episodes that have just joined."""
@@ -153,7 +164,7 @@ class Following(Learning):
     def words(self) -> str:
         """What it is waiting for."""
         counts = self.sampler.explain(self.version)
-        bare = len(self._bare - self._joined)
+        bare = len(self._bare.keys() - self._joined)
         return (f"waiting for episodes: {counts['eligible']} eligible, {bare} without a hint, {self.limiter.inserts} "
                 f"joined and {self.limiter.samples} drawn so far")
 
@@ -192,7 +203,8 @@ class Following(Learning):
             if one is None:  # heard before, or given up by a roll-back
                 continue
             values = {**{key: value for key, value in row.items() if key != "step"}, **one.totals}
-            metrics.write("eval", one.step, values, wall_s=one.wall_s)
+            if not any(key_of(seen) == key_of(row) for seen in metrics.rows if seen["kind"] == "eval"):
+                metrics.write("eval", one.step, values, wall_s=one.wall_s)
             view.evaluation({"step": one.step, **values})
             left = tuple(each for each in one.wanted if each[:2] != (row["split"], row["decoding"]))
             at = self.owed.index(one)
@@ -203,15 +215,20 @@ class Following(Learning):
                 self.candidates.prune(1, spare={other.candidate for other in self.owed if other.candidate is not None})
 
     def _judge(self, one: Owed, row: Json, metrics: MetricsWriter, view: View) -> None:
-        """Have the tripwire judge a probed state; after a roll-back nobody waits for what was given up."""
+        """Have the tripwire judge a probed state, once: the checkpoint knows of it before ``due.json`` forgets it."""
         asked = [each[:2] for each in probes(self.config)]
         if not self.config.tripwire.on or (row["split"], row["decoding"]) not in asked:
             return
-        before = self.tripwire.state.rollbacks
-        act(self, self.tripwire.judge(one.step, one.version, Probe.of(row)), metrics, view)
-        if self.tripwire.state.rollbacks > before:
-            low, high = self.tripwire.state.abandoned[-1]
-            self.owed = [other for other in self.owed if not low <= other.version <= high]
+        decision = self.tripwire.judge(one.step, one.version, Probe.of(row), asked=True, now=self.step)
+        act(self, decision, metrics, view)
+        self._give_up()
+        if decision.good is None and not decision.keep:  # else it was saved with what was done
+            self.checkpoint()
+
+    def _give_up(self) -> None:
+        """Wait no longer for versions that a roll-back has given up."""
+        void = self.tripwire.state.abandoned
+        self.owed = [one for one in self.owed if not any(low <= one.version <= high for low, high in void)]
 
 
 # --------------------------------------------------------------------------------------------------------- the steps
@@ -330,6 +347,7 @@ def assemble_following(config: RunConfig, uri: Path | str, out: Path | str, *, r
     Raises:
         See :func:`learn_following`.
     """
+    need_groups(config)
     check_trackers(config.track)
     chat = load_chat(model_path(config))
     limiter = RateLimiter(limit(config))

@@ -4,7 +4,7 @@
 
 Hints go into the store's overlay; episodes are never rewritten. Its pin says how many episodes it has looked at, so
 that whoever waits for hints knows how many are still to come. It keeps no state: killed and started again it reads the
-episodes without a hint once more and writes what is missing.
+episodes without a hint once more and writes what is missing; where hints go by other episodes, those with a hint too.
 """
 
 import time
@@ -46,6 +46,10 @@ class HintWriter:
         self.written = self.silent = 0
         self._looked: set[tuple[str, str]] = set()
         self._pinned = float("-inf")
+        view = store.snapshot()
+        self.hinter.remember(view.gather(dict.fromkeys(
+            (slot.key.episode_id, slot.key.attempt) for slot in view.late.latest
+            if slot.kind == "hint" and slot.key in view.rows)))
 
     def look(self) -> int:
         """Write the hints that are missing now; returns how many episodes were looked at."""
@@ -68,7 +72,9 @@ class HintWriter:
                 if (row.content_sha256, row.status) not in self._looked and Slot("hint", key) not in view.late.latest)
 
     def _write(self, view: Snapshot, names: list[tuple[str, int]]) -> None:
-        bare = [episode for episode in view.gather(names) if not episode.hint]
+        some = list(view.gather(names))
+        self.hinter.remember(episode for episode in some if episode.hint)
+        bare = [episode for episode in some if not episode.hint]
         found = zip(bare, self.hinter.hints(bare), strict=True)
         hints: dict[Key | str, Hint] = {episode.episode_id: hint for episode, hint in found if hint}
         self.store.add_hints(hints)

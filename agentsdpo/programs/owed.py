@@ -47,9 +47,13 @@ def write_owed(folder: RunFolder, owed: Sequence[Owed]) -> None:
 def read_owed(folder: RunFolder) -> list[Owed]:
     """What the learner waits for; nothing before it has said so."""
     path = folder.path / "due.json"
-    found = json.loads(path.read_text()) if path.is_file() else []
+    return owed_of(json.loads(path.read_text()) if path.is_file() else [])
+
+
+def owed_of(saved: Sequence[Json]) -> list[Owed]:
+    """What was written as JSON, read back."""
     return [Owed(**{**one, "wanted": tuple((split, decoding, n) for split, decoding, n in one["wanted"])})
-            for one in found]
+            for one in saved]
 
 
 def key_of(row: Json) -> tuple[int, int, str, str]:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import tomllib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -207,6 +208,42 @@ def test_the_oldest_success_makes_room() -> None:
     assert hinter.hint(graded(messages=talk("Close the books of march."))) is not None
 
 
+def test_what_an_earlier_life_saw_is_remembered_where_it_counts() -> None:
+    won = graded(results=PASSED, episode_id="w", messages=talk("Report tax.", ("submit", {}, "ok")))
+    again = make_hinter(HintConfig(sources=("peer",)), DeskSuite())
+    again.remember([won])
+    assert again.hint(graded(messages=talk("Report tax."))) is not None
+
+    def unread() -> Iterator[Episode]:
+        raise AssertionError("nothing needs to be read for a source that goes by one episode")
+        yield won
+
+    criteria().remember(unread())
+
+
+def test_a_long_first_item_is_cut_and_a_heading_alone_is_no_hint() -> None:
+    lost = graded(messages=talk("Report tax.", ("wish", {}, "error: " + "no " * 50)))
+
+    def said(limit: int, source: Any = "feedback", episode: Episode = lost, *others: Episode) -> str | None:
+        hinter = make_hinter(HintConfig(sources=(source,), max_chars=limit, peer_similarity=0.0), DeskSuite())
+        hinter.remember(others)
+        hint = hinter.hint(episode)
+        return hint.text if hint else None
+
+    assert said(60) == "These calls failed, avoid them:\n- wish {} answered: err[...]"
+    assert said(35) is None
+    assert said(10) is None, "not even the heading"
+    won = graded(results=PASSED, episode_id="w", messages=talk("Report tax.", ("file_read", {"path": "a" * 90}, "ok")))
+    other = won.model_copy(update={"task_id": "desk/9"})
+    assert said(71, "peer", lost, other) == 'A colleague solved a similar task like this:\nfile_read {"path": "a[...]'
+    assert said(40, "peer", lost, other) is None
+    contrast = said(200, "contrast", lost, won)
+    assert contrast is not None
+    assert contrast.splitlines()[-1] == "[...]"
+    assert "What you did" not in contrast, "a second heading does not stand there alone either"
+    assert said(40, "contrast", lost, won) is None
+
+
 @pytest.mark.parametrize("kind", ["gold", "demo"])
 def test_an_expert_shows_what_it_would_have_done(kind: str) -> None:
     suite = DeskSuite()
@@ -220,6 +257,8 @@ def test_an_expert_shows_what_it_would_have_done(kind: str) -> None:
     done = [f"{c['function']['name']} {json.dumps(c['function']['arguments'])}"
             for m in won.messages for c in m.get("tool_calls", ())]
     assert hint.text.splitlines()[1:] == (done if kind == "demo" else done[1:]), "the calls that pass"
+    short = make_hinter(HintConfig(sources=(kind,), max_chars=20), suite)  # pyright: ignore[reportArgumentType]
+    assert short.hint(episode) is None or kind == "gold"
     other = episode.model_copy(update={"task_id": "another"})
     assert make_hinter(HintConfig(sources=(kind,)), suite).hint(other) is None  # pyright: ignore[reportArgumentType]
 

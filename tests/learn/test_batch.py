@@ -110,6 +110,21 @@ def test_normalisers_share_the_step_between_equals(make_row: Callable[..., Train
     assert shares(normaliser="constant", loss_tokens=50) == [[near(1 / 50)]] * 3
 
 
+def test_what_is_drawn_twice_counts_twice(make_row: Callable[..., TrainRow]) -> None:
+    a, b = make_row(episode="a"), make_row(episode="b")
+    rows = admitted([a, b, replace(b, draw=1)])
+    for normaliser in ("episode", "branch"):
+        assert [part.sum() for part in loss_weights(rows, LearnConfig(normaliser=normaliser))] == [
+            pytest.approx(1 / 3)] * 3
+
+
+def test_rows_of_single_turns_are_one_branch(make_row: Callable[..., TrainRow]) -> None:
+    a, b = make_row(episode="a"), make_row(episode="b")
+    rows = admitted([a, replace(b, turns=frozenset({0})), replace(b, turns=frozenset({1}), hint_ids=(7,))])
+    whole, *parts = (part.sum() for part in loss_weights(rows, LearnConfig(normaliser="branch")))
+    assert (whole, sum(parts)) == (pytest.approx(1 / 2), pytest.approx(1 / 2))
+
+
 def test_the_weight_of_a_draw_is_on_all_tokens_of_its_row(make_row: Callable[..., TrainRow]) -> None:
     rows = ragged(make_row)
     even = loss_weights(admitted(rows), CONFIG)

@@ -14,10 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from agentsdpo.learn import products
 from agentsdpo.learn.chunked import chunked_loss
+from agentsdpo.learn.config import LearnConfig
 from agentsdpo.learn.divergence import divergence
 from agentsdpo.learn.loss import dense_loss, token_loss
+from agentsdpo.learn.ratio import SIGNED
 from agentsdpo.learn.records import Head, LossTerms, LossTokens, TokenScores
 from agentsdpo.learn.slope import divergence_slope, token_slope
+from agentsdpo.learn.weights import Bounds, Weigher
 
 FULL = LossTerms(divergence=True, token=False)
 TOKEN = LossTerms(divergence=False, token=True)
@@ -101,6 +104,18 @@ def test_equals_the_dense_form_to_the_last_digits(terms: LossTerms, frozen: bool
     case = heads(frozen=frozen, kept=True, tempered=True)
     weigh = weigher(terms, case[2].weight)
     assert_same(both(case, terms, weigh, chunked_loss, chunk=4), both(case, terms, weigh, dense_loss),
+                atol=1e-13, rtol=1e-11)
+
+
+@pytest.mark.parametrize("ratio", sorted(SIGNED))
+def test_a_divergence_under_a_ratio_that_goes_by_the_gap_equals_the_dense_form(ratio: Any) -> None:
+    student, teacher, tokens = heads(n=12)
+    logp = (student.hidden @ student.weight.T).log_softmax(-1).gather(1, tokens.tok[:, None])[:, 0].detach()
+    tokens = replace(tokens, behaviour_logp=logp + torch.linspace(-1.0, 1.0, 12).double())
+    weigh = Weigher(tokens, LearnConfig(ratio=ratio, parity=True, veto=1e-9), Bounds(m2=0.3))
+    assert weigh.turns
+    case = student, teacher, tokens
+    assert_same(both(case, FULL, weigh, chunked_loss, chunk=5), both(case, FULL, weigh, dense_loss),
                 atol=1e-13, rtol=1e-11)
 
 

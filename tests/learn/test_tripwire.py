@@ -118,16 +118,25 @@ def test_a_soft_alarm_restrains_for_twenty_steps() -> None:
     check_keys(wire.metrics(42), "step")
 
 
+def test_a_soft_alarm_that_is_heard_of_late_lasts_from_then_on() -> None:
+    wire = wire_at(40)
+    assert wire.judge(41, 41, Probe(0.3, 64, GOOD), now=70).level == "soft"
+    assert wire.withheld(70)
+    assert wire.withheld(69 + QUIET)
+    assert not wire.withheld(70 + QUIET)
+
+
 def test_roll_backs_halve_for_good_and_the_fourth_is_the_last() -> None:
     wire, version = wire_at(40), 40
-    for turn in range(4):
+    for turn in range(5):
         step = 50 + 10 * turn
         wire.judge(step, version, Probe(0.1, 64, GOOD))
         decision = wire.judge(step + 1, version, Probe(0.1, 64, GOOD))
         assert decision.good is not None
-        assert decision.last == (turn == 3)
+        assert decision.last == (turn >= 3)
         wire.rolled_back(decision.good, step=step + 1, gone=version, version=version + 1)
         version += 1
+        assert wire.spent == (turn >= 3)
         assert wire.lr_factor(step + 1) == 0.5 ** (turn + 1)
         assert wire.staleness(8, step + 1) == max(1, 8 >> (turn + 1))
         assert wire.state.floor == version

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from agentsdpo.errors import LearnError
 from agentsdpo.learn.config import LearnConfig
+from agentsdpo.learn.diagnostics import step_metrics
 from agentsdpo.learn.ratio import RATIOS
 from agentsdpo.learn.records import Head, LossTokens
 from agentsdpo.learn.sdpo import objective
@@ -176,7 +177,8 @@ def test_weights_of_a_part_are_the_part_of_the_weights(n: int, cut: int, which: 
 
 @pytest.mark.parametrize(("fields", "turns", "teacher"), [
     ({}, False, False), ({"gate": "k3"}, True, False), ({"veto": 1e-4}, True, False),
-    ({"ratio": "minpro"}, True, False),
+    ({"ratio": "minpro"}, True, False), ({"ratio": "ppo", "parity": True}, False, True),
+    ({"ratio": "tis", "parity": True, "veto": 1e-4}, True, False),
     ({"form": "sampled"}, False, True), ({"token_weight": "sdar"}, False, True), ({"token_weight": "sod"}, True, True),
     ({"form": "sampled", "ratio": "gspo"}, True, True), ({"mix": "add", "ratio": "ppo"}, False, False)])
 def test_what_the_weights_need_to_see(fields: dict[str, Any], turns: bool, teacher: bool) -> None:
@@ -184,6 +186,17 @@ def test_what_the_weights_need_to_see(fields: dict[str, Any], turns: bool, teach
                         behaviour_logp=torch.zeros(1))
     weigher = Weigher(tokens, LearnConfig.model_validate(fields), Bounds())
     assert (weigher.turns, weigher.teacher) == (turns, teacher)
+
+
+def test_a_correction_of_grades_is_counted_by_the_sign_of_the_advantage(make_heads: Callable[..., Any]) -> None:
+    student, _, tokens = graded(make_heads(n=16), shift=3.0)
+    config = LearnConfig(form="sampled", mix="grade", ratio="ppo")
+    _, stats = objective(student, Head(student.hidden.detach(), student.weight.detach()), tokens, config, Bounds())
+    assert not stats.gap.any(), "nobody reads a hint"
+    metrics = step_metrics(stats, torch.zeros(16, dtype=torch.int64), config, None)
+    for name, own in (("pos", tokens.advantages > 0), ("neg", tokens.advantages < 0)):
+        assert metrics[f"learn/masked_frac/{name}"] == pytest.approx(float((~stats.mask[own]).float().mean()))
+        assert metrics[f"learn/masked_frac/{name}"] > 0
 
 
 def test_gates_by_branch_take_the_whole_branch(make_heads: Callable[..., Any]) -> None:

@@ -7,7 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -16,12 +19,13 @@ from agentsdpo.config import from_mapping
 from agentsdpo.errors import EngineError, RegistryError
 from agentsdpo.learn.load import load_chat
 from agentsdpo.programs.evaluating import evaluate_due
-from agentsdpo.programs.fan_out import evaluate_over_ray
+from agentsdpo.programs.fan_out import _evaluated, evaluate_over_ray
 from agentsdpo.programs.owed import Owed, key_of, read_answers, read_owed, write_owed
 from agentsdpo.publish.registry import PolicyRegistry
 from agentsdpo.replay.store import ReplayStore
 from agentsdpo.runfolder import RunFolder
 from agentsdpo.suites import model_path
+from agentsdpo.types import Json
 
 OF = (os.cpu_count() or 1) + 1
 """Evaluators, one more than the cluster has room for."""
@@ -88,6 +92,39 @@ def test_what_an_evaluation_cannot_be(tmp_path: Path, more: list[str], words: st
     done = subprocess.run(evaluate(tmp_path, *more), capture_output=True, text=True)
     assert done.returncode != 0
     assert words in " ".join(done.stderr.split())
+
+
+class Cluster:
+    """As much of Ray as handing out evaluations asks for: one is done at each look, the oldest first."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder, self.begun = folder, list[tuple[Any, ...]]()
+        self.exceptions = SimpleNamespace(RayTaskError=RuntimeError)
+
+    def remote(self, **about: Any) -> Any:
+        return lambda play: SimpleNamespace(remote=self.begin)
+
+    def begin(self, settings: str, run: str, *job: Any) -> int:
+        self.begun.append(job)
+        return len(self.begun) - 1
+
+    def wait(self, refs: list[int], timeout: float) -> tuple[list[int], list[int]]:
+        return refs[:1], refs[1:]
+
+    def get(self, ref: int) -> Json:
+        """The learner has heard this answer at once, and waits for the others alone."""
+        owed, split, decoding, n = self.begun[ref]
+        write_owed(self.folder, [replace(one, wanted=tuple(each for each in one.wanted if each[0] != split))
+                                 for one in read_owed(self.folder)])
+        return {"step": owed.step, "version": owed.version, "split": split, "decoding": decoding, "n": n}
+
+
+def test_what_is_being_played_is_not_handed_out_again_when_others_are_heard(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    write_owed(folder, [Owed(1, 1, 0.0, tuple((split, "sampled", 2) for split in ("a", "b", "c")), {})])
+    ray = Cluster(folder)
+    assert _evaluated(ray, 3, from_mapping({}), folder, follow=False, say=lambda text: None) == 3
+    assert [split for _, split, *_ in ray.begun] == ["a", "b", "c"]
 
 
 @pytest.mark.slow

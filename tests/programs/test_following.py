@@ -14,11 +14,15 @@ import pytest
 import torch
 
 from agentsdpo.config import RunConfig, from_mapping
+from agentsdpo.errors import ConfigError, LearnError, RunOver
+from agentsdpo.hint.config import HintConfig
+from agentsdpo.hint.hinter import Hinter
 from agentsdpo.loop import train
 from agentsdpo.programs import following
 from agentsdpo.programs.evaluating import evaluate_due, left
 from agentsdpo.programs.flow import learners
 from agentsdpo.programs.following import Following, assemble_following, learn_following
+from agentsdpo.programs.hinting import HintWriter
 from agentsdpo.programs.owed import Owed, append_answer, read_answers, read_owed, write_owed
 from agentsdpo.publish.registry import PolicyRegistry
 from agentsdpo.replay.store import ReplayStore
@@ -106,6 +110,46 @@ def test_episodes_join_with_their_hints_and_the_pin_says_so(run: Following, play
     run.store.append([played[6].model_copy(update={"hint": HINT})])
     run.look()
     assert run.totals["episodes"] == 6, "a hint of the append counts as well"
+
+
+GRADES = ("learn.mix=add", "learn.advantage=reinforce")
+
+
+def test_where_grades_teach_episodes_without_a_hint_join_once_none_is_to_come(tmp_path: Path,
+                                                                             played: list[Episode]) -> None:
+    run = assemble_following(config(*GRADES), tmp_path / "store", tmp_path / "run")
+    run.restore_or_begin()
+    run.store.append([*played[:4], played[4].model_copy(update={"grade": None})])
+    run.look()
+    assert run.totals["episodes"] == 0, "a hint may come"
+    silent = HintWriter(run.store, Hinter({}, HintConfig()))
+    silent.look()
+    run.look()
+    assert run.totals["episodes"] == 4, "nor hint nor grade is nothing to learn from"
+    run.store.append(played[5:7])
+    run.look()
+    assert run.totals["episodes"] == 4
+    silent.look()
+    run.look()
+    assert run.totals["episodes"] == 6
+    with MetricsWriter(tmp_path / "m.jsonl") as metrics:
+        assert following.step(run, metrics, SilentView())["learn/rows"] > 0
+
+
+def test_where_nobody_writes_hints_nobody_waits_for_them(tmp_path: Path, played: list[Episode]) -> None:
+    sets = ("hint.sources=[]", "learn.mix=grade", "learn.form=sampled", "learn.advantage=reinforce")
+    run = assemble_following(config(*sets), tmp_path / "store", tmp_path / "run")
+    run.restore_or_begin()
+    run.store.append(played[:5])
+    run.look()
+    assert run.ready()
+    assert run.totals["episodes"] == 5
+
+
+def test_an_advantage_of_groups_needs_groups(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="with group 1: alone in its group"):
+        learn_following(config("learn.mix=add"), tmp_path / "store", out=tmp_path / "run", mode="none")
+    assert not (tmp_path / "run").exists()
 
 
 def test_it_uses_episodes_no_more_than_it_may(run: Following, played: list[Episode], tmp_path: Path) -> None:
@@ -259,6 +303,86 @@ def test_the_tripwire_goes_back_when_the_probes_say_so(tmp_path: Path, played: l
     assert about.parent == rows[1]["good_version"]
     assert about.weights_id == run.registry.manifest(rows[1]["good_version"]).weights_id
     assert all(one.version == run.version or one.version <= rows[1]["good_version"] for one in run.owed)
+
+
+WATCHED = ("tripwire.on=true", "tripwire.every=1", "eval.every=100", "publish.keep=9", "checkpoint_every=50")
+
+
+def again_after_a_kill(run: Following) -> Following:
+    run.folder.release()
+    made = assemble_following(run.config, run.store.storage.uri, run.folder.path, resume=True)
+    made.restore_or_begin()
+    return made
+
+
+def a_step_behind(run: Following, episodes: list[Episode], metrics: MetricsWriter) -> None:
+    """Ask for a probe, and take a step before anybody answers."""
+    run.store.append(copies(episodes[:4], run.step, run.version))
+    run.ask(metrics)
+    run.look()
+    following.step(run, metrics, SilentView())
+
+
+def test_a_probe_is_judged_once_wherever_the_learner_is_killed(tmp_path: Path, played: list[Episode],
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    run = assemble_following(config(*WATCHED, steps=60), tmp_path / "store", tmp_path / "run")
+    run.restore_or_begin()
+    for score in (0.8, 0.1):
+        with MetricsWriter(run.folder.metrics, resume_step=run.step) as metrics:
+            a_step_behind(run, played, metrics)
+            answer(run.folder, lambda step, score=score: score)
+            with monkeypatch.context() as patch:
+                patch.setattr(following, "write_owed", lambda *given: 1 / 0)
+                with pytest.raises(ZeroDivisionError):  # killed before the file says that it was heard
+                    run.hear(metrics, SilentView())
+        run = again_after_a_kill(run)
+        with MetricsWriter(run.folder.metrics, resume_step=run.step) as metrics:
+            run.hear(metrics, SilentView())
+            assert not run.owed
+    state = run.tripwire.state
+    assert (state.low, state.rollbacks) == (1, 0), "one low probe, which was not taken for two"
+    assert state.best is not None
+    assert run.tripwire.withheld(run.step)
+    told = [row["score"] for row in read_metrics(run.folder.metrics) if (row["kind"], row["step"]) == ("eval", 0)]
+    assert told == [0.8] * 2, "sampled and greedy, each told once"
+
+
+def test_a_run_whose_roll_backs_are_spent_is_not_gone_on_with(tmp_path: Path, played: list[Episode]) -> None:
+    run = assemble_following(config(*WATCHED, steps=60), tmp_path / "store", tmp_path / "run")
+    run.restore_or_begin()
+    run.tripwire.state.rollbacks = 3
+    with MetricsWriter(tmp_path / "m.jsonl") as metrics:
+        for _ in range(2):
+            a_step_behind(run, played, metrics)
+            answer(run.folder, lambda step: 0.8 if step < 1 else 0.1)
+            run.hear(metrics, SilentView())
+        a_step_behind(run, played, metrics)
+        answer(run.folder, lambda step: 0.1)
+        with pytest.raises(LearnError, match="after 3 roll-backs"):
+            run.hear(metrics, SilentView())
+    newest = run.version
+    with pytest.raises(RunOver, match=f"policy version {newest} is its last good one") as refused:
+        again_after_a_kill(run)
+    assert refused.value.exit_code == 2
+    assert run.registry.latest() == newest
+
+
+def test_a_probe_of_which_nothing_could_be_scored_holds_back_all_the_same(tmp_path: Path,
+                                                                          played: list[Episode]) -> None:
+    run = assemble_following(config(*WATCHED, steps=60), tmp_path / "store", tmp_path / "run")
+    run.restore_or_begin()
+    plain = {"learn/grad_norm": 1.0, "learn/ess_frac": 0.9, "learn/hijack/max": 0.01, "learn/entropy/student": 1.0,
+             "learn/gap/abs": 0.3}
+    run.tripwire.state.start = {"entropy": 1.0, "gap": 0.3}
+    run.tripwire.state.rows = [plain] * 5 + [{**plain, "learn/grad_norm": 9.0}] * 5
+    with MetricsWriter(tmp_path / "m.jsonl") as metrics:
+        a_step_behind(run, played, metrics)
+        (one,) = [one for one in run.owed if one.step == 0]
+        append_answer(run.folder, {"step": 0, "version": one.version, "split": "val", "decoding": "sampled", "n": 0})
+        run.hear(metrics, SilentView())
+    (line,) = [row for row in read_metrics(tmp_path / "m.jsonl") if row["kind"] == "tripwire"]
+    assert (line["level"], list(line["alarms"])) == ("soft", ["update/grad_norm"])
+    assert run.tripwire.withheld(run.step + 19), "twenty steps from when it was heard of"
 
 
 def test_answers_that_were_cut_off_are_played_again(tmp_path: Path) -> None:

@@ -12,13 +12,14 @@ import pytest
 from agentsdpo.errors import StoreError
 from agentsdpo.hint.config import HintConfig
 from agentsdpo.hint.hinter import Hinter
+from agentsdpo.hint.peers import Peer
 from agentsdpo.hint.sources import Criteria
 from agentsdpo.programs.flow import looked_at
 from agentsdpo.programs.hinting import HintWriter, write_hints
 from agentsdpo.replay.example import episode
 from agentsdpo.replay.overlay import Slot
 from agentsdpo.replay.store import ReplayStore
-from agentsdpo.types import Episode
+from agentsdpo.types import CriterionResult, Episode, Grade
 
 
 def bare(number: int, feedback: str = "name the file in lower case") -> Episode:
@@ -59,6 +60,26 @@ def test_started_again_it_leaves_alone_what_has_a_hint(store: ReplayStore) -> No
     again.look()
     assert again.written == 0
     assert {late.revision for late in store.snapshot().late.latest.values()} == {1}
+
+
+def test_started_again_it_knows_the_successes_it_knew_before(store: ReplayStore) -> None:
+    def scored(number: int, score: float, feedback: str) -> Episode:
+        grade = Grade.of([CriterionResult(id="unit", score=score)], feedback)
+        return bare(number).model_copy(update={"grade": grade, "task_id": "one", "metadata": {"answer": "7"}})
+
+    def hints() -> HintWriter:
+        sources = {"criteria": Criteria("grader"), "peer": Peer(HintConfig())}
+        return HintWriter(store, Hinter(sources, HintConfig(min_chars=1)))
+
+    store.append([scored(1, 1.0, "well done")])
+    hints().look()
+    assert store.episode("e-1").hint is not None, "a success that is not looked at again"
+    store.append([scored(2, 0.0, "")])
+    again = hints()
+    again.look()
+    found = store.episode("e-2").hint
+    assert found is not None
+    assert found.source == "peer"
 
 
 def test_what_replaces_a_salvaged_episode_is_looked_at_anew(store: ReplayStore) -> None:
