@@ -153,8 +153,7 @@ def _checked(config: RunConfig) -> RunConfig:
 
     Raises:
         ConfigError: every row would be evicted, because collection is held further behind than the learner accepts;
-            a forward cannot take the longest episode; episodes would be greedy; groups would be cut; the tripwire has
-            nothing to probe with.
+            a forward cannot take the longest episode; episodes would be greedy; groups would be cut.
     """
     if config.episodes_per_step % config.group:
         raise ConfigError(f"episodes_per_step is {config.episodes_per_step} with groups of {config.group} attempts",
@@ -173,7 +172,4 @@ def _checked(config: RunConfig) -> RunConfig:
     if config.collect.temperature == 0:
         raise ConfigError("collect.temperature is 0: greedy episodes have no behaviour log-probs to learn from",
                           fix="set it above 0; evaluations are played greedily as well in any case")
-    if config.tripwire.on and not config.eval.splits:
-        raise ConfigError("eval.splits is empty but tripwire.on is true: it probes with the first of them, so it would "
-                          "never see a score", fix="name a split in eval.splits, or set tripwire.on = false")
     return config

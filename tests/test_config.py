@@ -73,7 +73,6 @@ def test_preset_lies_under_the_learn_table(preset: str) -> None:
     (["eval.splits=[1]"], r"eval.splits is 1; it must be a list, each a text"),
     (["learn=3"], r"learn is 3; it must be a table of settings"),
     (["learn.adapter=3"], r"learn.adapter is 3; it must be a table of settings"),
-    (["eval.splits=[]"], r"eval.splits is empty but tripwire.on is true: .* set tripwire.on = false"),
     (["preset=best"], r"preset is 'best'; it must be one of sdpopp, robust, naive, sampled_tis"),
     (["preset=[1]"], r"preset is \[1\]; it must be one of"),
     (["learn.ratio=tis"], r"learn.ratio is 'tis' with learn.form 'divergence'; set ratio to 'none'"),

@@ -50,11 +50,12 @@ def loss_weights(rows: list[LossRow], config: LearnConfig) -> list[np.ndarray]:
     """
     counts = [len(row.position) for row in rows]
     episodes = {(row.row.episode_id, row.row.draw): i for i, row in enumerate(rows)}
-    branches = {(id(row.row.branch), row.row.draw): i for i, row in enumerate(rows)}  # rows of its turns share it
+    own = [(row.row.episode_id, id(row.row.branch), row.row.draw) for row in rows]  # rows of its turns share a branch
+    branches = {one: i for i, one in enumerate(own)}
     turns = np.cumsum([0, *(int(row.turn.max()) + 1 for row in rows)])
     turn = np.concatenate([row.turn + first for row, first in zip(rows, turns, strict=False)])
     weight = shares(config.normaliser, turn=turn,
-                    branch=np.repeat([branches[id(row.row.branch), row.row.draw] for row in rows], counts),
+                    branch=np.repeat([branches[one] for one in own], counts),
                     episode=np.repeat([episodes[row.row.episode_id, row.row.draw] for row in rows], counts),
                     loss_tokens=config.loss_tokens or 1)
     weight = weight * np.repeat([row.row.weight for row in rows], counts)
