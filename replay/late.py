@@ -41,7 +41,8 @@ class LateValues(ABC):
                     status: RewardStatus = "final") -> None:
         """Say what branches earned, later or again; every reader sees the latest. Keys as in :meth:`add_hints`.
 
-        A bare number is a grade without criteria. Raises also RowError: a reward is not finite.
+        A bare number is a grade without criteria. Of a grade without criteria the reward counts, while the criteria
+        that are stored, and the feedback where it has none, stay. Raises also RowError: a reward is not finite.
 
         >>> from agentsdpo.replay.example import example
         >>> store = example()

@@ -262,9 +262,9 @@ class Snapshot:
                               fix="pip install 'agentsdpo[polars]', or use to_arrow()") from error
         return polars.DataFrame(polars.from_arrow(self.to_arrow(where)))
 
-    def stored(self, keys: Iterable[Key]) -> pa.Table:
+    def stored(self, keys: Iterable[Key], columns: list[str] | None = None) -> pa.Table:
         """Rows of these keys, in this order, with the columns they were written with: nothing late is merged in."""
-        return self._tables(list(keys), None)
+        return self._tables(list(keys), columns)
 
     # -------------------------------------------------------------------------------------------------- reading
 
