@@ -28,7 +28,7 @@ from agentsdpo.replay.ids import Key
 from agentsdpo.replay.log import Located
 from agentsdpo.replay.rows import Row
 from agentsdpo.replay.schema import listed
-from agentsdpo.replay.storage import Storage, read_whole
+from agentsdpo.replay.storage import Storage, mend, read_whole
 from agentsdpo.types import Episode, Grade, Hint, Json
 
 SCHEMA = pa.schema([
@@ -94,7 +94,7 @@ def read(storage: Storage, op: Json) -> pa.Table:
     data = read_whole(storage, op["path"])
     if hashlib.sha256(data).hexdigest() != op["sha256"]:
         raise CorruptionError(f"overlay {storage.uri}/{op['path']} is not the file that was committed",
-                              fix="restore it from a backup")
+                              fix=mend(storage.uri))
     return pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
 
 

@@ -21,7 +21,7 @@ from agentsdpo.replay.overlay import Overlays
 from agentsdpo.replay.rows import Row, RowReader, Tokens, to_episode
 from agentsdpo.replay.schema import SCALARS, SCHEMA, conform
 from agentsdpo.replay.segment import GroupCache, open_segment
-from agentsdpo.replay.storage import Storage
+from agentsdpo.replay.storage import Storage, mend
 from agentsdpo.replay.where import select
 from agentsdpo.types import Episode
 
@@ -128,10 +128,10 @@ class Snapshot:
         group, at = self._group(at, fetch)
         where = f"{self.storage.uri}/{at.path}, row group {at.row_group}, branch {at.key}"
         if at.index >= len(group) or group.key(at.index) != at.key:
-            raise CorruptionError(f"{where}: another row stands in its place", fix="restore the file from a backup")
+            raise CorruptionError(f"{where}: another row stands in its place", fix=mend(self.storage.uri))
         if at.index not in group.verified:
             if group.tokens_sha256(at.index).hex() != at.tokens_sha256:
-                raise _changed(where)
+                raise _changed(where, self.storage.uri)
             group.verified.add(at.index)
         return group, at
 
@@ -209,7 +209,7 @@ class Snapshot:
         reader = RowReader(table.select(_HASHED))
         for i, key in enumerate(keys):
             if reader.tokens_sha256(i).hex() != self.rows[key].tokens_sha256:
-                raise _changed(f"{self.storage.uri}/{self.rows[key].path}, branch {key}")
+                raise _changed(f"{self.storage.uri}/{self.rows[key].path}, branch {key}", self.storage.uri)
         for own in batch:
             episode = to_episode(table.slice(start, len(own)))
             start += len(own)
@@ -294,13 +294,11 @@ class Snapshot:
                 raise
             except (pa.ArrowException, OSError, IndexError) as error:
                 where = f"{self.storage.uri}/{rows[0].path}, branch {rows[0].key}"
-                raise CorruptionError(f"{where} cannot be read: {error}",
-                                      fix="restore the file from a backup") from error
+                raise CorruptionError(f"{where} cannot be read: {error}", fix=mend(self.storage.uri)) from error
 
 
-def _changed(where: str) -> CorruptionError:
-    return CorruptionError(f"{where}: tokens and log-probs do not hash to what was committed",
-                           fix="restore the file from a backup")
+def _changed(where: str, uri: str) -> CorruptionError:
+    return CorruptionError(f"{where}: tokens and log-probs do not hash to what was committed", fix=mend(uri))
 
 
 def _by_file(rows: Iterable[Located]) -> list[list[Located]]:

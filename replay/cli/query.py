@@ -15,7 +15,7 @@ from agentsdpo.replay.overlay import Slot
 from agentsdpo.replay.schema import SCHEMA
 from agentsdpo.replay.segment import open_segment
 from agentsdpo.replay.snapshot import Snapshot
-from agentsdpo.replay.storage import LocalStorage
+from agentsdpo.replay.storage import LocalStorage, mend
 
 if TYPE_CHECKING:
     import duckdb
@@ -62,7 +62,7 @@ def run(view: Snapshot, query: str) -> tuple[list[str], list[tuple[Any, ...]]]:
         except _duckdb().Error as error:
             if "CRC" in str(error):
                 raise CorruptionError(f"a segment of {view.storage.uri} is damaged: {error}",
-                                      fix="find it with: agentsdpo replay verify --level full") from error
+                                      fix=mend(view.storage.uri)) from error
             raise ConfigError(f"DuckDB refuses the query: {str(error).splitlines()[0]}",
                               fix="select from the view branches; its columns are listed by: agentsdpo replay schema"
                               ) from error
