@@ -12,6 +12,7 @@ from agentsdpo.replay.canonical import canonical_json, canonical_nan
 from agentsdpo.replay.ids import Key
 from agentsdpo.replay.overlay import Entry, Slot
 from agentsdpo.replay.snapshot import Snapshot
+from agentsdpo.replay.storage import listing
 from agentsdpo.types import Grade, Hint
 
 RewardStatus = Literal["final", "provisional"]
@@ -143,5 +144,5 @@ def _keys(view: Snapshot, name: Key | str) -> list[Key]:
         return [view.located(name).key]
     found = view.attempt(name)
     if not found:
-        raise StoreError(f"no episode {name!r} among {len(view)} branches", fix="list keys()")
+        raise StoreError(f"no episode {name!r} among {len(view)} branches", fix=listing(view.storage.uri))
     return found

@@ -21,7 +21,7 @@ from agentsdpo.replay.overlay import Overlays
 from agentsdpo.replay.rows import Row, RowReader, Tokens, to_episode
 from agentsdpo.replay.schema import SCALARS, SCHEMA, conform
 from agentsdpo.replay.segment import GroupCache, open_segment
-from agentsdpo.replay.storage import Storage, mend
+from agentsdpo.replay.storage import Storage, listing, mend
 from agentsdpo.replay.where import select
 from agentsdpo.types import Episode
 
@@ -83,7 +83,8 @@ class Snapshot:
             return self.rows[key]
         except KeyError:
             state = "is in conflict" if key in self.conflicts else "is not part of this snapshot"
-            raise StoreError(f"branch {key} {state} of {len(self)} branches", fix="refresh, or list keys()") from None
+            raise StoreError(f"branch {key} {state} of {len(self)} branches",
+                             fix=f"refresh, or {listing(self.storage.uri)}") from None
 
     def tokens(self, keys: Iterable[Key]) -> list[Tokens]:
         """The token columns of these keys alone, in this order, verified like :meth:`read` and several times as fast.
@@ -166,7 +167,7 @@ class Snapshot:
         keys = self.attempt(episode_id, attempt)
         if not keys:
             raise StoreError(f"no attempt {attempt or 0} at episode {episode_id!r} among {len(self)} branches",
-                             fix="list keys()")
+                             fix=listing(self.storage.uri))
         return next(self.gather([(episode_id, keys[0].attempt)]))
 
     # --------------------------------------------------------------------------------------------------- asking
@@ -194,7 +195,7 @@ class Snapshot:
             keys = self.attempt(*name)
             if not keys:
                 raise StoreError(f"no attempt {name[1]} at episode {name[0]!r} among {len(self)} branches",
-                                 fix="list keys()")
+                                 fix=listing(self.storage.uri))
             batch.append(keys)
             size += len(keys), sum(self.rows[key].n_tokens for key in keys)
             if (size >= _GATHERED).any():

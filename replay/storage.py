@@ -134,6 +134,11 @@ def mend(uri: str) -> str:
             f"{shlex.quote(uri)} --quarantine --yes")
 
 
+def listing(uri: str) -> str:
+    """What to do about a branch or an episode that is not in the store at ``uri``."""
+    return f"list what there is: agentsdpo replay ls {shlex.quote(uri)}"
+
+
 def read_whole(storage: Storage, path: str) -> bytes:
     """All bytes of a file that the log says exists.
 
