@@ -13,7 +13,7 @@ What the file does not say is the preset's, then the default. ``config.toml`` in
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -70,6 +70,8 @@ class RunConfig(Settings):
     >>> config.learn.max_staleness, config.eval.every
     (8, 20)
     """
+
+    LISTED: ClassVar[str] = "agentsdpo config --describe"
 
     name: str = Field(default="run", min_length=1, description="of the run, shown in reports")
     seed: int = Field(default=0, ge=0, le=2**31 - 1, description="of tasks, sampling and drawing; 0 or more")

@@ -133,5 +133,5 @@ def check_keys(keys: Iterable[str], kind: str) -> None:
         known = key in _EXACT or key in ROW_FIELDS[kind]
         if not known and not any(key.startswith(stem) and "/" not in key[len(stem):] for stem in _OPEN):
             hint = nearest(key, [*_EXACT, *ROW_FIELDS[kind]])
-            fix = f"{hint} " if hint.startswith("did") else ""
+            fix = f"{hint} " if hint else ""
             raise ConfigError(f"{key} is not in the table of metrics", fix=f"{fix}add new ones to agentsdpo/metrics.py")

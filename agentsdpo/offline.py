@@ -116,6 +116,8 @@ def turn_over(run: Offline, *, resume: bool, mode: str) -> Json:
     config = run.config
     run.restore_or_begin()
     with (recording(run, resume=resume) as metrics, console.training(config.steps, config.name, mode=mode) as view):
+        if not resume:
+            view.note(standing(run.sampler.explain(run.version), run.version))
         rows = [dict(row) for row in metrics.rows]
         while not run.ends:
             with uninterrupted():
@@ -189,6 +191,18 @@ def refuse_unfit(sampler: Sampler, version: int, uri: str, config: RunConfig) ->
     kind: Any = TokenizerMismatch if about else LearnError
     raise kind(f"none of {counts['total']} branches in the store {uri} can be drawn at policy version {version}: "
                f"{words}", fix=REASONS[chief][1])
+
+
+def standing(counts: Mapping[str, int], version: int) -> str:
+    """How much of a store a run begins with, and how to get at rows that only count as old.
+
+    >>> standing({"total": 12, "tokenizer": 2, "stale": 0, "eligible": 10}, 0)
+    '10 of 12 branches can be drawn at policy version 0, 0 are too old'
+    """
+    words = f"{counts['eligible']} of {counts['total']} branches can be drawn at policy version {version}"
+    more = (" for learn.max_staleness, which counts from the newest version in the store, whichever weights this run "
+            "begins with; set learn.max_staleness higher to draw them") if counts["stale"] else ""
+    return f"{words}, {counts['stale']} are too old{more}"
 
 
 def why_none(counts: Mapping[str, int]) -> tuple[str, str]:

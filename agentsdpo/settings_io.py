@@ -6,6 +6,7 @@ for a number, nor a number for a yes or no. Unknown keys are refused with the ne
 
 import difflib
 import json
+import re
 import tomllib
 import types
 from collections.abc import Iterable, Mapping
@@ -87,7 +88,7 @@ def with_sets(data: Mapping[str, Any], sets: Iterable[str]) -> Json:
         key, equals, value = text.partition("=")
         parts = [part.strip() for part in key.split(".")]
         if not equals or not all(parts):
-            raise ConfigError(f"--set {text!r} is not of the form key=value", fix="write --set learn.lr=1e-4, say")
+            raise ConfigError(f"--set {text!r} is not of the form key=value", fix="write --set KEY=VALUE, say seed=1")
         table = result
         for part in parts[:-1]:
             table = table.setdefault(part, {})
@@ -153,7 +154,7 @@ def _readable(cls: type[Settings], error: ValidationError) -> ConfigError:
     tables = {key[:at] for key in known for at, letter in enumerate(key) if letter == "."}
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return ConfigError(f"{key} is not a setting", fix=nearest(key, known))
+        return ConfigError(f"{key} is not a setting", fix=nearest(key, known) or _listed(cls, known))
     while key not in known and key not in tables and "." in key:
         key = key.rpartition(".")[0]  # the complaint is about an item of a list, or one type of several
     shown = NONE if first["input"] is None else first["input"]
@@ -162,12 +163,12 @@ def _readable(cls: type[Settings], error: ValidationError) -> ConfigError:
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
-    """A hint at the valid name that was probably meant: spelt alike, or the same last part elsewhere.
+    """A hint at the valid name that was probably meant: spelt alike, or the same last part elsewhere; "" without one.
 
     >>> nearest("learn.max_stalness", ["learn.max_staleness", "seed"]), nearest("lr", ["learn.lr", "seed"])
     ('did you mean learn.max_staleness?', 'did you mean learn.lr?')
     >>> nearest("zzz", ["a"])
-    'list all settings with: agentsdpo config --describe'
+    ''
     """
     names = list(known)
     last = key.rpartition(".")[2]
@@ -175,7 +176,14 @@ def nearest(key: str, known: Iterable[str]) -> str:
     found = found or difflib.get_close_matches(key, names, n=1, cutoff=0.75)
     lasts = {name.rpartition(".")[2]: name for name in names}
     found = found or [lasts[name] for name in difflib.get_close_matches(last, lasts, n=1, cutoff=0.75)]
-    return f"did you mean {found[0]}?" if found else "list all settings with: agentsdpo config --describe"
+    return f"did you mean {found[0]}?" if found else ""
+
+
+def _listed(cls: type[Settings], known: Iterable[str]) -> str:
+    """Where the settings of a class stand, or which there are: those of a table as one."""
+    if cls.LISTED:
+        return f"list all settings with: {cls.LISTED}"
+    return "there are " + ", ".join(dict.fromkeys(re.sub(r"\..*", ".*", key) for key in known))
 
 
 # ---------------------------------------------------------------------------------------------------------- writing

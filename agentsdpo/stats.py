@@ -40,14 +40,14 @@ class Paired(NamedTuple):
     """A mean difference A - B over tasks scored in both.
 
     ``p_value`` is two-sided, from sign flips; ``detectable`` is the smallest true difference that this many
-    clusters would find at 5 % with power 80 %; ``n`` counts tasks.
+    clusters would find at 5 % with power 80 %, None where it is not known; ``n`` counts tasks.
     """
 
     estimate: float
     low: float
     high: float
     p_value: float
-    detectable: float
+    detectable: float | None
     n: int
 
 

@@ -12,6 +12,7 @@ from agentsdpo.replay.canonical import canonical_json, canonical_nan
 from agentsdpo.replay.ids import Key
 from agentsdpo.replay.overlay import Entry, Slot
 from agentsdpo.replay.snapshot import Snapshot
+from agentsdpo.replay.storage import listing
 from agentsdpo.types import Grade, Hint
 
 RewardStatus = Literal["final", "provisional"]
@@ -41,7 +42,8 @@ class LateValues(ABC):
                     status: RewardStatus = "final") -> None:
         """Say what branches earned, later or again; every reader sees the latest. Keys as in :meth:`add_hints`.
 
-        A bare number is a grade without criteria. Raises also RowError: a reward is not finite.
+        A bare number is a grade without criteria. Of a grade without criteria the reward counts, while the criteria
+        that are stored, and the feedback where it has none, stay. Raises also RowError: a reward is not finite.
 
         >>> from agentsdpo.replay.example import example
         >>> store = example()
@@ -142,5 +144,5 @@ def _keys(view: Snapshot, name: Key | str) -> list[Key]:
         return [view.located(name).key]
     found = view.attempt(name)
     if not found:
-        raise StoreError(f"no episode {name!r} among {len(view)} branches", fix="list keys()")
+        raise StoreError(f"no episode {name!r} among {len(view)} branches", fix=listing(view.storage.uri))
     return found

@@ -28,7 +28,7 @@ from agentsdpo.replay.ids import Key
 from agentsdpo.replay.log import Located
 from agentsdpo.replay.rows import Row
 from agentsdpo.replay.schema import listed
-from agentsdpo.replay.storage import Storage, read_whole
+from agentsdpo.replay.storage import Storage, mend, read_whole
 from agentsdpo.types import Episode, Grade, Hint, Json
 
 SCHEMA = pa.schema([
@@ -94,7 +94,7 @@ def read(storage: Storage, op: Json) -> pa.Table:
     data = read_whole(storage, op["path"])
     if hashlib.sha256(data).hexdigest() != op["sha256"]:
         raise CorruptionError(f"overlay {storage.uri}/{op['path']} is not the file that was committed",
-                              fix="restore it from a backup")
+                              fix=mend(storage.uri))
     return pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
 
 
@@ -175,14 +175,16 @@ class Overlays:
         hint, reward, label = (self._value(kind, at) for kind in ("hint", "reward", "label"))
         changes: Json = {"hint": Hint(**hint)} if hint else {}
         if reward:
-            changes |= {"reward": reward["reward"], "grade": Grade(**reward["grade"])}
+            own = row.grade.model_dump() if row.grade else None
+            changes |= {"reward": reward["reward"], "grade": Grade(**_grade(reward["grade"], own))}
         return replace(row, **changes, label=label) if changes or label is not None else row
 
     def onto_episode(self, episode: Episode, first: Located) -> Episode:
         """An episode with the late hint and reward of its first branch."""
         hint, reward = self._value("hint", first), self._value("reward", first)
         late_hint: Json = {"hint": Hint(**hint)} if hint else {}
-        late_grade: Json = {"grade": Grade(**reward["grade"])} if reward else {}
+        own = episode.grade.model_dump() if episode.grade else None
+        late_grade: Json = {"grade": Grade(**_grade(reward["grade"], own))} if reward else {}
         return episode.model_copy(update=late_hint | late_grade)
 
     def onto_table(self, table: pa.Table, rows: list[Located]) -> pa.Table:
@@ -193,7 +195,7 @@ class Overlays:
             if name in table.schema.names:
                 values = table.column(name).to_pylist()
                 for i, value in late.items():
-                    values[i] = of(value)
+                    values[i] = of(value, values[i])
                 at = table.schema.get_field_index(name)
                 table = table.set_column(at, table.schema.field(at), pa.array(values, table.schema.field(at).type))
         labels: list[str | None] = [None] * len(rows)
@@ -221,6 +223,14 @@ class Overlays:
         return held
 
 
-_REWARD_COLUMNS: dict[str, Callable[[Json], Any]] = {
-    "reward": lambda late: late["reward"], "reward_status": lambda late: late["status"],
-    "rewards_json": lambda late: json.dumps(late["grade"], separators=(",", ":"))}
+def _grade(late: Json, own: Json | None) -> Json:
+    """A late grade over the row's own: without criteria it changes the verdict, and what the grader said stays."""
+    if own is None or late["results"]:
+        return late
+    return late | {"results": own["results"], "feedback": late["feedback"] or own["feedback"]}
+
+
+_REWARD_COLUMNS: dict[str, Callable[[Json, Any], Any]] = {
+    "reward": lambda late, own: late["reward"], "reward_status": lambda late, own: late["status"],
+    "rewards_json": lambda late, own: json.dumps(_grade(late["grade"], json.loads(own) if own else None),
+                                                 separators=(",", ":"))}

@@ -13,7 +13,7 @@ from agentsdpo.errors import CorruptionError, StoreError
 from agentsdpo.replay.log import Located, MissingSegment, entry_rows
 from agentsdpo.replay.rows import RowReader
 from agentsdpo.replay.schema import LEARNER_COLUMNS, SCHEMA, TOKEN_COLUMNS, WRITE_OPTIONS
-from agentsdpo.replay.storage import Storage
+from agentsdpo.replay.storage import Storage, mend
 from agentsdpo.types import Json
 
 GROUP_TOKENS, GROUP_ROWS = 65_536, 256
@@ -77,19 +77,19 @@ def open_segment(storage: Storage, row: Located) -> pq.ParquetFile:
         source = storage.open(row.path)
         if source.size() != row.size:
             raise CorruptionError(f"{path} has {source.size()} bytes, {row.size} were written",
-                                  fix="restore it from a backup")
+                                  fix=mend(storage.uri))
         source.seek(row.size - tail)
         if hashlib.sha256(source.read(tail)).hexdigest() != row.footer_sha256:
             raise CorruptionError(f"the footer of {path} is not the one that was written",
-                                  fix="restore it from a backup")
+                                  fix=mend(storage.uri))
         remote = isinstance(source, pa.PythonFile)  # a request per column chunk would be slow: fetch them together
         return pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=remote)
     except FileNotFoundError as error:
-        raise MissingSegment(f"{path} is missing though the log names it", fix="restore it from a backup") from error
+        raise MissingSegment(f"{path} is missing though the log names it", fix=mend(storage.uri)) from error
     except StoreError:  # a storage that could not be reached says nothing about the bytes in it
         raise
     except (pa.ArrowException, OSError) as error:
-        raise _damaged(error, row, path) from error
+        raise _damaged(error, row, storage.uri) from error
 
 
 def read_group(readers: "Readers", row: Located, columns: Sequence[str]) -> pa.Table:
@@ -106,12 +106,12 @@ def read_group(readers: "Readers", row: Located, columns: Sequence[str]) -> pa.T
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
         readers.forget(row)
-        raise _damaged(error, row, f"{readers.uri}/{row.path}") from error
+        raise _damaged(error, row, readers.uri) from error
 
 
-def _damaged(error: Exception, row: Located, path: str) -> CorruptionError:
-    return CorruptionError(f"{path}, row group {row.row_group}, branch {row.key} cannot be read: {error}",
-                           fix="restore the file from a backup")
+def _damaged(error: Exception, row: Located, uri: str) -> CorruptionError:
+    return CorruptionError(f"{uri}/{row.path}, row group {row.row_group}, branch {row.key} cannot be read: {error}",
+                           fix=mend(uri))
 
 
 class Readers:

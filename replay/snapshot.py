@@ -21,7 +21,7 @@ from agentsdpo.replay.overlay import Overlays
 from agentsdpo.replay.rows import Row, RowReader, Tokens, to_episode
 from agentsdpo.replay.schema import SCALARS, SCHEMA, conform
 from agentsdpo.replay.segment import GroupCache, open_segment
-from agentsdpo.replay.storage import Storage
+from agentsdpo.replay.storage import Storage, listing, mend
 from agentsdpo.replay.where import select
 from agentsdpo.types import Episode
 
@@ -83,7 +83,8 @@ class Snapshot:
             return self.rows[key]
         except KeyError:
             state = "is in conflict" if key in self.conflicts else "is not part of this snapshot"
-            raise StoreError(f"branch {key} {state} of {len(self)} branches", fix="refresh, or list keys()") from None
+            raise StoreError(f"branch {key} {state} of {len(self)} branches",
+                             fix=f"refresh, or {listing(self.storage.uri)}") from None
 
     def tokens(self, keys: Iterable[Key]) -> list[Tokens]:
         """The token columns of these keys alone, in this order, verified like :meth:`read` and several times as fast.
@@ -128,10 +129,10 @@ class Snapshot:
         group, at = self._group(at, fetch)
         where = f"{self.storage.uri}/{at.path}, row group {at.row_group}, branch {at.key}"
         if at.index >= len(group) or group.key(at.index) != at.key:
-            raise CorruptionError(f"{where}: another row stands in its place", fix="restore the file from a backup")
+            raise CorruptionError(f"{where}: another row stands in its place", fix=mend(self.storage.uri))
         if at.index not in group.verified:
             if group.tokens_sha256(at.index).hex() != at.tokens_sha256:
-                raise _changed(where)
+                raise _changed(where, self.storage.uri)
             group.verified.add(at.index)
         return group, at
 
@@ -166,7 +167,7 @@ class Snapshot:
         keys = self.attempt(episode_id, attempt)
         if not keys:
             raise StoreError(f"no attempt {attempt or 0} at episode {episode_id!r} among {len(self)} branches",
-                             fix="list keys()")
+                             fix=listing(self.storage.uri))
         return next(self.gather([(episode_id, keys[0].attempt)]))
 
     # --------------------------------------------------------------------------------------------------- asking
@@ -194,7 +195,7 @@ class Snapshot:
             keys = self.attempt(*name)
             if not keys:
                 raise StoreError(f"no attempt {name[1]} at episode {name[0]!r} among {len(self)} branches",
-                                 fix="list keys()")
+                                 fix=listing(self.storage.uri))
             batch.append(keys)
             size += len(keys), sum(self.rows[key].n_tokens for key in keys)
             if (size >= _GATHERED).any():
@@ -209,7 +210,7 @@ class Snapshot:
         reader = RowReader(table.select(_HASHED))
         for i, key in enumerate(keys):
             if reader.tokens_sha256(i).hex() != self.rows[key].tokens_sha256:
-                raise _changed(f"{self.storage.uri}/{self.rows[key].path}, branch {key}")
+                raise _changed(f"{self.storage.uri}/{self.rows[key].path}, branch {key}", self.storage.uri)
         for own in batch:
             episode = to_episode(table.slice(start, len(own)))
             start += len(own)
@@ -262,9 +263,9 @@ class Snapshot:
                               fix="pip install 'agentsdpo[polars]', or use to_arrow()") from error
         return polars.DataFrame(polars.from_arrow(self.to_arrow(where)))
 
-    def stored(self, keys: Iterable[Key]) -> pa.Table:
+    def stored(self, keys: Iterable[Key], columns: list[str] | None = None) -> pa.Table:
         """Rows of these keys, in this order, with the columns they were written with: nothing late is merged in."""
-        return self._tables(list(keys), None)
+        return self._tables(list(keys), columns)
 
     # -------------------------------------------------------------------------------------------------- reading
 
@@ -294,13 +295,11 @@ class Snapshot:
                 raise
             except (pa.ArrowException, OSError, IndexError) as error:
                 where = f"{self.storage.uri}/{rows[0].path}, branch {rows[0].key}"
-                raise CorruptionError(f"{where} cannot be read: {error}",
-                                      fix="restore the file from a backup") from error
+                raise CorruptionError(f"{where} cannot be read: {error}", fix=mend(self.storage.uri)) from error
 
 
-def _changed(where: str) -> CorruptionError:
-    return CorruptionError(f"{where}: tokens and log-probs do not hash to what was committed",
-                           fix="restore the file from a backup")
+def _changed(where: str, uri: str) -> CorruptionError:
+    return CorruptionError(f"{where}: tokens and log-probs do not hash to what was committed", fix=mend(uri))
 
 
 def _by_file(rows: Iterable[Located]) -> list[list[Located]]:

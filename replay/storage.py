@@ -5,6 +5,7 @@ Paths are relative to the root of the store, with ``/`` between their parts on e
 
 import errno
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeAlias
@@ -125,6 +126,17 @@ def storage_for(uri: str | Path) -> Storage:
 
         return S3Storage(str(uri))
     raise StoreError(f"{uri} has the scheme {scheme!r}", fix="name a local folder or s3://bucket/prefix")
+
+
+def mend(uri: str) -> str:
+    """What to do about a damaged data file or overlay of the store at ``uri``."""
+    return ("restore it from a backup; or save what is whole in it and go on without the rest: agentsdpo replay verify "
+            f"{shlex.quote(uri)} --quarantine --yes")
+
+
+def listing(uri: str) -> str:
+    """What to do about a branch or an episode that is not in the store at ``uri``."""
+    return f"list what there is: agentsdpo replay ls {shlex.quote(uri)}"
 
 
 def read_whole(storage: Storage, path: str) -> bytes:

@@ -31,7 +31,7 @@ from agentsdpo.replay.rows import to_rows
 from agentsdpo.replay.rules import check_episode
 from agentsdpo.replay.segment import GroupCache, encode
 from agentsdpo.replay.snapshot import Snapshot
-from agentsdpo.replay.storage import LocalStorage, Storage, storage_for
+from agentsdpo.replay.storage import LocalStorage, Storage, mend, storage_for
 from agentsdpo.types import Episode, Json
 
 
@@ -276,7 +276,7 @@ class ReplayStore(Asking, LateValues):
             raise RowExpired(f"branch {row.key} was evicted since this snapshot was taken, and its file {row.path} "
                              "reclaimed", fix="take a new snapshot; a pin keeps the rows of an old one")
         raise CorruptionError(f"{self.storage.uri}/{row.path} is missing though the log names it",
-                              fix="restore it from a backup, or let verify with quarantine give its rows up")
+                              fix=mend(self.storage.uri))
 
     # ------------------------------------------------------------------------------------------------- policies
 

@@ -135,3 +135,18 @@ def test_settings_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         RunConfig().steps = 3  # pyright: ignore[reportAttributeAccessIssue]
     assert issubclass(RunConfig, Settings)
+
+
+def test_verbs_with_settings_of_their_own_give_a_fitting_example_and_name_them() -> None:
+    from typer.testing import CliRunner
+
+    from agentsdpo.cli import app
+    from agentsdpo.collect.proxy.config import ProxyConfig
+    from agentsdpo.settings_io import build, with_sets
+
+    for verb, example in ((["proxy"], "rate_per_minute=60"), (["bench", "run"], "budget.turns=40")):
+        shown = " ".join(CliRunner().invoke(app, [*verb, "--help"]).stdout.split())
+        assert f"as in --set {example};" in shown
+        assert "learn.lr" not in shown
+    with pytest.raises(ConfigError, match=r"^learn is not a setting; there are upstream, .*, rate_per_minute, "):
+        build(ProxyConfig, with_sets({"upstream": "http://127.0.0.1:1", "store": "s"}, ["learn.lr=1"]))

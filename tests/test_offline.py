@@ -304,6 +304,17 @@ def test_when_all_is_too_stale_the_run_stops_and_goes_on_with_what_was_appended(
     assert [row["step"] for row in read_metrics(out / "metrics.jsonl")] == [*range(1, 9)]
 
 
+def test_a_run_says_how_much_of_the_store_is_too_old_for_it(played: Path, tmp_path: Path,
+                                                            capsys: pytest.CaptureFixture[str]) -> None:
+    store = ReplayStore.open(tmp_path / "store")
+    store.append([*later(played, 0), *later(played, 30)])
+    learn_alone(config(steps=1), tmp_path / "store", out=tmp_path / "run", mode="plain")
+    said = capsys.readouterr().err
+    assert "note: 12 of 24 branches can be drawn at policy version 31, 12 are too old for learn.max_staleness" in said
+    learn_alone(config(steps=1), tmp_path / "store", out=tmp_path / "run", resume=True, mode="plain")
+    assert "can be drawn" not in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_store_in_a_bucket_teaches_the_same(whole: tuple[Path, Json], played: Path, moto: Any, tmp_path: Path
                                               ) -> None:

@@ -7,15 +7,21 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from agentsdpo.errors import AgentSdpoError
 from agentsdpo.files import FULL
 
-Sets = Annotated[list[str] | None, typer.Option(
-    "--set", metavar="KEY=VALUE", help="Override one setting, as in --set learn.lr=1e-4; may be repeated.")]
+
+def override(example: str) -> Any:
+    """The option ``--set`` of a verb, with one of the settings that the verb has."""
+    return typer.Option("--set", metavar="KEY=VALUE",
+                        help=f"Override one setting, as in --set {example}; may be repeated.")
+
+
+Sets = Annotated[list[str] | None, override("learn.lr=1e-4")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of words.")]
 
 

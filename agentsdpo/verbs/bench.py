@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from agentsdpo.errors import ConfigError
-from agentsdpo.verbs.base import Json, Sets, fail, stopped
+from agentsdpo.verbs.base import Json, fail, override, stopped
 
 UNSCORED = 3
 """Exit code of a run that is finished but for attempts that could not be scored."""
@@ -26,6 +26,7 @@ Tasks = Annotated[int | None, typer.Option(min=1, help="The first so many tasks.
 Judge = Annotated[str | None, typer.Option(metavar="MODEL", help="Model that judges what no program can, as litellm "
                                                                  "names it.")]
 Concurrency = Annotated[int | None, typer.Option(min=1, help="Attempts in flight at once.")]
+Sets = Annotated[list[str] | None, override("budget.turns=40")]
 
 
 @bench.command()

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from agentsdpo.verbs.base import Sets, fail
+from agentsdpo.verbs.base import fail, override
 
 
 def proxy(
@@ -27,7 +27,7 @@ def proxy(
     redact: Annotated[str, typer.Option(help="Secrets in what is stored: off, drop or mask.")] = "off",
     idle: Annotated[float, typer.Option(min=0.1, help="Seconds without a request after which a conversation ends.")
                     ] = 900.0,
-    sets: Sets = None,
+    sets: Annotated[list[str] | None, override("rate_per_minute=60")] = None,
 ) -> None:
     """Record an agent's conversations token by token, in front of a vLLM server, and learn from them.
 

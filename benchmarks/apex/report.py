@@ -161,7 +161,7 @@ def print_comparison(found: Json) -> None:
         one = found[name]
         ends = interval(Interval(one["estimate"], one["low"], one["high"]))
         table.add_row(name, f"{100 * one['estimate']:+.1f}", ends, f"{one['p_value']:.4f}",
-                      f"{100 * one['detectable']:.1f}", str(one["n"]), str(len(one["flipped"])))
+                      points(one["detectable"]).removesuffix(" points"), str(one["n"]), str(len(one["flipped"])))
     console.print(table)
     for one in found["pass@1"]["flipped"][:10]:
         console.print(Text(visible(f"  {one['task_id']}: {percent(one['a'])} and {percent(one['b'])}")))

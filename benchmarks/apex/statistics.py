@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from agentsdpo.errors import RunError
-from agentsdpo.stats import DRAWS, POWER_FACTOR, Paired, cluster_draws, paired_difference, wilson
+from agentsdpo.stats import DRAWS, POWER_FACTOR, Paired, cluster_draws, difference, paired_difference, wilson
 from agentsdpo.types import Frozen, Json
 
 Column = Literal["conditional", "strict"]
@@ -172,14 +172,15 @@ class Comparison:
         difference: mean over tasks, with sign-flip p value and detectable difference.
         flipped: (task id, mean of A, mean of B) where the pass rates differ, largest difference first.
         left_out: tasks that one of the two has not scored.
-        method: ``cluster`` or ``task``, which whole things were redrawn and flipped.
+        method: ``cluster`` or ``task``, which whole things were redrawn and flipped; ``newcombe`` stands in where all
+            of them differ by the same, so that redrawing finds no spread.
     """
 
     metric: str
     difference: Paired
     flipped: tuple[tuple[str, float, float], ...]
     left_out: tuple[str, ...]
-    method: Literal["cluster", "task"]
+    method: Literal["cluster", "task", "newcombe"]
 
     def as_json(self) -> Json:
         """For ``report.json``."""
@@ -210,11 +211,21 @@ def compare(a: Sequence[TaskScores], b: Sequence[TaskScores], *, metric: Literal
     worlds = [task.cluster for task, _ in both]
     clustered = len(set(worlds)) > 1
     paired = paired_difference([x for x, _ in rates], [y for _, y in rates], worlds if clustered else None, draws=draws)
+    method = "cluster" if clustered else "task"
+    if paired.high - paired.low < 1e-9 and (paired.detectable or 0) < 1e-9:
+        paired, method = _unspread(paired, rates, len(set(worlds)) if clustered else len(rates)), "newcombe"
     flipped = sorted(((task.task_id, x, y) for (task, _), (x, y) in zip(both, rates, strict=True) if x != y),
                      key=lambda row: (-abs(row[1] - row[2]), row[0]))
     together = {task.task_id for task, _ in both}
     left_out = sorted({task.task_id for task in (*a, *b)} - together)
-    return Comparison(metric, paired, tuple(flipped), tuple(left_out), "cluster" if clustered else "task")
+    return Comparison(metric, paired, tuple(flipped), tuple(left_out), method)
+
+
+def _unspread(paired: Paired, rates: Sequence[tuple[float, float]], n: int) -> Paired:
+    """A difference that redrawing n worlds or tasks finds no spread in: as of two rates over n each."""
+    a, b = (wilson(min(1.0, float(np.mean(side))) * n, n) for side in zip(*rates, strict=True))
+    _, low, high = difference(a, b)
+    return paired._replace(low=low, high=high, detectable=None)
 
 
 def _rate(task: TaskScores, metric: str) -> float:

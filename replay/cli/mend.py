@@ -40,6 +40,8 @@ def verify(
         out.note(f"{report.orphans} data files that no entry names, harmless: agentsdpo replay recover settles them")
     for path in report.quarantined:
         out.note(f"put aside: {path}")
+    if report.quarantined:
+        out.note(f"{report.saved} branches of these were saved, {report.lost} are lost: evicted, by whole groups")
     if quarantine and not yes and not report.ok:
         out.note("nothing was put aside; do it with --yes")
     if not report.ok:

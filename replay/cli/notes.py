@@ -2,9 +2,10 @@
 
     {"episode_id": "...", "reward": 0.5}
     {"episode_id": "...", "branch_id": 0, "attempt": 0, "label": "reviewed"}
+    {"episode_id": "...", "hint": "..."}
     {"episode_id": "...", "hint": {"text": "...", "source": "user", "author": "me"}}
 
-Without ``branch_id`` all branches of the episode's latest attempt are meant.
+Without ``branch_id`` all branches of the episode's latest attempt are meant. A hint that is a text is the user's.
 """
 
 import json
@@ -18,6 +19,8 @@ from agentsdpo.replay.ids import Key
 from agentsdpo.types import Hint, Json
 
 KINDS = ("reward", "label", "hint")
+_SHAPES = {"reward": "0.5", "label": '"..."', "hint": '"..."} or {"episode_id": "...", "hint": {"text": "...", '
+                                                      '"source": "user", "author": "me"}'}
 _PLACE = ("episode_id", "branch_id", "attempt")
 
 
@@ -37,8 +40,9 @@ def read(lines: Iterable[str], kind: str) -> dict[Key | str, Any]:
         try:
             place, value = _record(json.loads(line), kind)
         except (ValueError, TypeError, KeyError) as error:
+            shape = f'{{"episode_id": "...", "{kind}": {_SHAPES[kind]}}}'
             raise ConfigError(f"line {number} is no {kind}: {_reason(error)}",
-                              fix=f'write {{"episode_id": "...", "{kind}": ...}}, one object a line') from error
+                              fix=f"write {shape}, one object a line") from error
         if place in found:
             raise ConfigError(f"line {number} is about {place}, as a line before it is", fix="keep one of them")
         found[place] = value
@@ -59,7 +63,14 @@ def _record(record: Json, kind: str) -> tuple[Key | str, Any]:
         place: Key | str = Key(episode, int(record.get("branch_id", 0)), int(record.get("attempt", 0)))
     else:
         place = episode
-    return place, {"reward": float, "label": str, "hint": lambda each: Hint(**each)}[kind](value)
+    return place, {"reward": float, "label": str, "hint": _hint}[kind](value)
+
+
+def _hint(value: Any) -> Hint:
+    """A hint from its fields, or from its text alone."""
+    if not isinstance(value, str | dict) or not value:
+        raise TypeError("a hint is a text or an object, and not empty")
+    return Hint(text=value, source="user", author="user") if isinstance(value, str) else Hint(**value)
 
 
 def _reason(error: Exception) -> str:

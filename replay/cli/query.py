@@ -11,10 +11,11 @@ import pyarrow.fs as pa_fs
 from agentsdpo.errors import ConfigError, CorruptionError
 from agentsdpo.replay.cli.summary import segments
 from agentsdpo.replay.ids import Key
+from agentsdpo.replay.overlay import Slot
 from agentsdpo.replay.schema import SCHEMA
 from agentsdpo.replay.segment import open_segment
 from agentsdpo.replay.snapshot import Snapshot
-from agentsdpo.replay.storage import LocalStorage
+from agentsdpo.replay.storage import LocalStorage, mend
 
 if TYPE_CHECKING:
     import duckdb
@@ -61,7 +62,7 @@ def run(view: Snapshot, query: str) -> tuple[list[str], list[tuple[Any, ...]]]:
         except _duckdb().Error as error:
             if "CRC" in str(error):
                 raise CorruptionError(f"a segment of {view.storage.uri} is damaged: {error}",
-                                      fix="find it with: agentsdpo replay verify --level full") from error
+                                      fix=mend(view.storage.uri)) from error
             raise ConfigError(f"DuckDB refuses the query: {str(error).splitlines()[0]}",
                               fix="select from the view branches; its columns are listed by: agentsdpo replay schema"
                               ) from error
@@ -114,8 +115,12 @@ def _live(view: Snapshot, prefix: str = "") -> pa.Table:
     kinds = {name: SCHEMA.field(name).type for name in Key._fields}
     columns = {name: pa.array([getattr(row.key, name) for row in rows], kind) for name, kind in kinds.items()}
     bare = pa.table({name: pa.nulls(len(rows), SCHEMA.field(name).type) for name in _LATE})
+    given = [view.late.find(Slot("reward", row.key), row) is not None for row in rows]
+    graded = view.stored([row.key for row, has in zip(rows, given, strict=True) if has], ["rewards_json"])
+    own = iter(graded.column("rewards_json").to_pylist())
+    bare = bare.set_column(bare.schema.get_field_index("rewards_json"), "rewards_json",
+                           pa.array([next(own) if has else None for has in given], pa.string()))
     late = view.late.onto_table(bare, rows)
-    given = [status is not None for status in late.column("reward_status").to_pylist()]
     return pa.table({"_path": pa.array([prefix + row.path for row in rows], pa.string()), **columns,
                      "label": late.column("label"), "_late": pa.array(given, pa.bool_()),
                      **{f"_{name}": late.column(name) for name in _LATE}})

@@ -18,6 +18,7 @@ from agentsdpo.replay.ids import Key
 from agentsdpo.replay.log import Located
 from agentsdpo.replay.policies import IDENTITY
 from agentsdpo.replay.snapshot import Condition, Snapshot
+from agentsdpo.replay.storage import mend
 from agentsdpo.replay.store import ReplayStore
 from agentsdpo.replay.upkeep.maintain import unit
 from agentsdpo.replay.upkeep.overlay_copy import copy_overlays, missing
@@ -199,7 +200,7 @@ def verified(view: Snapshot, keys: Sequence[Key]) -> pa.Table:
     for key, content in zip(keys, table.column("content_sha256").to_pylist(), strict=True):
         if content.hex() != view.rows[key].content_sha256:
             raise CorruptionError(f"branch {key} of {view.storage.uri} does not have the content that was committed",
-                                  fix="restore its file from a backup")
+                                  fix=mend(view.storage.uri))
     return table
 
 

@@ -13,6 +13,7 @@ from agentsdpo.replay.canonical import canonical_json
 from agentsdpo.replay.folding import Fold
 from agentsdpo.replay.ids import Key
 from agentsdpo.replay.log import MAINT, Located, RowExpired, WriterFenced, entry_path, make_entry
+from agentsdpo.replay.storage import listing
 from agentsdpo.replay.store import ReplayStore
 from agentsdpo.types import Json
 
@@ -127,7 +128,7 @@ def whole_groups(rows: Mapping[Key, Located], keys: Iterable[Key], uri: str) -> 
     wanted = set()
     for key in keys:
         if key not in rows:
-            raise StoreError(f"branch {key} is not among the {len(rows)} of {uri}", fix="list keys()")
+            raise StoreError(f"branch {key} is not among the {len(rows)} of {uri}", fix=listing(uri))
         wanted.add(unit(rows[key]))
     return {key for key, row in rows.items() if unit(row) in wanted}
 

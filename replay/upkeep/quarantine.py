@@ -26,8 +26,11 @@ from agentsdpo.types import Json
 
 
 def set_aside(store: ReplayStore, walk: Walk, problems: Sequence[Problem], *,
-              sole_maintainer: bool = False) -> tuple[str, ...]:
-    """Move the damaged data files and overlays among the problems to ``quarantine/``; returns their paths.
+              sole_maintainer: bool = False) -> tuple[tuple[str, ...], int, int]:
+    """Move the damaged data files and overlays among the problems to ``quarantine/``.
+
+    Returns:
+        Their paths, how many branches were saved, and how many were lost.
 
     Raises:
         CorruptionError: the log itself is damaged, so that nobody can tell what is in the files.
@@ -39,21 +42,24 @@ def set_aside(store: ReplayStore, walk: Walk, problems: Sequence[Problem], *,
     named = {problem.path for problem in problems}
     overlays = sorted(op["path"] for ops in walk.state.overlays.values() for op in ops if op["path"] in named)
     data = sorted(path for path in named if path in walk.state.files)
+    saved, lost = set[Key](), set[Key]()
     for path in data:
-        _give_up(store, path, sole_maintainer)
+        kept, gone = _give_up(store, path, sole_maintainer)
+        saved, lost = saved | kept, lost | gone
     if overlays:
         commit(store, lambda _: [{"op": "gc", "paths": overlays}], sole_maintainer=sole_maintainer)
     for path in (*data, *overlays):
         if store.storage.exists(path):
             store.storage.move(path, f"quarantine/{path}")
-    return (*data, *overlays)
+    return (*data, *overlays), len(saved - lost), len(lost)
 
 
-def _give_up(store: ReplayStore, path: str, sole_maintainer: bool) -> None:
-    """Save the whole rows of a file, evict the others, in one entry."""
+def _give_up(store: ReplayStore, path: str, sole_maintainer: bool) -> tuple[set[Key], set[Key]]:
+    """Save the whole rows of a file, evict the others with their groups, in one entry; returns both."""
     rows = _live(store.fold(), path)
     saved = _save(store.storage, path, rows)
     kept = {Key(*row["key"]) for row in saved["rows"]} if saved else set[Key]()
+    gone = set[Key]()
 
     def plan(now: Fold) -> list[Json]:
         if _live(now, path) != rows or (saved and saved["path"] in now.gone):
@@ -61,10 +67,13 @@ def _give_up(store: ReplayStore, path: str, sole_maintainer: bool) -> None:
                              fix="run it again")
         lost = sorted(whole_groups(now.rows, [row.key for row in rows if row.key not in kept], store.storage.uri)
                       - now.evicted.keys())
+        gone.clear()  # planned again where another was faster
+        gone.update(lost)
         ops: list[Json] = [{"op": "replace", "in": [path], "out": [saved]}] if saved else []
         return ops + ([{"op": "evict", "keys": lost, "reason": f"{REASON}{path} is damaged"}] if lost else [])
 
     commit(store, plan, sole_maintainer=sole_maintainer)
+    return kept, gone
 
 
 def _live(state: Fold, path: str) -> list[Located]:

@@ -18,6 +18,7 @@ from agentsdpo.replay.folding import Fold
 from agentsdpo.replay.ids import Key
 from agentsdpo.replay.log import MAINT, entry_path
 from agentsdpo.replay.rules import check_episode
+from agentsdpo.replay.storage import mend
 from agentsdpo.replay.store import ReplayStore
 from agentsdpo.replay.upkeep.inspection import inspect
 from agentsdpo.replay.upkeep.logwalk import RESTORE, Problem, Walk, check_small_files
@@ -26,7 +27,7 @@ from agentsdpo.types import Branch, Json
 Level = Literal["fast", "full", "deep"]
 REASON = "quarantine: "
 """How the reason of rows begins that were evicted because their file is damaged or missing."""
-_MEND = "restore it from a backup; or save what is whole in it: agentsdpo replay verify --quarantine"
+_ASIDE = "it was put aside in quarantine/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class VerifyReport:
         entries, files, rows, bytes: log entries, data files in use, live rows, and bytes of those files.
         orphans: data files that no entry names: left by a crash, harmless, settled by ``recover``.
         quarantined: files moved to ``quarantine/``.
+        saved, lost: branches of these that were written anew, and those that were evicted, with their groups.
     """
 
     level: Level
@@ -48,6 +50,8 @@ class VerifyReport:
     bytes: int
     orphans: int
     quarantined: tuple[str, ...] = ()
+    saved: int = 0
+    lost: int = 0
 
     @property
     def ok(self) -> bool:
@@ -86,15 +90,16 @@ def verify(store: ReplayStore, level: Level = "full", *, quarantine: bool = Fals
         problems += [*_bytes(walk, sizes), *_overlay_bytes(walk, sizes)]
     if level == "deep":
         problems += _deep(store, walk)
-    moved = ()
+    aside = ((), 0, 0)
     if quarantine and problems:
         from agentsdpo.replay.upkeep.quarantine import set_aside
 
-        moved = set_aside(store, walk, problems, sole_maintainer=sole_maintainer)
+        aside = set_aside(store, walk, problems, sole_maintainer=sole_maintainer)
+        problems = [each._replace(fix=_ASIDE) if each.path in aside[0] else each for each in problems]
     state = walk.state
     orphans = [p for p in sizes if p.startswith("data/") and p not in walk.files and p not in state.gone]
     return VerifyReport(level, tuple(problems), walk.entries, len(state.files), len(state.live()),
-                        sum(segment.size for segment in state.files.values()), len(orphans), moved)
+                        sum(segment.size for segment in state.files.values()), len(orphans), *aside)
 
 
 # ----------------------------------------------------------------------------------------------------------- fast
@@ -144,10 +149,10 @@ def _present(walk: Walk, sizes: dict[str, int]) -> Iterator[Problem]:
     for path, segment in sorted(state.files.items()):
         away = path not in users and (walk.storage.exists(f"quarantine/{path}") or _given_up(walk, path))
         if sizes.get(path) != segment.size and not away:
-            yield _wrong_size(path, sizes.get(path), segment.size, users.get(path))
+            yield _wrong_size(walk, path, segment.size, sizes.get(path), users.get(path))
     for op in (op for ops in state.overlays.values() for op in ops):
         if sizes.get(op["path"]) != op["bytes"]:
-            yield _wrong_size(op["path"], sizes.get(op["path"]), op["bytes"], None)
+            yield _wrong_size(walk, op["path"], op["bytes"], sizes.get(op["path"]), None)
 
 
 def _given_up(walk: Walk, path: str) -> bool:
@@ -156,9 +161,9 @@ def _given_up(walk: Walk, path: str) -> bool:
     return any(gone and gone.reason.startswith(REASON) for gone in hidden)
 
 
-def _wrong_size(path: str, have: int | None, size: int, key: Key | None) -> Problem:
+def _wrong_size(walk: Walk, path: str, size: int, have: int | None, key: Key | None) -> Problem:
     what = "it is missing" if have is None else f"it has {have} bytes, {size} were written"
-    return Problem("fast", path, str(key) if key else None, what, _MEND)
+    return Problem("fast", path, str(key) if key else None, what, mend(walk.storage.uri))
 
 
 # ----------------------------------------------------------------------------------------------------------- full
@@ -173,13 +178,15 @@ def _bytes(walk: Walk, sizes: dict[str, int]) -> Iterator[Problem]:
         except FileNotFoundError:
             continue  # reclaimed meanwhile
         for damage in inspect(data, file.rows, file.sha256):
-            yield Problem("full", path, str(damage.key) if damage.key else None, damage.what, _MEND)
+            yield Problem("full", path, str(damage.key) if damage.key else None, damage.what,
+                          mend(walk.storage.uri))
 
 
 def _overlay_bytes(walk: Walk, sizes: dict[str, int]) -> Iterator[Problem]:
     for op in (op for ops in walk.state.overlays.values() for op in ops if op["path"] in sizes):
         if hashlib.sha256(walk.storage.read(op["path"])).hexdigest() != op["sha256"]:
-            yield Problem("full", op["path"], None, "its bytes do not hash to what was committed", _MEND)
+            yield Problem("full", op["path"], None, "its bytes do not hash to what was committed",
+                          mend(walk.storage.uri))
 
 
 # ----------------------------------------------------------------------------------------------------------- deep

@@ -135,6 +135,17 @@ def test_a_set_without_spread_gets_an_honest_interval(passes: int) -> None:
     assert found.high - found.low == pytest.approx(0.1611, abs=1e-3)  # 1 - 1/(1 + z^2/20)
 
 
+@pytest.mark.parametrize(("worlds", "passes"), [(3, 0), (1, 0), (3, 2)])
+def test_a_comparison_without_spread_gets_an_honest_interval(worlds: int, passes: int) -> None:
+    a = [TaskScores(f"t{i}", f"w{i % worlds}", "", 2, 2, 2.0) for i in range(3)]
+    found = compare(a, [TaskScores(t.task_id, t.world_id, "", 2, passes, 0.0) for t in a])
+    assert found.method == "newcombe"
+    assert found.difference.detectable is None
+    ends = (found.difference.low, found.difference.high)
+    half = 1 - 3 / (3 + 1.96 ** 2)  # of Wilson's interval at 0 and at 3 of 3
+    assert ends == pytest.approx((-half, half) if passes else (1 - half * 2 ** 0.5, 1), abs=1e-3)
+
+
 def flips(gaps: list[float]) -> float:
     """Exact two-sided p value: all signs of all clusters."""
     observed = abs(sum(gaps))

@@ -113,7 +113,9 @@ def test_doctor_finds_a_licence_that_is_not_kept_and_a_rubric_that_leaks(sums: S
     (["import", ".", "--from", "word", "--out", "r"], 2, "there is no import from 'word'"),
     (["import", ".", "--from", "apex", "--out", "r", "--tasks", "3"], 2, "and none is named; give --suite"),
     (["run", "--suite", "nothing"], 2, "there is no suite 'nothing'"),
-    (["run", "--set", "atempts=3"], 2, "did you mean attempts?"), (["run", "--attempts", "0"], 2, "0"),
+    (["run", "--set", "atempts=3"], 2, "did you mean attempts?"),
+    (["run", "--set", "learn.lr=1"], 2, "learn is not a setting; there are suite, tasks, model,"),
+    (["run", "--attempts", "0"], 2, "0"),
     (["run", "missing.toml"], 2, "cannot be read"), (["run", "--model", "./nowhere"], 2, "no model folder")])
 def test_wrong_requests_say_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], code: int,
                                           says: str) -> None:

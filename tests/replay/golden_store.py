@@ -16,6 +16,9 @@ import numpy as np
 from agentsdpo import __version__
 from agentsdpo.replay import Key, ReplayStore, compact, evict, gc
 from agentsdpo.replay.example import TEMPLATE, TOKENIZER, VOCAB, branch, episode
+from agentsdpo.replay.overlay import Slot
+from agentsdpo.replay.rows import Row
+from agentsdpo.replay.snapshot import Snapshot
 from agentsdpo.types import Branch, Episode, Hint, Sampling, StopReason
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -88,12 +91,19 @@ def describe(store: ReplayStore) -> dict[str, Any]:
             "calls": [call.model_dump(mode="json") for call in part.calls],
             "fork": [part.parent_branch_id, part.fork_at, part.fork_reason], "reward": row.reward, "label": row.label,
             "hint": row.hint.text if row.hint else None, "task_id": row.task_id, "group_id": row.group_id,
-            "grade": row.grade.model_dump(mode="json") if row.grade else None, "versions": list(row.policy_versions),
+            "grade": _grade(view, row), "versions": list(row.policy_versions),
             "content_sha256": view.rows[row.key].content_sha256, "status": view.rows[row.key].status,
             "relogprobs": {f"{version}/{trainer}": [float(x).hex() for x in values]
                            for (version, trainer), values in view.relogprobs(row.key).items()}}
     return {"rows": rows, "policy": store.policy(0), "format": store.about["format"],
             "messages": {e.episode_id: list(e.messages) for e in view.episodes()}}
+
+
+def _grade(view: Snapshot, row: Row) -> Any:
+    """The late grade as it was written, where there is one: what shows of the row's own beside it is the reader's."""
+    late = view.late.find(Slot("reward", row.key), view.rows[row.key])
+    own = row.grade.model_dump(mode="json") if row.grade else None
+    return json.loads(late.value or "null")["grade"] if late else own
 
 
 def _list(array: np.ndarray | None) -> list[int] | None:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from agentsdpo.cli import app
 from agentsdpo.replay import Key, ReplayStore
+from agentsdpo.replay.example import example
 
 
 def call(*words: Any, **options: Any) -> Result:
@@ -421,6 +422,15 @@ def test_sql_shows_the_latest_rewards_and_labels(own: Path, tmp_path: Path) -> N
 
     with duckdb.connect(str(tmp_path / "v.db"), read_only=True) as connection:
         assert connection.execute(query).fetchall() == [tuple(row.values()) for row in want]
+
+
+def test_sql_keeps_the_criteria_under_a_late_reward() -> None:
+    store = example()
+    store.add_rewards({"e-0": 0.25})
+    query = "SELECT reward, rewards_json FROM branches WHERE episode_id < 'e-2' ORDER BY episode_id"
+    rows = [json.loads(row["rewards_json"]) for row in document("sql", store.root, query)["rows"]]
+    assert [(row["mean"], row["results"][0]["feedback"]) for row in rows] == [
+        (0.25, "the file is not complete"), (0.5, "the file is not complete")]
 
 
 def test_sql_on_a_damaged_page_is_an_error_that_names_the_store(own: Path) -> None:

@@ -142,6 +142,8 @@ def test_labels_rewards_and_hints_come_late(own: Path, tmp_path: Path) -> None:
     hint = json.dumps({"episode_id": "dddd-5", "hint": {"text": "look twice", "source": "user", "author": "me"}})
     good("label", own, "--from", "-", "--kind", "hint", input=hint + "\n")
     assert "hint (user, by me): look twice" in good("show", own, "dddd").stdout
+    good("label", own, "--from", "-", "--kind", "hint", input='{"episode_id": "dddd-5", "hint": "look thrice"}\n')
+    assert "hint (user, by user): look thrice" in good("show", own, "dddd").stdout
 
 
 @pytest.mark.parametrize(("line", "said"), [
@@ -162,9 +164,14 @@ def test_label_refuses_what_is_not_clear(own: Path, tmp_path: Path) -> None:
         assert "not clear" in refused(2, "label", own, *words)
     assert "cannot be read" in refused(4, "label", own, "--from", tmp_path / "none")
     (tmp_path / "n").write_text('{"episode_id": "nosuch", "reward": 1}')
-    refused(1, "label", own, "--from", tmp_path / "n", "--kind", "reward")
+    shown = " ".join(refused(1, "label", own, "--from", tmp_path / "n", "--kind", "reward").split())
+    assert f"list what there is: agentsdpo replay ls {own}" in shown
     (tmp_path / "h").write_text('{"episode_id": "aaaa-1", "hint": {"text": "x"}}')
-    assert "source: Field required" in refused(2, "label", own, "--from", tmp_path / "h", "--kind", "hint")
+    said = refused(2, "label", own, "--from", tmp_path / "h", "--kind", "hint")
+    assert "source: Field required" in said
+    assert '"source": "user", "author": "me"}' in said, "the shape is shown"
+    (tmp_path / "h").write_text('{"episode_id": "aaaa-1", "hint": 3}')
+    assert "a hint is a text or an object" in refused(2, "label", own, "--from", tmp_path / "h", "--kind", "hint")
 
 
 def test_a_slot_that_is_taken_exits_5(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ def test_verify_finds_nothing_in_a_whole_store(level: str, own: Path) -> None:
     found = document("verify", own, "--level", level)
     assert (found["ok"], found["problems"], found["rows"]) == (True, [], 6)
     assert set(found) == {"schema", "store", "level", "problems", "entries", "files", "rows", "bytes", "orphans",
-                          "quarantined", "ok"}
+                          "quarantined", "saved", "lost", "ok"}
     assert "no damage" in good("verify", own, "--level", level).stderr
 
 
@@ -60,10 +60,25 @@ def test_quarantine_changes_nothing_without_yes(own: Path) -> None:
     assert result.exit_code == 3
     assert "--yes" in result.stderr
     assert content(own) == before
-    assert call("verify", own, "--quarantine", "--yes").exit_code == 3
+    done = call("verify", own, "--quarantine", "--yes")
+    assert done.exit_code == 3
+    left = len(hashes(own))
+    assert f"branches of these were saved, {6 - left} are lost" in done.stderr
+    assert "restore it" not in done.stdout, "what was done needs no doing"
     assert not path.exists()
     good("verify", own)
     assert 0 < len(hashes(own)) < 6
+
+
+def test_readers_of_a_damaged_store_name_the_remedy(own: Path, tmp_path: Path) -> None:
+    path = max((own / "data").rglob("*.parquet"))
+    path.write_bytes(path.read_bytes()[:2000])
+    for words in (("ls", own), ("stats", own), ("sql", own, "SELECT 1"), ("export", own, "openai", tmp_path / "x")):
+        shown = " ".join(call(*words).stderr.split())
+        assert "has 2000 bytes" in shown
+        assert f"agentsdpo replay verify {own} --quarantine --yes" in shown, words
+    call("verify", own, "--quarantine", "--yes")
+    good("ls", own)
 
 
 def test_recover_settles_an_orphan_once(own: Path) -> None:

@@ -50,6 +50,22 @@ def test_a_bare_number_is_a_grade_without_criteria() -> None:
     assert [row.reward for row in store.branches()] == [2.0, None, 1.0]
 
 
+def test_a_late_reward_leaves_what_the_grader_said() -> None:
+    store = example()
+    (stored,) = store.branches("episode_id == 'e-0'")
+    assert stored.grade is not None
+    results = stored.grade.results
+    assert results, "the example is graded"
+    for late, want in ((0.25, Grade(results=results, mean=0.25, passed=None)),
+                       (Grade(results=(), mean=1.0, passed=None, feedback="thanks"),
+                        Grade(results=results, mean=1.0, passed=None, feedback="thanks")),
+                       (GRADE, GRADE)):
+        store.add_rewards({"e-0": late})
+        (row,) = store.branches("episode_id == 'e-0'")
+        assert (row.reward, row.grade, store.episode("e-0").grade) == (want.mean, want, want)
+        assert Grade.model_validate_json(store.to_arrow("episode_id == 'e-0'")["rewards_json"][0].as_py()) == want
+
+
 def test_an_episode_id_means_all_branches_of_its_latest_attempt(store: ReplayStore) -> None:
     rng = np.random.default_rng(0)
     pair = (make_branch(rng, branch_id=0), make_branch(rng, branch_id=1))

@@ -204,6 +204,7 @@ def test_quarantine_keeps_what_is_whole(tmp_path: Path) -> None:
     report = verify(ReplayStore.open(store.root), quarantine=True)
     assert {problem.key for problem in report.problems} == {None, "e1/0/0"}
     assert report.quarantined == (str(path.relative_to(store.root)),)
+    assert (report.saved, report.lost) == (2, 1)
     assert (store.root / "quarantine" / report.quarantined[0]).exists()
     fresh = ReplayStore.open(store.root)
     assert rows_of(fresh) == {key: value for key, value in before.items() if key.episode_id != "e1"}
