@@ -114,3 +114,7 @@ class NotFinite(LearnError):
 
 class RunError(AgentSdpoError, ValueError):
     """A run folder or its numbers cannot be read: a missing file, a broken line, more passes than attempts."""
+
+
+class OutputError(AgentSdpoError, OSError):
+    """A file that a user asked for cannot be written where it was asked for."""

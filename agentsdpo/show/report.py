@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from agentsdpo import formats
-from agentsdpo.files import write_text
+from agentsdpo.files import write_out
 from agentsdpo.results import (
     CONTROL_SPLIT,
     SPLIT_WORDS,
@@ -48,8 +48,7 @@ def write_report(run_dir: Path | str, out: Path | str | None = None) -> Path:
     """
     run = read_run(run_dir)
     place = Path(out) if out else run.path / "report.html"
-    place.parent.mkdir(parents=True, exist_ok=True)
-    return write_text(place, render("report.html", **_page(run)))
+    return write_out(place, render("report.html", **_page(run)))
 
 
 def readme_curve(run_dir: Path | str, out: Path | str) -> Path:
@@ -72,8 +71,7 @@ def readme_curve(run_dir: Path | str, out: Path | str) -> Path:
     figure = plots.learning_curve(arm.rows, split=split, baseline=zero_shot(arm, split), context=others,
                                   size=(7.6, 4.2), below=staleness_words(arm))
     path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return write_text(path, plots.svg(figure, "curve") + "\n")
+    return write_out(path, plots.svg(figure, "curve") + "\n")
 
 
 # ------------------------------------------------------------------------------------------------ page content
