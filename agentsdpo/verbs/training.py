@@ -16,7 +16,7 @@ def demo(
     staleness: Annotated[int | None, typer.Option(min=0, help="Policy versions the collector is held behind.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps per arm.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of tasks, sampling and drawing.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Folder of the run; a stopped demo there goes on.")] = Path("runs/demo"),
     quick: Annotated[bool, typer.Option("--quick", help="A minute instead of several: fewer steps and episodes.")
                      ] = False,
     sets: Sets = None,
