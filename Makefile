@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
-demo: setup  ## train the shipped model on the built-in world, minutes on a laptop
+demo: setup  ## train the shipped model on the built-in world into runs/demo, minutes on a laptop
 	$(BIN)/agentsdpo demo
 
 test: setup  ## lint, types, tests, doctests and the wheel; with .venv-vllm also against a real server

@@ -7,10 +7,8 @@ differ in the objective, its normaliser, and the learning rate that suits it (``
 
 import json
 import resource
-import shutil
 import sys
 import time
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,13 +16,12 @@ from typing import Any
 from agentsdpo.assemble import check_request
 from agentsdpo.config import RunConfig, from_mapping
 from agentsdpo.errors import RunError
-from agentsdpo.evaluate import summarise
 from agentsdpo.files import write_text
 from agentsdpo.learn.presets import unit_size
 from agentsdpo.loop import train
 from agentsdpo.provenance import hardware
+from agentsdpo.results import commits, record_of_run, settings_of, starts_of
 from agentsdpo.show.report import write_report
-from agentsdpo.track import read_metrics
 from agentsdpo.types import Json
 
 STEPS, STALENESS = 70, 3
@@ -60,7 +57,7 @@ def run_demo(*, arms: Sequence[str] | None = None, staleness: int | None = None,
         staleness: policy versions the collector is held behind the learner; 3.
         steps: optimiser steps per arm; 70, or 20 when quick.
         seed: of tasks, sampling and drawing.
-        out: run folder; a demo that was stopped there goes on, one that was finished is replaced.
+        out: run folder; a demo that was stopped there goes on, one that was finished is refused.
         quick: fewer steps and episodes: a look, not a result.
         sets: overrides for every arm, ``learn.lr=1e-3``.
         mode: terminal display, ``auto``, ``plain`` or ``none``.
@@ -69,7 +66,7 @@ def run_demo(*, arms: Sequence[str] | None = None, staleness: int | None = None,
         The summary.
 
     Raises:
-        RunError: ``out`` holds something else, or a stopped demo of other arms or settings.
+        RunError: ``out`` holds a finished run, something else, or a stopped demo of other arms or settings.
     """
     began, out, names = time.monotonic(), Path(out), tuple(arms or ("robust",))
     configs = {arm: demo_config(arm, staleness=STALENESS if staleness is None else staleness,
@@ -77,7 +74,7 @@ def run_demo(*, arms: Sequence[str] | None = None, staleness: int | None = None,
                for arm in names}
     for config in configs.values():
         check_request(config)
-    _make_room(out, names)
+    _check_room(out, names)
     for arm, config in configs.items():
         folder = out / "arms" / arm
         train(config, out=folder, resume=(folder / "config.toml").exists(), mode=mode)
@@ -93,14 +90,14 @@ def conclude(out: Path | str, *, began: float | None = None) -> Json:
     """
     out = Path(out)
     folders = {p.name: p for p in sorted((out / "arms").glob("*"))} if (out / "arms").is_dir() else {"": out}
-    records = {name or _settings(folder)["name"]: _record(folder) for name, folder in folders.items()}
+    records = {name or settings_of(folder)["name"]: record_of_run(folder) for name, folder in folders.items()}
     main = "robust" if "robust" in records else next(iter(records))
     top: dict[str, Any] = {k: v for k, v in records[main].items() if k not in ("splits", "wall_s", "commit")}
     clocks = sum(record["wall_s"] for record in records.values())
     wall = max(clocks, time.monotonic() - began) if began is not None else clocks
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
-    starts = [start for folder in folders.values() for start in _starts(folder)]
-    summary = {"arm": main, **top, "wall_s": round(wall, 1), "peak_rss_mib": round(peak), "commit": _commits(starts),
+    starts = [start for folder in folders.values() for start in starts_of(folder)]
+    summary = {"arm": main, **top, "wall_s": round(wall, 1), "peak_rss_mib": round(peak), "commit": commits(starts),
                "hardware": hardware(), "command": " ".join(starts[0]["command"]), "arms": records}
     if "" not in folders:
         write_text(out / "config.toml", (folders[main] / "config.toml").read_text())
@@ -109,40 +106,17 @@ def conclude(out: Path | str, *, began: float | None = None) -> Json:
     return summary
 
 
-def _record(folder: Path) -> Json:
-    """Numbers of one training run, from what it wrote."""
-    settings, rows = _settings(folder), read_metrics(folder / "metrics.jsonl")
-    return {**summarise(rows, settings["steps"]), "staleness": settings["staleness"], "steps": settings["steps"],
-            "seed": settings["seed"], "episodes": rows[-1]["episodes"], "wall_s": rows[-1]["wall_s"],
-            "commit": _commits(_starts(folder))}
-
-
-def _starts(folder: Path) -> list[Json]:
-    """What was recorded at each start of a training run."""
-    return json.loads((folder / "environment.json").read_text())
-
-
-def _commits(starts: Sequence[Json]) -> str | None:
-    """The code that ran, not the code that sums up: usually one commit, else all in order of their first start."""
-    return ", ".join(dict.fromkeys(start["commit"] for start in starts if start["commit"])) or None
-
-
-def _settings(folder: Path) -> Json:
-    return tomllib.loads((folder / "config.toml").read_text())
-
-
-def _make_room(out: Path, arms: Sequence[str]) -> None:
-    """Remove a finished demo; refuse a folder that holds anything else, or a stopped demo of other arms."""
+def _check_room(out: Path, arms: Sequence[str]) -> None:
+    """Refuse a folder that holds a finished run, something that no demo wrote, or a stopped demo of other arms."""
     if not out.exists():
         return
-    known = ("arms", "config.toml", "summary.json", "report.html")  # written last, so removed last
+    wrote = ("summary.json", "report.html")  # once all arms are done; the page alone may be of a stopped demo
+    if all((out / name).exists() for name in wrote):
+        raise RunError(f"{out} holds a finished run", fix="choose another --out, or delete the folder first")
+    known = ("arms", "config.toml", *wrote)
     foreign = sorted(p.name for p in out.iterdir() if p.name not in known and not p.name.startswith("."))
     if foreign:
         raise RunError(f"{out} holds {foreign[0]!r}, which no demo wrote", fix="choose another --out")
-    if (out / "report.html").exists():
-        for path in (out / name for name in known):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        return
     other = sorted(p.name for p in (out / "arms").glob("*") if p.name not in arms)
     if other:
         raise RunError(f"{out} holds a stopped demo with arm {other[0]!r}, which was not asked for now",

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from agentsdpo.chat import ChatFormat
 from agentsdpo.collect.branch import untrainable
 from agentsdpo.collect.vllm import VllmEngine
-from agentsdpo.collect.vllm.retry import Asker
+from agentsdpo.collect.vllm.retry import REVIVE, Asker, Passing
 from agentsdpo.collect.vllm.server import base_url, first_token, headers, probe_kind
 from agentsdpo.collect.vllm.wire import GENERATE
 from agentsdpo.errors import AgentSdpoError
@@ -111,7 +111,8 @@ def _try(name: str, check: Callable[[], str]) -> Check:
     except _Skip as skip:
         return Check(name, "skipped", str(skip))
     except AgentSdpoError as error:
-        return Check(name, "bad", error.what, error.fix)
+        lost = isinstance(error, Passing) and error.lost  # its fix would send people here
+        return Check(name, "bad", error.what, REVIVE if lost else error.fix)
 
 
 class _Patient:

@@ -120,3 +120,7 @@ class RunOver(RunError):
     """A run that the tripwire has ended: to go on with it would only go wrong again."""
 
     exit_code = 2
+
+
+class OutputError(AgentSdpoError, OSError):
+    """A file that a user asked for cannot be written where it was asked for."""

@@ -1,14 +1,10 @@
 """Held-out evaluation of the newest policy: the same tasks and seeds every time, no feedback, no hints."""
 
-from typing import Any
-
 from agentsdpo.assemble import Run, evaluator
 from agentsdpo.collect.metrics import collect_metrics
 from agentsdpo.config import RunConfig
 from agentsdpo.learn.alarms import BEHAVIOUR
-from agentsdpo.results import HELD_OUT
 from agentsdpo.show.console import View
-from agentsdpo.stats import wilson
 from agentsdpo.track import MetricsWriter
 from agentsdpo.types import Episode, Json
 
@@ -81,40 +77,3 @@ def scores(episodes: list[Episode]) -> Json:
         return {"n": 0}
     return {"n": len(grades), "pass": sum(bool(g.passed) for g in grades) / len(grades),
             "score": sum(g.mean or 0.0 for g in grades) / len(grades)}
-
-
-def summarise(rows: list[Json], steps: int) -> Json:
-    """Before and after, per split and pooled over the held-out ones (over all that were played, where one of those was
-    not), from the lines of one arm.
-
-    Keys: ``zero_shot_pass``, ``final_pass``, their ``_ci95`` (Wilson), the greedy counterparts, and ``splits``.
-    """
-    ends = [r for r in rows if r["kind"] == "eval" and r["step"] in (0, steps) and "pass" in r]
-    splits = {r["split"]: _split([e for e in ends if e["split"] == r["split"]], steps) for r in ends}
-    held = set(HELD_OUT) <= splits.keys()
-    pooled = _split(_pool([r for r in ends if r["split"] in HELD_OUT] if held else ends), steps)
-    return {**pooled, "split": "held-out" if held else ", ".join(splits), "splits": splits}
-
-
-def _pool(rows: list[Json]) -> list[Json]:
-    """One row per (step, decoding): all tasks of the splits together."""
-    groups: dict[tuple[int, str], list[Json]] = {}
-    for row in rows:
-        groups.setdefault((row["step"], row["decoding"]), []).append(row)
-    pooled = []
-    for (step, decoding), group in groups.items():
-        n = sum(r["n"] for r in group)
-        mean = {k: sum(r[k] * r["n"] for r in group) / n for k in ("pass", "score")}
-        pooled.append({"step": step, "decoding": decoding, "n": n, **mean})
-    return pooled
-
-
-def _split(rows: list[Json], steps: int) -> Json:
-    found: dict[str, Any] = {}
-    for row in rows:
-        when = "final" if row["step"] == steps else "zero_shot"
-        name = when if row["decoding"] == "sampled" else f"{when}_greedy"
-        rate = wilson(row["pass"] * row["n"], row["n"])
-        found |= {f"{name}_pass": row["pass"], f"{name}_score": row["score"], "n": row["n"],
-                  f"{name}_pass_ci95": [rate.low, rate.high]}
-    return found

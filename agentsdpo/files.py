@@ -2,8 +2,11 @@
 
 import errno
 import os
+import stat
 import tempfile
 from pathlib import Path
+
+from agentsdpo.errors import OutputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Error numbers of a write for which there is no room: disk, quota, limit on a file's size."""
@@ -13,7 +16,7 @@ def write_text(path: Path, text: str) -> Path:
     """Replace a file by temporary name, fsync and rename, durable when this returns; readable by everyone.
 
     Args:
-        path: the file; its folder must exist.
+        path: the file, or a link to it; its folder must exist. A device or a pipe is written to as it is.
         text: all of its content, written as UTF-8.
 
     Returns:
@@ -31,7 +34,11 @@ def write_text(path: Path, text: str) -> Path:
 
 def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> Path:
     """:func:`write_text` for bytes; without ``durable`` it survives the death of the process, not a power cut."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    if special(path):
+        path.write_bytes(data)
+        return path
+    final = Path(os.path.realpath(path))
+    handle, name = tempfile.mkstemp(prefix=f".{final.name[:40]}-", dir=final.parent)
     temporary = Path(name)
     try:
         with open(handle, "wb") as file:
@@ -40,13 +47,39 @@ def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> Path:
             os.fchmod(handle, 0o644)
             if durable:
                 os.fsync(handle)
-        temporary.replace(path)
+        temporary.replace(final)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     if durable:
-        sync(path.parent)
+        sync(final.parent)
     return path
+
+
+def write_out(path: Path, text: str) -> Path:
+    """:func:`write_text` to a place that a user named; folders that are missing are made.
+
+    Raises:
+        OutputError: it cannot be written.
+        OSError: there is no room.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return write_text(path, text)
+    except OSError as error:
+        if error.errno in FULL:
+            error.filename = str(path)
+            raise
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}",
+                          fix="name a file in a folder with permission to write") from error
+
+
+def special(path: Path) -> bool:
+    """Whether something stands there that no file may replace: a device, a pipe, a folder; links are followed."""
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def sync(path: Path) -> None:

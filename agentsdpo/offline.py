@@ -18,12 +18,13 @@ from typing import Any
 from agentsdpo.assemble import make_learner, make_registry, make_sampler, model_path, need_groups
 from agentsdpo.audit import require_store_lift
 from agentsdpo.config import RunConfig
-from agentsdpo.errors import LearnError, StoreNotFound, TokenizerMismatch
+from agentsdpo.errors import LearnError, TokenizerMismatch
 from agentsdpo.learn.load import load_chat
 from agentsdpo.learn.parallel import Ranks, join_ranks
 from agentsdpo.learn.together import obey
 from agentsdpo.learn.trackers import check_trackers
 from agentsdpo.learning import REDRAWS, Learning, recording, update
+from agentsdpo.replay.layout import missing
 from agentsdpo.replay.sampling.index import SideIndex
 from agentsdpo.replay.sampling.sampler import Sampler
 from agentsdpo.replay.storage import storage_for
@@ -166,8 +167,7 @@ def open_store(uri: Path | str) -> ReplayStore:
         StoreNotFound: there is none.
     """
     if not storage_for(uri).exists("STORE.json"):
-        raise StoreNotFound(f"{uri} is not a replay store (no STORE.json)",
-                            fix="give --store the folder of one, as RUN/replay of a run is, or s3://bucket/prefix")
+        raise missing(uri, fix="give --store the folder of one, as RUN/replay of a run is, or s3://bucket/prefix")
     return ReplayStore.open(uri, create=False)
 
 

@@ -5,12 +5,17 @@ Rows are those of ``metrics.jsonl``. ``step``: one optimiser step with the diagn
 carry ``seed`` when several seeds share an arm. Summaries are those of ``summary.json``.
 """
 
+import json
 import math
+import tomllib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 from agentsdpo.formats import is_number
 from agentsdpo.runfolder import Arm
 from agentsdpo.stats import Interval, wilson
+from agentsdpo.track import read_metrics
 from agentsdpo.types import Json
 
 HELD_OUT = ("test_names", "test_world", "test_period")
@@ -152,3 +157,78 @@ def staleness_words(arm: Arm) -> str:
         return ""
     most = f", at most {max(tops):.0f}" if tops else ""
     return f"staleness {sum(means) / len(means):.1f} policy versions on average{most}"
+
+
+# ------------------------------------------------------------------------------------------ of one training run
+
+
+def concluded(folder: Path) -> Json:
+    """What the summary of a finished training run says, from the files it wrote; an arm of a demo has none of its own.
+
+    Nothing is told of memory: that was of the process.
+    """
+    name, record, starts = settings_of(folder)["name"], record_of_run(folder), starts_of(folder)
+    told = {"hardware": starts[0]["hardware"], "command": " ".join(starts[0]["command"])} if starts else {}
+    top = {key: value for key, value in record.items() if key != "splits"}
+    return {"arm": name, **top, **told, "arms": {name: record}}
+
+
+def record_of_run(folder: Path) -> Json:
+    """Numbers of one training run, from what it wrote."""
+    settings, rows = settings_of(folder), read_metrics(folder / "metrics.jsonl")
+    last = {key: rows[-1][key] for key in ("episodes", "wall_s") if key in rows[-1]} if rows else {}
+    return {**summarise(rows, settings["steps"]), "staleness": settings["staleness"], "steps": settings["steps"],
+            "seed": settings["seed"], **last, "commit": commits(starts_of(folder))}
+
+
+def settings_of(folder: Path) -> Json:
+    """The resolved settings of a training run."""
+    return tomllib.loads((folder / "config.toml").read_text())
+
+
+def starts_of(folder: Path) -> list[Json]:
+    """What was recorded at each start of a training run."""
+    path = folder / "environment.json"
+    return json.loads(path.read_text()) if path.is_file() else []
+
+
+def commits(starts: Sequence[Json]) -> str | None:
+    """The code that ran, not the code that sums up: usually one commit, else all in order of their first start."""
+    return ", ".join(dict.fromkeys(start["commit"] for start in starts if start["commit"])) or None
+
+
+def summarise(rows: list[Json], steps: int) -> Json:
+    """Before and after, per split and pooled over the held-out ones (over all that were played, where one of those was
+    not), from the lines of one arm.
+
+    Keys: ``zero_shot_pass``, ``final_pass``, their ``_ci95`` (Wilson), the greedy counterparts, and ``splits``.
+    """
+    ends = [r for r in rows if r["kind"] == "eval" and r["step"] in (0, steps) and "pass" in r]
+    splits = {r["split"]: _split([e for e in ends if e["split"] == r["split"]], steps) for r in ends}
+    held = set(HELD_OUT) <= splits.keys()
+    pooled = _split(_pool([r for r in ends if r["split"] in HELD_OUT] if held else ends), steps)
+    return {**pooled, "split": "held-out" if held else ", ".join(splits), "splits": splits}
+
+
+def _pool(rows: list[Json]) -> list[Json]:
+    """One row per (step, decoding): all tasks of the splits together."""
+    groups: dict[tuple[int, str], list[Json]] = {}
+    for row in rows:
+        groups.setdefault((row["step"], row["decoding"]), []).append(row)
+    pooled = []
+    for (step, decoding), group in groups.items():
+        n = sum(r["n"] for r in group)
+        mean = {k: sum(r[k] * r["n"] for r in group) / n for k in ("pass", "score")}
+        pooled.append({"step": step, "decoding": decoding, "n": n, **mean})
+    return pooled
+
+
+def _split(rows: list[Json], steps: int) -> Json:
+    found: dict[str, Any] = {}
+    for row in rows:
+        when = "final" if row["step"] == steps else "zero_shot"
+        name = when if row["decoding"] == "sampled" else f"{when}_greedy"
+        rate = wilson(row["pass"] * row["n"], row["n"])
+        found |= {f"{name}_pass": row["pass"], f"{name}_score": row["score"], "n": row["n"],
+                  f"{name}_pass_ci95": [rate.low, rate.high]}
+    return found

@@ -239,13 +239,17 @@ def read_run(run_dir: Path | str) -> RunData:
     """Everything of a run folder that is text; missing files are empty, not errors.
 
     The folder of one training run, with its ``metrics.jsonl`` directly in it, is a run of one arm that has the
-    configuration's name.
+    configuration's name; finished without a summary, as an arm of a demo is, it gets one from its files.
 
     Raises:
         RunError: there is no arm with metrics and no summary, or a file is not what it should be.
     """
     path = Path(run_dir)
     summary, config = _read_json(path / "summary.json"), _read_text(path / "config.toml")
+    if not summary and config and RunFolder(path).finished:
+        from agentsdpo.results import concluded
+
+        summary = concluded(path)
     of_arms = arm_records(summary) if summary.get("arms") else {}
     folders = {found.parent.name: found.parent for found in sorted(path.glob("arms/*/metrics.jsonl"))}
     if not folders and (path / "metrics.jsonl").is_file():

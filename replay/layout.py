@@ -1,8 +1,9 @@
 """``STORE.json`` and ``FORMAT.md``: what a store says about itself."""
 
 import json
+from pathlib import Path
 
-from agentsdpo.errors import CorruptionError, StoreError
+from agentsdpo.errors import CorruptionError, StoreError, StoreNotFound
 from agentsdpo.replay import format_md
 from agentsdpo.replay.canonical import canonical_json
 from agentsdpo.replay.fitness import demand_fit
@@ -61,11 +62,23 @@ def check_reserve(storage: Storage, about: Json) -> None:
                              "way may still be appended")
 
 
+def missing(uri: str | Path, *, fix: str) -> StoreNotFound:
+    """The error of a place without a store; for the folder of a run, with where its stores are."""
+    folder = Path(str(uri).removeprefix("file://"))
+    inside = [str(found.parent) for part in ("replay", "arms/*/replay") for found in sorted(
+        folder.glob(f"{part}/STORE.json"))]
+    if inside:
+        fix = (f"the store of this run is {inside[0]}" if len(inside) == 1 else
+               f"the stores of this run are {', '.join(inside)}")
+    return StoreNotFound(f"{uri} is not a replay store (no STORE.json)", fix=fix)
+
+
 def read(storage: Storage) -> Json:
     """Contents of ``STORE.json``.
 
     Raises:
-        StoreError: no store there, or one that a newer release made and this one must not read.
+        StoreNotFound: no store there.
+        StoreError: one that a newer release made and this one must not read.
         CorruptionError: the file is not what was written.
     """
     try:
@@ -74,8 +87,7 @@ def read(storage: Storage) -> Json:
         needs, features = max(int(release), int(about["min_reader"])), set(about["features"])
         int(about["min_writer"])
     except FileNotFoundError as error:
-        raise StoreError(f"{storage.uri} is not a replay store (no STORE.json)",
-                         fix="check the path, or pass create=True") from error
+        raise missing(storage.uri, fix="check the path") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptionError(f"{storage.uri}/STORE.json is damaged or not ours: {error!r}",
                          fix="restore it from a backup") from error

@@ -216,3 +216,13 @@ def test_help_and_version_are_quick_and_load_nothing_heavy() -> None:
 
 def test_version() -> None:
     assert run("--version").stdout.strip() == __version__
+
+
+@pytest.mark.parametrize(("more", "told"), [((), False), (("--quick",), True), (("--quick", "--json"), False)])
+def test_a_quick_demo_is_called_a_look(monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...], told: bool) -> None:
+    from agentsdpo import demo
+
+    monkeypatch.setattr(demo, "run_demo", lambda **_: {"arms": {"robust": {"final_pass": 0.03}}})
+    done = CliRunner().invoke(cli.app, ["demo", *more])
+    assert done.exit_code == 0, done.output
+    assert ("--quick is a look, not a result" in done.stderr) is told

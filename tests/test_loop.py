@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from agentsdpo.assemble import assemble
 from agentsdpo.config import RunConfig, from_mapping
-from agentsdpo.demo import conclude
+from agentsdpo.demo import conclude, run_demo
+from agentsdpo.errors import RunError
 from agentsdpo.learn.rows import admit
 from agentsdpo.loop import collect, train
 from agentsdpo.replay.store import ReplayStore
@@ -226,6 +227,22 @@ def test_the_demo_writes_its_summary_and_report(tmp_path: Path) -> None:
     again = conclude(tmp_path / "demo")
     assert again["arms"]["naive"]["commit"] == "older", "the code that ran, not the code that sums up"
     assert again["commit"] == ", ".join(filter(None, ["older", summary["arms"]["robust"]["commit"]]))
+    before = sorted((tmp_path / "demo").rglob("*"))
+    done = cli("demo", "--quick", "--out", str(tmp_path / "demo"))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "demo holds a finished run; choose another --out, or delete the folder first\n" in done.stderr
+    assert sorted((tmp_path / "demo").rglob("*")) == before
+
+
+def test_a_stopped_demo_that_was_reported_on_is_not_a_finished_one(tmp_path: Path) -> None:
+    (tmp_path / "arms" / "naive").mkdir(parents=True)
+    (tmp_path / "report.html").write_text("as far as it got")
+    with pytest.raises(RunError, match="holds a stopped demo with arm 'naive', which was not asked for now"):
+        run_demo(arms=["robust"], out=tmp_path)
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(RunError, match="holds a finished run; choose another --out"):
+        run_demo(arms=["robust"], out=tmp_path)
+    assert (tmp_path / "report.html").read_text() == "as far as it got"
 
 
 @pytest.mark.parametrize(("sets", "says", "code"), [

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from agentsdpo import formats
-from agentsdpo.files import write_text
+from agentsdpo.files import write_out
 from agentsdpo.results import SPLIT_WORDS, arm_rate, evals, headline_split, rate
 from agentsdpo.runfolder import Arm, RunData, read_run
 from agentsdpo.settings_io import flat
@@ -58,9 +58,8 @@ def write_comparison(a: Path | str, b: Path | str, out: Path | str | None = None
     runs = _named(read_run(a), read_run(b))
     (first, second), content = runs, _content(runs)
     place = Path(out) if out else Path(a) / f"compare-{Path(b).resolve().name}.html"
-    place.parent.mkdir(parents=True, exist_ok=True)
-    write_text(place, render("compare.html", title=f"{first} against {second}", a=first, b=second,
-                             missing_words=missing_words, **content, **_pictures(runs)))
+    write_out(place, render("compare.html", title=f"{first} against {second}", a=first, b=second,
+                            missing_words=missing_words, **content, **_pictures(runs)))
     return place, _numbers(runs, content)
 
 

@@ -309,8 +309,10 @@ def _arms_table(arms: Sequence[tuple[str, Json]]) -> "Table":
     records = [record for _, record in arms]
     both = [Arm(name, "", (), record) for name, record in arms]
     _row(table, "evaluated on", *(split_words(record) or MISSING for record in records))
-    _row(table, "zero-shot pass", *(_rate(arm_rate(arm, "zero_shot")) for arm in both))
-    _row(table, "final pass", *(_rate(arm_rate(arm, "final")) for arm in both))
+    for when, words in (("zero_shot", "zero-shot"), ("final", "final")):
+        _row(table, f"{words} pass", *(_rate(arm_rate(arm, when)) for arm in both))
+        if any(is_number(one.get(f"{when}_score")) for one in records):
+            _row(table, f"{words} mean score", *(percent(one.get(f"{when}_score")) for one in records))
     for key, words, show in (cost for cost in COSTS if any(is_number(one.get(cost[0])) for one in records)):
         _row(table, words, *(show(record.get(key)) for record in records))
     return table

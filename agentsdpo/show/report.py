@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from agentsdpo import formats
-from agentsdpo.files import write_text
+from agentsdpo.files import write_out
 from agentsdpo.results import (
     CONTROL_SPLIT,
     SPLIT_WORDS,
@@ -48,8 +48,7 @@ def write_report(run_dir: Path | str, out: Path | str | None = None) -> Path:
     """
     run = read_run(run_dir)
     place = Path(out) if out else run.path / "report.html"
-    place.parent.mkdir(parents=True, exist_ok=True)
-    return write_text(place, render("report.html", **_page(run)))
+    return write_out(place, render("report.html", **_page(run)))
 
 
 def readme_curve(run_dir: Path | str, out: Path | str) -> Path:
@@ -72,8 +71,7 @@ def readme_curve(run_dir: Path | str, out: Path | str) -> Path:
     figure = plots.learning_curve(arm.rows, split=split, baseline=zero_shot(arm, split), context=others,
                                   size=(7.6, 4.2), below=staleness_words(arm))
     path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return write_text(path, plots.svg(figure, "curve") + "\n")
+    return write_out(path, plots.svg(figure, "curve") + "\n")
 
 
 # ------------------------------------------------------------------------------------------------ page content
@@ -96,7 +94,7 @@ def _page(run: RunData) -> dict[str, Any]:
         "missing_words": missing_words,
         "curves": curves, "missing_curves": no_curves, "evaluations": _evaluations(main),
         "arms_picture": _arms_picture(run), "splits": [_split_row(name, splits[name]) for name in splits],
-        "splits_picture": _splits_picture(splits), "control": _control(splits), "diagnostics": diagnostics,
+        "splits_picture": _splits_picture(splits), "control": _control(main), "diagnostics": diagnostics,
     }
 
 
@@ -151,19 +149,27 @@ def _gain(before: Any, after: Any) -> str:
     return f"{100 * (after.estimate - before.estimate):+.1f}" if before and after else formats.MISSING
 
 
-def _control(splits: Mapping[str, Json]) -> str:
-    """What the untaught firm says about leaks, in a sentence."""
-    record = splits.get(CONTROL_SPLIT)
+def _control(arm: Arm) -> str:
+    """What the untaught firm says about leaks, in a sentence, and whether there is a gain to speak of."""
+    record = (arm.summary.get("splits") or {}).get(CONTROL_SPLIT)
     before, after = (rate(record, "zero_shot"), rate(record, "final")) if record else (None, None)
     if not before or not after:
         return (f"The control split {CONTROL_SPLIT} (a firm whose rules were never taught) was not evaluated, "
-                "so nothing here rules out that the gain comes from elsewhere than the taught rules.")
+                "so nothing here rules out that a gain comes from elsewhere than the taught rules.")
     words = f"{formats.percent(before.estimate)} before and {formats.percent(after.estimate)} after training"
     if difference(after, before).low > 0:
         return (f"Warning: the pass rate on the untaught firm rose above zero-shot, {words}. Its rules were never "
-                "taught, so look for a leak before trusting the gain elsewhere.")
+                "taught, so look for a leak before trusting a gain elsewhere.")
+    gain = ("The gain elsewhere is what was learned, not a habit that fits any firm." if _gained(arm) else
+            "No gain is shown elsewhere: the final interval does not lie above the zero-shot one.")
     return (f"The untaught firm cannot be told from its zero-shot level, {words}, as it must be: its rules were never "
-            "taught. The gain elsewhere is what was learned, not a habit that fits any firm.")
+            f"taught. {gain}")
+
+
+def _gained(arm: Arm) -> bool:
+    """Whether the interval of the final pass rate lies above that of the zero-shot one."""
+    before, after = arm_rate(arm, "zero_shot"), arm_rate(arm, "final")
+    return bool(before and after) and after.low > before.high
 
 
 def _evaluations(arm: Arm) -> list[Json]:

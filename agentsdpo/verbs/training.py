@@ -16,9 +16,8 @@ def demo(
     staleness: Annotated[int | None, typer.Option(min=0, help="Policy versions the collector is held behind.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps per arm.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of tasks, sampling and drawing.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="A minute instead of several: fewer steps and episodes.")
-                     ] = False,
+    out: Annotated[Path, typer.Option(help="Folder of the run; a stopped demo there goes on.")] = Path("runs/demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps and episodes: a look, not a result.")] = False,
     sets: Sets = None,
     as_json: Json = False,
 ) -> None:
@@ -30,6 +29,9 @@ def demo(
         summary = run_demo(arms=chosen, staleness=staleness, steps=steps, seed=seed, out=out, quick=quick,
                            sets=tuple(sets or ()))
     _show(summary, out, as_json)
+    if quick and not as_json:
+        typer.echo("--quick is a look, not a result: the mean score rises before whole episodes pass; leave it out to "
+                   "see them pass", err=True)
 
 
 def train(

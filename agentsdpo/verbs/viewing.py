@@ -78,11 +78,12 @@ def loaded(store: str, episode: str, *, attempt: int | None = None, branch: int 
 
 def write_page(out: Path, found: "Shown", scores: Any, *, by: str = "", note: str = "") -> int:
     """Write the page of an episode, see :func:`agentsdpo.show.viewer.page`; how many bytes it has."""
-    from agentsdpo.files import write_text
+    from agentsdpo.files import write_out
     from agentsdpo.show.viewer import page
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return write_text(out, page(found, scores, by=by, note=note)).stat().st_size
+    text = page(found, scores, by=by, note=note)
+    write_out(out, text)
+    return len(text.encode())
 
 
 def register(app: typer.Typer) -> None:

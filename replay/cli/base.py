@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 
-from agentsdpo.errors import AgentSdpoError, ConfigError, StoreNotFound
+from agentsdpo.errors import AgentSdpoError, ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -298,10 +298,10 @@ def existing(uri: str) -> "ReplayStore":
         StoreNotFound: there is none.
         StoreError: it cannot be read.
     """
+    from agentsdpo.replay.layout import missing
     from agentsdpo.replay.storage import storage_for
     from agentsdpo.replay.store import ReplayStore
 
     if not storage_for(uri).exists("STORE.json"):
-        raise StoreNotFound(f"{uri} is not a replay store (no STORE.json)",
-                            fix="check the path, or make one with: agentsdpo replay init")
+        raise missing(uri, fix="check the path, or make one with: agentsdpo replay init")
     return ReplayStore.open(uri, create=False)

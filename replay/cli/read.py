@@ -37,19 +37,24 @@ def ls(
 
     table = summary.rows(existing(store).snapshot(), where)
     if groups:
-        _list_groups(out, store, table)
+        _list_groups(out, store, table, sort, limit)
         return
     name = summary.column(sort.removeprefix("-"), table)
     order = "descending" if sort.startswith("-") else "ascending"
     table = table.sort_by([(name, order), ("episode_id", "ascending"), ("branch_id", "ascending")])
     wanted = [summary.column(word, table) for word in _words(columns)]
-    most = limit if limit is not None else 50 if out.tty else len(table)
-    shown = table.slice(max(len(table) - most, 0)) if order == "ascending" else table.slice(0, most)
-    if len(shown) < len(table):
-        out.note(f"{len(shown)} of {len(table)} branches; more with --limit {len(table)}")
+    shown = table.slice(*_part(out, len(table), limit, order == "descending", "branches"))
     rows = shown.select(wanted).to_pylist() if wanted else shown.to_pylist()
     out.answer({"store": store, "total": len(table), "branches": rows}, lambda: _print_rows(
         out, wanted, shown.to_pylist()), lines="branches")
+
+
+def _part(out: Out, total: int, limit: int | None, first: bool, of: str) -> tuple[int, int]:
+    """Where the rows to show begin and how many they are: the first or the last of all."""
+    most = min(total, limit if limit is not None else 50 if out.tty else total)
+    if most < total:
+        out.note(f"{most} of {total} {of}; more with --limit {total}")
+    return (0 if first else total - most), most
 
 
 def _print_rows(out: Out, columns: list[str], rows: list[Json]) -> None:
@@ -79,17 +84,41 @@ def _unique(ids: list[str]) -> int:
     return next((n for n in range(8, 36) if len({one[:n] for one in different}) == len(different)), 36)
 
 
-def _list_groups(out: Out, store: str, table: "pa.Table") -> None:
+def _list_groups(out: Out, store: str, table: "pa.Table", sort: str, limit: int | None) -> None:
     """One line per group: members, size that was planned, rewards."""
     from agentsdpo.replay.cli import summary
 
-    rows = []
+    rows, newest = [], {}
+    for key, stored in zip(table.column("group_id").to_pylist(), table.column("t_stored").to_pylist(), strict=True):
+        newest[key] = max(newest.get(key, stored), stored)
     for each in summary.grouped(table, ["group_id", "group_size"]):
         rows.append({**{name: each[name] for name in ("group_id", "group_size", "episodes", "branches", "tokens")},
                      "whole": each["episodes"] >= each["group_size"],
                      **{f"reward_{n}": each["reward"].get(n) for n in ("min", "mean", "max")}})
-    out.answer({"store": store, "total": len(rows), "groups": rows}, lambda: out.table(
+    total, first = len(rows), sort.startswith("-")
+    rows = _sorted_groups(rows, newest, sort.removeprefix("-"), first)
+    start, most = _part(out, total, limit, first, "groups")
+    rows = rows[start:start + most]
+    out.answer({"store": store, "total": total, "groups": rows}, lambda: out.table(
         list(rows[0]) if rows else ["group_id"], [list(row.values()) for row in rows]), lines="groups")
+
+
+def _sorted_groups(rows: list[Json], newest: Json, name: str, descending: bool) -> list[Json]:
+    """Groups in the order of one of their columns, or of when the newest member was stored; nothing known comes last.
+
+    Raises:
+        ConfigError: they have no such column.
+    """
+    if not rows:
+        return rows
+    name = {"group": "group_id"}.get(name, name)
+    if name not in (*rows[0], "t_stored"):
+        raise ConfigError(f"groups have no column {name!r} to sort by",
+                          fix=f"choose from t_stored, {', '.join(rows[0])}")
+    values = {id(row): newest[row["group_id"]] if name == "t_stored" else row[name] for row in rows}
+    known = [row for row in rows if values[id(row)] is not None]
+    return sorted(known, key=lambda row: values[id(row)], reverse=descending) + [
+        row for row in rows if values[id(row)] is None]
 
 
 @verb(app)

@@ -1,16 +1,19 @@
 """Files of other formats: written under a temporary name and renamed when whole, read line by line."""
 
+import errno
 import gzip
 import json
 import math
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from agentsdpo.errors import FormatError, StoreError
-from agentsdpo.files import sync
+from agentsdpo.files import special, sync
 from agentsdpo.replay.ids import uuid7
 
 MAX_DEPTH = 128
@@ -21,24 +24,47 @@ MAX_DEPTH = 128
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file that appears, durable, when the block ends without an error, in the place of what was there.
 
+    A link stays one: what it points to is replaced. A device or a pipe gets the bytes when they are whole.
+
     Raises:
         StoreError: it cannot be written; nothing is left behind then.
     """
-    temporary = path.parent / f".tmp-{uuid7()}-{path.name}"
     try:
-        with open(temporary, "xb") as file:
+        with _passed_on(path) if special(path) else _renamed(Path(os.path.realpath(path))) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync(path.parent)
     except StoreError:
         raise
     except OSError as error:
         raise StoreError(f"{path} cannot be written: {error.strerror or error}",
                          fix="name a file in a folder that exists, with room and permission") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _renamed(path: Path) -> Iterator[BinaryIO]:
+    """A temporary file that takes the place of another."""
+    temporary = path.parent / f".tmp-{uuid7()}"
+    with open(temporary, "xb") as file:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    sync(path.parent)
+
+
+@contextmanager
+def _passed_on(path: Path) -> Iterator[BinaryIO]:
+    """A temporary file, copied to where nobody can seek, as writers of Parquet must."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    with tempfile.TemporaryFile() as file:
+        yield file
+        file.seek(0)
+        with open(path, "wb") as out:
+            shutil.copyfileobj(file, out)
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, Any]]:

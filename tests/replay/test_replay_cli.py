@@ -14,6 +14,8 @@ from replay_factories import make_episode
 from typer.testing import CliRunner, Result
 
 from agentsdpo.cli import app
+from agentsdpo.errors import StoreNotFound
+from agentsdpo.offline import open_store
 from agentsdpo.replay import Key, ReplayStore
 from agentsdpo.replay.example import example
 
@@ -90,6 +92,20 @@ def test_a_missing_store_is_not_found_and_not_made(verb: str, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_folder_of_a_run_is_answered_with_its_stores(tmp_path: Path) -> None:
+    ReplayStore.open(tmp_path / "one" / "replay")
+    said = refused(4, "ls", tmp_path / "one")
+    assert f"the store of this run is {tmp_path}/one/replay\n" in said
+    assert "replay init" not in said
+    for arm in ("naive", "robust"):
+        ReplayStore.open(tmp_path / "demo" / "arms" / arm / "replay")
+    for open_it in (open_store, lambda uri: ReplayStore.open(uri, create=False).about):
+        with pytest.raises(StoreNotFound, match="the stores of this run are .*/arms/naive/replay, .*/arms/robust/repl"):
+            open_it(tmp_path / "demo")
+    with pytest.raises(StoreNotFound, match=r"STORE.json\); check the path$"):
+        _ = ReplayStore.open(tmp_path / "none", create=False).about
+
+
 @pytest.mark.parametrize("words", [("nosuchverb",), ("ls",), ("ls", "S", "--nosuch"), ("ls", "S", "--limit", "-1"),
                                    ("sample", "S", "-n", "0"), ("sample", "S", "-n", "two"), ("view", "S")])
 def test_usage_errors_exit_2(words: tuple[str, ...]) -> None:
@@ -143,6 +159,23 @@ def test_ls_groups_say_which_are_whole(tmp_path: Path, shared: Path) -> None:
     store = ReplayStore.open(tmp_path / "s")
     store.append([make_episode(1, group_id="g", group_size=2)])
     assert [row["whole"] for row in lines("ls", tmp_path / "s", "--groups")] == [False]
+
+
+def test_ls_groups_are_sorted_and_cut_as_branches_are(tmp_path: Path) -> None:
+    store = ReplayStore.open(tmp_path / "s")
+    for seed, group in enumerate("cab"):
+        store.append([make_episode(seed, group_id=group, group_size=seed + 1)])
+
+    def named(*words: str) -> list[str]:
+        return [row["group_id"] for row in lines("ls", tmp_path / "s", "--groups", *words)]
+
+    assert named() == ["c", "a", "b"], "the newest last"
+    assert named("--sort", "group") == ["a", "b", "c"]
+    assert named("--sort", "-group_size", "--limit", "2") == ["b", "a"], "the largest"
+    assert named("--limit", "1") == ["b"]
+    assert named("--limit", "0") == []
+    assert "1 of 3 groups; more with --limit 3" in good("ls", tmp_path / "s", "--groups", "--limit", "1").stderr
+    assert "choose from t_stored, group_id" in refused(2, "ls", tmp_path / "s", "--groups", "--sort", "env_id")
 
 
 def test_an_empty_store_is_listed_without_a_fuss(tmp_path: Path) -> None:

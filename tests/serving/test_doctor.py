@@ -72,6 +72,13 @@ def test_the_disk_is_looked_at(fake_vllm: FakeVllm, chat: Any, tmp_path: Path,
     assert "are free in" in looked_at(fake_vllm, tmp_path / "not" / "yet")["disk"].what
 
 
+def test_a_server_that_is_away_is_not_sent_to_the_doctor(fake_vllm: FakeVllm, tmp_path: Path) -> None:
+    fake_vllm.close()
+    found = next(iter(doctor.examine(fake_vllm.url, str(seed_path()), store=str(tmp_path))))
+    assert "cannot be reached" in found.what
+    assert found.fix == "start it with agentsdpo serve, or look into its log"
+
+
 def test_the_verb_says_it_in_words_or_json_and_by_its_exit_code(tmp_path: Path) -> None:
     with FakeVllm() as fake:
         pass

@@ -148,6 +148,16 @@ def test_summary_shows_intervals_and_splits(run_dir: Path, capsys: pytest.Captur
     assert "\x1b" not in captured.out
 
 
+def test_the_mean_score_stands_below_its_pass_rate() -> None:
+    out = io.StringIO()
+    console.print_summary({"arms": {"robust": {"zero_shot_pass": 0.0, "zero_shot_score": 0.221, "final_pass": 0.03,
+                                               "final_score": 0.684}}}, out)
+    told = [" ".join(line.split()) for line in out.getvalue().splitlines()]
+    start = told.index("zero-shot pass 0.0 %")
+    assert told[start:start + 4] == ["zero-shot pass 0.0 %", "zero-shot mean score 22.1 %", "final pass 3.0 %",
+                                     "final mean score 68.4 %"]
+
+
 def test_summary_of_nothing_and_of_hostile_names() -> None:
     out = io.StringIO()
     console.print_summary({}, out)

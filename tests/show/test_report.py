@@ -169,6 +169,16 @@ def test_a_gain_on_the_untaught_firm_is_a_warning(tmp_path: Path, final: float, 
     assert ("look for a leak" in text) is warns
 
 
+@pytest.mark.parametrize(("final", "gained"), [(0.93, True), (0.05, False), (0.0, False), (None, False)])
+def test_a_gain_is_told_only_where_the_intervals_part(tmp_path: Path, final: float | None, gained: bool) -> None:
+    control = {"zero_shot_pass": 0.01, "final_pass": 0.02, "n": 100}
+    rates = {"zero_shot_pass": 0.01, "n": 100, **({} if final is None else {"final_pass": final})}
+    (tmp_path / "summary.json").write_text(json.dumps({"arms": {"a": {**rates, "splits": {CONTROL_SPLIT: control}}}}))
+    text = report.write_report(tmp_path).read_text(encoding="utf-8")
+    assert ("The gain elsewhere is what was learned" in text) is gained
+    assert ("No gain is shown elsewhere" in text) is not gained
+
+
 def test_a_page_that_cannot_be_written_leaves_the_old_one(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = report.write_report(run_dir)
     before = path.read_text(encoding="utf-8")

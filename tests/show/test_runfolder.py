@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from agentsdpo import config as settings
 from agentsdpo import provenance, runfolder
 from agentsdpo.errors import RunError
 from agentsdpo.runfolder import open_run, read_run
+from agentsdpo.show.comparison import compare
+from agentsdpo.types import Json
 
 
 @pytest.fixture(autouse=True)
@@ -188,6 +191,26 @@ def test_one_training_run_is_a_run_of_one_arm(tmp_path: Path) -> None:
     assert (arm.summary["final_pass"], arm.summary["seed"], len(arm.rows)) == (0.5, 3, 1)
     folder.config.unlink()
     assert {arm.name for arm in read_run(folder.path).arms} == {"first", "run"}
+
+
+def test_an_arm_of_a_demo_is_a_run_like_any_other(tmp_path: Path, arm_rows: Callable[..., list[Json]]) -> None:
+    folder = open_run(tmp_path / "demo" / "arms" / "robust", settings.load(sets=["name=robust", "steps=20"]))
+    folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in arm_rows(0, steps=20)))
+    assert read_run(folder.path).summary == {}, "it has not finished"
+    folder.finish()
+    (start,) = json.loads(folder.environment.read_text())
+    run = read_run(folder.path)
+    assert [(arm.name, len(arm.rows)) for arm in run.arms] == [("robust", 28)]
+    assert {key: run.summary[key] for key in ("arm", "steps", "seed", "commit", "hardware", "episodes")} == {
+        "arm": "robust", "steps": 20, "seed": 0, "commit": start["commit"], "hardware": start["hardware"],
+        "episodes": 640}
+    assert set(run.main.summary["splits"]) == {"val", "test_names"}
+    assert run.summary["final_pass"] == run.main.summary["final_pass"] is not None
+    compared = compare(folder.path, folder.path)
+    assert compared["warnings"] == []
+    assert "cannot be told apart" in compared["verdict"]
+    folder.environment.unlink()
+    assert "command" not in read_run(folder.path).summary
 
 
 def test_a_killed_run_is_read_without_its_torn_line(bare_run: Path) -> None:

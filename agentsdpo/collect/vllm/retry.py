@@ -170,10 +170,14 @@ class Asker:
             raise
 
 
+REVIVE = "start it with agentsdpo serve, or look into its log"
+"""What to do about a server that is not there."""
+
+
 def unreachable(url: str, error: Exception) -> Passing:
     """The error of a connection that broke, or never was."""
     return Passing(f"{url} broke off or cannot be reached: {type(error).__name__} {error}".rstrip(),
-                   fix=f"start it with agentsdpo serve, or look into its log; agentsdpo doctor {url} tells more",
+                   fix=f"{REVIVE}; agentsdpo doctor {url} tells more",
                    lost=True)
 
 
