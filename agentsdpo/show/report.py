@@ -169,7 +169,7 @@ def _control(arm: Arm) -> str:
 def _gained(arm: Arm) -> bool:
     """Whether the interval of the final pass rate lies above that of the zero-shot one."""
     before, after = arm_rate(arm, "zero_shot"), arm_rate(arm, "final")
-    return bool(before and after) and after.low > before.high
+    return before is not None and after is not None and after.low > before.high
 
 
 def _evaluations(arm: Arm) -> list[Json]:
