@@ -57,13 +57,15 @@ def episodes_figure(rows: Sequence[Json]) -> Figure:
     figure, axes = canvas((8.2, 4.2))
     rows = [row for row in rows if row["arm"] in _EPISODES]
     known = evals([{"kind": "eval", **row} for row in rows], episodes.SPLIT, "sampled")
+    seeds = len({row["seed"] for row in known})
     for arm, (role, style) in _EPISODES.items():
         own = [row for row in known if row["arm"] == arm]
         if own:
+            n = len({row["seed"] for row in own})
+            label = arm if n == seeds else f"{arm}, {n} seed{'s' * (n > 1)}"
             draw_seeds(axes, own, "episodes", 1.0, "pass", role=role, linestyle=style)
-            draw_band(axes, own, "episodes", 1.0, "pass", role=role, linestyle=style, label=arm, words="95 % band")
+            draw_band(axes, own, "episodes", 1.0, "pass", role=role, linestyle=style, label=label, words="95 % band")
     reference(axes, 100 * episodes.GOAL, f"{100 * episodes.GOAL:.0f} %", (0, (1, 2)))
-    seeds = len({row["seed"] for row in known})
     axes.set(ylim=(-3, 104), xlabel=AXES["episodes"], ylabel="held-out tasks passed [%]")
     axes.set_title(f"Rollouts until unseen clients pass, {seeds} seed{'s' * (seeds > 1)}")
     return finish(figure, axes, columns=len({row["arm"] for row in known}) + 1)  # each band below its curve

@@ -106,7 +106,7 @@ def test_figures_show_every_arm_of_the_tables(tmp_path: Path, monkeypatch: pytes
     found = {name: (tmp_path / f"methods-{name}.svg").read_text() for name in tables}
     assert all(text.startswith("<svg") for text in found.values())
     assert all(words in found["attempts"] for words in ("learns from feedback", "tries again", "on 1 hard tasks"))
-    assert all(words in found["episodes"] for words in (">robust<", ">grpo<", "95 % band", ">80 %<", "2 seeds"))
+    assert all(words in found["episodes"] for words in (">robust<", ">grpo, 1 seed<", "95 % band", ">80 %<", "2 seeds"))
     (tmp_path / "methods-episodes.parquet").unlink()
     (tmp_path / "methods-episodes.svg").unlink()
     figures.main()
