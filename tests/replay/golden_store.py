@@ -19,7 +19,7 @@ from agentsdpo.replay.example import TEMPLATE, TOKENIZER, VOCAB, branch, episode
 from agentsdpo.replay.overlay import Slot
 from agentsdpo.replay.rows import Row
 from agentsdpo.replay.snapshot import Snapshot
-from agentsdpo.types import Branch, Episode, Hint, Sampling, StopReason
+from agentsdpo.types import Branch, Episode, Grade, Hint, Sampling, StopReason
 
 GOLDEN = Path(__file__).with_name("golden")
 POLICY = {"tokenizer_sha256": TOKENIZER, "chat_template_sha256": TEMPLATE, "vocab_size": VOCAB}
@@ -100,10 +100,17 @@ def describe(store: ReplayStore) -> dict[str, Any]:
 
 
 def _grade(view: Snapshot, row: Row) -> Any:
-    """The late grade as it was written, where there is one: what shows of the row's own beside it is the reader's."""
+    """The late grade as it was written, where there is one; the row must show its verdict, its criteria or else those
+    that are stored."""
     late = view.late.find(Slot("reward", row.key), view.rows[row.key])
-    own = row.grade.model_dump(mode="json") if row.grade else None
-    return json.loads(late.value or "null")["grade"] if late else own
+    shown = row.grade.model_dump(mode="json") if row.grade else None
+    if not late:
+        return shown
+    written = json.loads(late.value or "null")["grade"]
+    (stored,) = view.stored([row.key], ["rewards_json"]).column("rewards_json").to_pylist()
+    own = Grade(**json.loads(stored)).model_dump(mode="json") if stored and not written["results"] else written
+    assert shown == written | {"results": own["results"], "feedback": written["feedback"] or own["feedback"]}
+    return written
 
 
 def _list(array: np.ndarray | None) -> list[int] | None:
