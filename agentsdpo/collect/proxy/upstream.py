@@ -17,7 +17,7 @@ import orjson
 from agentsdpo.collect.proxy.line import Sampled
 from agentsdpo.collect.proxy.refusals import UpstreamError
 from agentsdpo.collect.vllm import retry, wire
-from agentsdpo.collect.vllm.server import ServerFacts, ask_server, base_url, headers
+from agentsdpo.collect.vllm.server import Handshake, ServerFacts, ask_server, base_url, headers
 from agentsdpo.errors import EngineError
 from agentsdpo.types import Completion, Json, Sampling, VersionSpan
 
@@ -61,7 +61,7 @@ class Upstream:
         self.label: str | None = None
         self._session: aiohttp.ClientSession | None = None
         self._lost = False
-        self._asking: asyncio.Task[ServerFacts] | None = None
+        self._handshake = Handshake(self._shake)
 
     async def open(self) -> None:
         """Connect and learn what the engine is. Raises EngineError when it cannot be reached, or lists no model."""
@@ -73,15 +73,9 @@ class Upstream:
     async def _ask(self) -> None:
         """Ask the engine what it is, at the start and once it was away: who comes back may be another one.
 
-        All calls that wait for the answer share one question. Raises EngineError, Passing when it is not there yet.
+        Raises EngineError, Passing when it is not there yet.
         """
-        self._asking = self._asking or asyncio.create_task(asyncio.to_thread(self._shake))
-        asking = self._asking
-        try:
-            facts = await asyncio.shield(asking)
-        finally:
-            if asking.done():
-                self._asking = None
+        facts = await self._handshake()
         self.facts, self.loaded, self.label, self._lost = facts, frozenset(facts.models), facts.label, False
 
     def _shake(self) -> ServerFacts:

@@ -1,11 +1,10 @@
 """The engine that samples from a vLLM server; see :class:`agentsdpo.collect.engine.Engine`."""
 
-import asyncio
 import time
 from collections.abc import Sequence
 
 from agentsdpo.collect.vllm.retry import Asker, Line, Passing, Refused, patiently
-from agentsdpo.collect.vllm.server import ServerFacts, ask_server, base_url, headers
+from agentsdpo.collect.vllm.server import Handshake, ServerFacts, ask_server, base_url, headers
 from agentsdpo.collect.vllm.wire import (
     GENERATE,
     adapter_version,
@@ -64,7 +63,7 @@ class VllmEngine:
         self._busy: set[str] = set()
         self._sent = 0
         self._lost = False
-        self._asking: asyncio.Task[ServerFacts] | None = None
+        self._handshake = Handshake(lambda: self._shake(0.0))
         self.tokens_sampled = self.attempts_failed = 0
 
     @property
@@ -193,18 +192,12 @@ class VllmEngine:
                             stop=stop_after_delay(wait_s))(ask_server, ask)
 
     async def _ask_again(self) -> None:
-        """Ask a server that was lost what it is now; all calls that wait for it share one question.
+        """Ask a server that was lost what it is now.
 
         Raises:
             Passing: it is not there yet.
         """
-        self._asking = self._asking or asyncio.create_task(asyncio.to_thread(self._shake, 0.0))
-        asking = self._asking
-        try:
-            self._facts = await asyncio.shield(asking)
-        finally:
-            if asking.done():
-                self._asking = None
+        self._facts = await self._handshake()
         self._lost, self.context_window, self._version = False, self._facts.window, self._first_version()
 
     def _first_version(self) -> int:

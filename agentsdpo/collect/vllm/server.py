@@ -4,6 +4,7 @@ No response says which log-probs it holds: the server's mode is read from ``/ser
 shown, found by a probe at two temperatures (:func:`probe_kind`).
 """
 
+import asyncio
 import math
 import os
 from collections.abc import Callable
@@ -95,6 +96,27 @@ def ask_server(ask: Asker) -> ServerFacts:
         records_kept=bool(config.get("return_sampling_mask")) and route == GENERATE,
         seeded=device not in (None, "cpu"),
         label=None if label is None else str(label), software=str((ask.get("/version") or {}).get("version", "")))
+
+
+class Handshake:
+    """The question what a server is; all calls that wait for the answer share one.
+
+    Args:
+        shake: asks it, in a thread.
+    """
+
+    def __init__(self, shake: Callable[[], ServerFacts]) -> None:
+        self._shake = shake
+        self._asking: asyncio.Task[ServerFacts] | None = None
+
+    async def __call__(self) -> ServerFacts:
+        """The answer of now. Raises what ``shake`` raises."""
+        asking = self._asking = self._asking or asyncio.create_task(asyncio.to_thread(self._shake))
+        try:
+            return await asyncio.shield(asking)
+        finally:
+            if asking.done() and self._asking is asking:
+                self._asking = None
 
 
 def has_generate(ask: Asker, model: str) -> bool:
