@@ -5,11 +5,9 @@ so a study may be stopped at any time and continued with more seeds, on another 
 before arms: after each round of seeds every arm has as many. The table has one row per evaluation: :data:`COLUMNS`.
 """
 
-import json
 import shutil
 import sys
 import time
-import tomllib
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -23,6 +21,7 @@ from agentsdpo.config import RunConfig, from_mapping
 from agentsdpo.errors import LearnError, NotFinite, NothingToLearn
 from agentsdpo.files import write_bytes, write_text
 from agentsdpo.loop import train
+from agentsdpo.results import commits, settings_of, starts_of
 from agentsdpo.track import read_metrics
 from agentsdpo.types import Json
 
@@ -116,12 +115,10 @@ def table(study: str, out: Path) -> pa.Table:
 
 
 def _rows(study: str, folder: Path) -> list[Json]:
-    settings = tomllib.loads((folder / "config.toml").read_text())
-    starts = json.loads((folder / "environment.json").read_text())
-    commits = {start["commit"] or "" for start in starts}
+    settings, starts = settings_of(folder), starts_of(folder)
     machines = {start.get("hardware", start["platform"]) for start in starts}  # an older run knows its system alone
     about = {"study": study, "arm": settings["name"], "preset": settings["preset"], "seed": settings["seed"],
-             "staleness": settings["staleness"], "commit": ", ".join(sorted(commits)),
+             "staleness": settings["staleness"], "commit": commits(starts) or "",
              "hardware": "; ".join(sorted(machines))}
     return [{**row, **about} for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == "eval"]
 
