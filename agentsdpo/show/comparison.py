@@ -12,7 +12,7 @@ from typing import Any
 
 from agentsdpo import formats
 from agentsdpo.files import write_out
-from agentsdpo.results import SPLIT_WORDS, arm_rate, evals, headline_split, rate
+from agentsdpo.results import SPLIT_WORDS, arm_rate, evals, headline_split, rate, split_words
 from agentsdpo.runfolder import Arm, RunData, read_run
 from agentsdpo.settings_io import flat
 from agentsdpo.show.pages import Picture, missing_words, picture, render
@@ -25,7 +25,8 @@ _IGNORED = ("name",)
 
 
 def compare(a: Path | str, b: Path | str) -> Json:
-    """Numbers of two runs, the main arm of each, as JSON; rates and differences are ``[estimate, low, high]``.
+    """Numbers of two runs, the main arm of each, as JSON; rates and differences are ``[estimate, low, high]``, None
+    where one is not known or the two are of different tasks.
 
     Returns:
         ``a``, ``b`` (name, folder and arm), ``verdict``, ``warnings``, ``rates``, ``splits`` (final pass rates) and
@@ -108,9 +109,11 @@ def _content(runs: Mapping[str, RunData]) -> Json:
     a, b = runs.values()
     arms = a.main, b.main
     rates = {when: [arm_rate(arm, when) for arm in arms] for when in ("zero_shot", "final")}
+    apart = _apart(runs)
+    rows = [_row(f"{when.replace('_', '-')} pass", *found) for when, found in rates.items()]
     return {
-        "verdict": _verdict(runs, *rates["final"]), "warnings": list(_warnings(a, b)), "settings": _settings(a, b),
-        "rates": [_row(f"{when.replace('_', '-')} pass", *found) for when, found in rates.items()],
+        "verdict": apart or _verdict(runs, *rates["final"]), "warnings": list(_warnings(a, b)),
+        "settings": _settings(a, b), "rates": [{**row, "difference": None} for row in rows] if apart else rows,
         "splits": [_split_row(name, arms) for name in _splits(arms[0]) if name in _splits(arms[1])],
         "costs": [[words, *(shown(record_of(arm).get(key)) for arm in arms)] for key, words, shown in COSTS],
         "provenance": _provenance(a, b)}
@@ -133,6 +136,15 @@ def _split_row(name: str, arms: tuple[Arm, Arm]) -> Json:
 
 def _splits(arm: Arm) -> Mapping[str, Json]:
     return arm.summary.get("splits") or {}
+
+
+def _apart(runs: Mapping[str, RunData]) -> str:
+    """That the pass rates of two runs speak of different splits, in a sentence; empty where they do not."""
+    told = {name: split_words(run.main.summary) for name, run in runs.items()}
+    if not all(told.values()) or len(set(told.values())) == 1:
+        return ""
+    return (f"The pass rates are of different tasks ({'; '.join(f'{name}: {split}' for name, split in told.items())}), "
+            "so they cannot be held against each other: compare the splits that both played.")
 
 
 def _verdict(names: Iterable[str], a: Interval | None, b: Interval | None) -> str:

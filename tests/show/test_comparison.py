@@ -72,6 +72,18 @@ def test_what_is_unfair_is_said(runs: tuple[Path, Path], bare_run: Path) -> None
         compare(runs[0], bare_run / "nothing")
 
 
+def test_rates_of_different_splits_have_no_difference(runs: tuple[Path, Path]) -> None:
+    """A rate on what was trained on is higher than one on what was held out, whichever run is the better."""
+    for run, split in zip(runs, ("val", "held-out"), strict=True):
+        summary = json.loads((run / "summary.json").read_text())
+        summary["arms"]["off-policy"]["split"] = split
+        (run / "summary.json").write_text(json.dumps(summary))
+    found = compare(*runs)
+    assert found["verdict"].startswith("The pass rates are of different tasks (fast: val; slow: held-out clients")
+    assert [row["difference"] for row in found["rates"]] == [None, None]
+    assert all(row["difference"] for row in found["splits"])
+
+
 def test_difference_is_newcombes() -> None:
     """Examples of Newcombe 1998, table II, method 10."""
     for (x, m, y, n), ends in (((56, 70, 48, 80), (0.0524, 0.3339)), ((9, 10, 3, 10), (0.1705, 0.8090)),
