@@ -67,17 +67,19 @@ def learning_curve(
 def curve_points(rows: Sequence[Json], x: str, value: str = "pass") -> list[Point]:
     """Evaluations as points: Wilson interval for one seed, IQM with stratified bootstrap for several.
 
+    A step at which a seed is missing, as one that collapsed, is no point: the rest alone would look better than all.
+
     >>> rows = [{"kind": "eval", "step": 5, "episodes": 160, "pass": p, "n": 8, "seed": s}
     ...         for s, p in enumerate((0.25, 0.5, 0.75))]
     >>> [(at, rate.estimate) for at, rate in curve_points(rows, "episodes")]
     [(160.0, 0.5)]
     """
+    known = [row for row in rows if is_number(row.get(value)) and is_number(row.get(x))]
     by_step: dict[int, list[Json]] = {}
-    for row in rows:
-        if is_number(row.get(value)) and is_number(row.get(x)):
-            by_step.setdefault(row.get("step", 0), []).append(row)
+    for row in known:
+        by_step.setdefault(row.get("step", 0), []).append(row)
     return [(float(np.mean([row[x] for row in group])), _spread(group, value))
-            for _, group in sorted(by_step.items())]
+            for _, group in sorted(by_step.items()) if len(by_seed(group)) == len(by_seed(known))]
 
 
 def _spread(group: Sequence[Json], value: str) -> stats.Interval:

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from agentsdpo.formats import interval, number, percent
+from agentsdpo.formats import interval, is_number, number, percent
+from agentsdpo.plots.curves import by_seed
 from agentsdpo.plots.tables import NEVER, arms_of, final, held_out, judged, kind_of, records
 from agentsdpo.plots.tokens import PARTS, by_hint, corrections_kept, episode_means, part_shares
 from agentsdpo.results import CONTROL_SPLIT, HELD_OUT, POOLED_WORDS, SPLIT_WORDS, evals
@@ -33,18 +34,27 @@ def _rate(found: Interval | None) -> str:
 
 
 def learning_answer(rows: Sequence[Json]) -> Words:
-    """Whether one run, or several seeds of it, learned: held-out rates before and after, and the control."""
+    """Whether one run, or several seeds of it, learned: held-out rates before and after, and the control.
+
+    A seed that ended early counts with the last that was seen of it.
+    """
+    if not evals(rows):
+        return Words("Nothing was evaluated yet.")
     first, last = min(row["step"] for row in evals(rows)), max(row["step"] for row in evals(rows))
     splits = judged([row for row in rows if row.get("step") == last])
-    before, after = (held_out(rows, step=step, splits=splits) for step in (first, last))
+    before, after = held_out(rows, step=first, splits=splits), held_out(rows, splits=splits)
     verdict = "**Yes.**" if before and after and difference(after, before).low > 0 else "**Not visibly.**"
-    spent = max((row.get("episodes") or 0 for row in evals(rows)), default=0)
     where = (f"{POOLED_WORDS}," if set(splits) == set(HELD_OUT) else
              " and ".join(f"{SPLIT_WORDS[split]} (`{split}`)" if split in SPLIT_WORDS else f"`{split}`"
                           for split in splits))
     return Words(f"{verdict} The pass rate on {where} goes from {_rate(before)} to {_rate(after)} after "
-                 f"{number(int(spent))} episodes ({_sample(rows, last, splits)}). "
-                 f"{_control(rows, first, last)}".strip())
+                 f"{_spent(rows)} episodes ({_sample(rows, last, splits)}). {_control(rows, first)}".strip())
+
+
+def _spent(rows: Sequence[Json]) -> str:
+    """Episodes that each seed collected, the least and the most where they differ."""
+    each = sorted(max(row.get("episodes") or 0 for row in own) for own in by_seed(evals(rows)).values())
+    return " to ".join(number(int(count)) for count in dict.fromkeys((each[0], each[-1])))
 
 
 def _sample(rows: Sequence[Json], step: int, splits: Sequence[str]) -> str:
@@ -56,14 +66,16 @@ def _sample(rows: Sequence[Json], step: int, splits: Sequence[str]) -> str:
     return f"n = {n} episodes, one seed, Wilson's 95 % interval"
 
 
-def _control(rows: Sequence[Json], first: int, last: int) -> str:
-    """What the firm whose rules were never taught says."""
-    rates = [[row["pass"] for row in evals(rows, CONTROL_SPLIT, "sampled") if row["step"] == step]
-             for step in (first, last)]
-    if not all(rates):
+def _control(rows: Sequence[Json], first: int) -> str:
+    """What the firm whose rules were never taught says, in the seeds that it was asked in before and after."""
+    own = [row for row in evals(rows, CONTROL_SPLIT, "sampled") if is_number(row.get("pass"))]
+    before = {row["seed"]: row["pass"] for row in own if row["step"] == first}
+    after = {seed: row["pass"] for seed, (row,) in final(own, splits=[CONTROL_SPLIT]).items() if row["step"] > first}
+    both = before.keys() & after.keys()
+    if not both:
         return ""
-    before, after = (percent(float(np.mean(one))) for one in rates)
-    return f"In a firm whose rules were never taught it goes from {before} to {after}."
+    rates = (percent(float(np.mean([one[seed] for seed in both]))) for one in (before, after))
+    return f"In a firm whose rules were never taught it goes from {' to '.join(rates)}."
 
 
 def age_answer(frame: Any, *, main: str = "robust") -> Words:

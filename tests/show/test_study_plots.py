@@ -138,6 +138,22 @@ def test_the_answer_on_learning_follows_the_rows() -> None:
     assert str(words.learning_answer(flat)).startswith("**Not visibly.**")
 
 
+def test_seeds_that_ended_early_count_in_the_answer_and_end_the_bold_line() -> None:
+    """Two of three collapse at step 20 and are stopped: what the third one reaches is not what three reach."""
+    rows = [row if row["seed"] == 0 else {**row, "pass": 0.0} for row in study()
+            if row["arm"] == "robust-0" and (row["seed"] == 0 or row["step"] <= 20)]
+    told = str(words.learning_answer(rows))
+    assert told.startswith("**Not visibly.**")
+    assert "after 320 to 640 episodes (IQM over 3 seeds" in told
+    assert "never taught it goes from 0.0 % to 0.0 %" in told
+    curve = [row for row in rows if row["split"] == "test_names"]
+    assert [at for at, _ in plots.curve_points(curve, "episodes")] == [0, 160, 320]
+    figure = plots.learning_curve(rows, split="test_names")
+    thin = [line for line in figure.axes[0].get_lines() if line.get_linewidth() < 1]
+    assert max(np.max(line.get_xdata()) for line in thin) == 640
+    assert str(words.learning_answer([])) == "Nothing was evaluated yet."
+
+
 def test_a_world_with_splits_of_its_own_has_answers_too() -> None:
     rows = [{**row, "split": "mine"} for row in study(1) if row["split"] == "test_names"]
     own = [row for row in rows if row["arm"] == "robust-0"]
