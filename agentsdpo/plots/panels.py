@@ -118,14 +118,16 @@ def diagnostic(rows: Sequence[Json], panel: Panel) -> Figure | None:
 
 
 def log_scale(axes: Axes, panel: Panel) -> None:
-    """A logarithmic axis with plain numbers, for panels that ask for one and span enough."""
+    """A logarithmic axis with plain numbers, for panels that ask for one and span enough; what is 0 falls below it."""
     values = np.concatenate([np.asarray(line.get_ydata(), np.float64) for line in axes.get_lines()])
-    low, high = np.nanmin(values), np.nanmax(values)  # not the limits: their margin may reach below zero
-    if panel.log and low > 0 and high > 3 * low:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_locator(NullLocator())
+    above = values[values > 0]  # not the limits: their margin may reach below zero
+    if not panel.log or not above.size or (values < 0).any() or above.max() <= 3 * above.min():
+        return
+    axes.set_yscale("log")
+    few = above.max() > 1000 * above.min()  # at 1, 2 and 5 of so many decades the locator gives up
+    axes.yaxis.set_major_locator(LogLocator(subs=(1,) if few else (1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _fan(axes: Axes, table: Sequence[Json], columns: Mapping[str, np.ndarray]) -> None:

@@ -204,3 +204,16 @@ def test_the_ratio_axis_is_logarithmic_only_when_it_spreads(top: float, scale: s
     figure = panels.diagnostic(rows, next(p for p in panels.PANELS if p.name == "ratio"))
     assert figure is not None
     assert axes_of(figure).get_yscale() == scale
+
+
+@pytest.mark.parametrize("norms", [[1.0, 3.0, 400.0], [1.0, 1e2, 1e8], [1.0, 1e-18, 1e6], [0.0, 1.0, 900.0]])
+def test_a_run_that_explodes_has_an_axis_with_numbers(norms: list[float]) -> None:
+    rows = [{"kind": "step", "step": i, "learn/grad_norm": value} for i, value in enumerate(norms)]
+    figure = panels.diagnostic(rows, next(p for p in panels.PANELS if p.name == "grad_norm"))
+    assert figure is not None
+    axes = axes_of(figure)
+    low, high = axes.get_ylim()
+    assert axes.get_yscale() == "log"
+    assert high < 1e3 * max(norms)
+    assert low > 1e-3 * min(norm for norm in norms if norm)
+    assert sum(low <= tick <= high for tick in axes.get_yticks()) >= 3
