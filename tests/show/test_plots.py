@@ -217,3 +217,16 @@ def test_a_run_that_explodes_has_an_axis_with_numbers(norms: list[float]) -> Non
     assert high < 1e3 * max(norms)
     assert low > 1e-3 * min(norm for norm in norms if norm)
     assert sum(low <= tick <= high for tick in axes.get_yticks()) >= 3
+
+
+def test_the_panels_of_a_long_run_stay_small() -> None:
+    rng = np.random.default_rng(0)
+    keys = [one.key for one in next(p for p in panels.PANELS if p.name == "ratio").series]
+    rows = [{"kind": "step", "step": i, **dict(zip(keys, 1 + rng.random(len(keys)), strict=True))}
+            for i in range(20_000)]
+    rows[12_345]["learn/ratio/p99"] = 7.0
+    figure = panels.diagnostic(rows, next(p for p in panels.PANELS if p.name == "ratio"))
+    assert figure is not None
+    edge = np.asarray(axes_of(figure).collections[0].get_paths()[0].vertices)
+    assert edge[:, 1].max() == 7.0
+    assert len(edge) < 2100
