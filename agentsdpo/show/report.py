@@ -157,19 +157,23 @@ def _control(arm: Arm) -> str:
         return (f"The control split {CONTROL_SPLIT} (a firm whose rules were never taught) was not evaluated, "
                 "so nothing here rules out that a gain comes from elsewhere than the taught rules.")
     words = f"{formats.percent(before.estimate)} before and {formats.percent(after.estimate)} after training"
-    if difference(after, before).low > 0:
+    moved = difference(after, before)
+    if moved.low > 0:
         return (f"Warning: the pass rate on the untaught firm rose above zero-shot, {words}. Its rules were never "
                 "taught, so look for a leak before trusting a gain elsewhere.")
     gain = ("The gain elsewhere is what was learned, not a habit that fits any firm." if _gained(arm) else
-            "No gain is shown elsewhere: the final interval does not lie above the zero-shot one.")
+            "No gain is shown elsewhere: the final pass rate is not above the zero-shot one beyond chance.")
+    if moved.high < 0:
+        return (f"The pass rate on the untaught firm fell below zero-shot, {words}: training took away some of what "
+                f"the policy could do before. {gain}")
     return (f"The untaught firm cannot be told from its zero-shot level, {words}, as it must be: its rules were never "
             f"taught. {gain}")
 
 
 def _gained(arm: Arm) -> bool:
-    """Whether the interval of the final pass rate lies above that of the zero-shot one."""
+    """Whether the final pass rate lies above the zero-shot one, by the interval of their difference."""
     before, after = arm_rate(arm, "zero_shot"), arm_rate(arm, "final")
-    return before is not None and after is not None and after.low > before.high
+    return before is not None and after is not None and difference(after, before).low > 0
 
 
 def _evaluations(arm: Arm) -> list[Json]:

@@ -169,8 +169,16 @@ def test_a_gain_on_the_untaught_firm_is_a_warning(tmp_path: Path, final: float, 
     assert ("look for a leak" in text) is warns
 
 
-@pytest.mark.parametrize(("final", "gained"), [(0.93, True), (0.05, False), (0.0, False), (None, False)])
-def test_a_gain_is_told_only_where_the_intervals_part(tmp_path: Path, final: float | None, gained: bool) -> None:
+def test_a_loss_on_the_untaught_firm_is_no_standstill(tmp_path: Path) -> None:
+    split = {"zero_shot_pass": 0.3, "final_pass": 0.0, "n": 64}
+    (tmp_path / "summary.json").write_text(json.dumps({"arms": {"a": {"splits": {CONTROL_SPLIT: split}}}}))
+    text = report.write_report(tmp_path).read_text(encoding="utf-8")
+    assert "fell below zero-shot, 30.0 % before and 0.0 % after training" in text
+    assert "cannot be told from its zero-shot level" not in text
+
+
+@pytest.mark.parametrize(("final", "gained"), [(0.93, True), (0.08, True), (0.05, False), (0.0, False), (None, False)])
+def test_a_gain_is_told_only_where_the_rates_part(tmp_path: Path, final: float | None, gained: bool) -> None:
     control = {"zero_shot_pass": 0.01, "final_pass": 0.02, "n": 100}
     rates = {"zero_shot_pass": 0.01, "n": 100, **({} if final is None else {"final_pass": final})}
     (tmp_path / "summary.json").write_text(json.dumps({"arms": {"a": {**rates, "splits": {CONTROL_SPLIT: control}}}}))
