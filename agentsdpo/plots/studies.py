@@ -11,10 +11,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from agentsdpo.formats import percent
+from agentsdpo.formats import is_number, percent
 from agentsdpo.plots.curves import VALUES, draw_band, draw_seeds
 from agentsdpo.plots.style import AXES, ROLES, STYLE, canvas, finish, reference
-from agentsdpo.plots.tables import NEVER, arms_of, final, held_out, judged, kind_of, records
+from agentsdpo.plots.tables import NEVER, arms_of, final, held_out, judged, kind_of, main_kind, records
 from agentsdpo.results import evals, headline_split
 from agentsdpo.types import Json
 
@@ -40,16 +40,18 @@ def age_curve(frame: Any, *, value: str = "pass", main: str = "robust") -> Figur
     Args:
         frame: rows of a study.
         value: ``pass`` or ``score``.
-        main: the kind of arm in blue.
+        main: the kind of arm in blue; the first there is where it is not among them.
     """
     rows = records(frame)
     figure, axes = canvas((8.2, 4.4))
     ages = sorted({row["staleness"] for row in rows})
+    main = main_kind([row["arm"] for row in rows], main)
     kinds = sorted({kind_of(row["arm"]) for row in rows}, key=lambda kind: (kind != main, kind))
     for i, kind in enumerate(kinds):
         _age_line(axes, [row for row in rows if kind_of(row["arm"]) == kind], ages, value, i, len(kinds), kind == main)
     splits = judged(rows)
-    first = [row[value] for row in evals(rows, None, "sampled") if row["step"] == 0 and row["split"] in splits]
+    first = [row[value] for row in evals(rows, None, "sampled")
+             if row["step"] == 0 and row["split"] in splits and is_number(row.get(value))]
     if first:
         reference(axes, 100 * float(np.mean(first)), f"zero-shot {percent(np.mean(first))}", (0, (6, 3)))
     reference(axes, 100, "oracle 100 %", (0, (1, 2)))

@@ -2,7 +2,7 @@
 
 import os
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,16 @@ def kind_of(arm: str) -> str:
     """
     head, dash, tail = arm.rpartition("-")
     return head if dash and (tail.isdigit() or tail == "off") else arm
+
+
+def main_kind(arms: Iterable[str], wanted: str) -> str:
+    """The kind of arm that stands in front: the wanted one, or the first of those there are where it is not.
+
+    >>> main_kind(["naive-8", "robust-8"], "robust"), main_kind(["sdpo-0", "grpo-0"], "robust")
+    ('robust', 'grpo')
+    """
+    kinds = sorted(set(map(kind_of, arms)))
+    return wanted if wanted in kinds or not kinds else kinds[0]
 
 
 def judged(rows: Sequence[Json]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from agentsdpo.formats import interval, is_number, number, percent
 from agentsdpo.plots.curves import by_seed
-from agentsdpo.plots.tables import NEVER, arms_of, final, held_out, judged, kind_of, records
+from agentsdpo.plots.tables import NEVER, arms_of, final, held_out, judged, kind_of, main_kind, records
 from agentsdpo.plots.tokens import PARTS, by_hint, corrections_kept, episode_means, part_shares
 from agentsdpo.results import CONTROL_SPLIT, HELD_OUT, POOLED_WORDS, SPLIT_WORDS, evals
 from agentsdpo.stats import Interval, difference
@@ -79,8 +79,12 @@ def _control(rows: Sequence[Json], first: int) -> str:
 
 
 def age_answer(frame: Any, *, main: str = "robust") -> Words:
-    """How old data may be: the main kind of arm at its freshest and at every other age, then the others at theirs."""
+    """How old data may be: the main kind of arm at its freshest and at every other age, then the others at theirs.
+
+    ``main`` is chosen as :func:`agentsdpo.plots.age_curve` does.
+    """
     arms = arms_of(records(frame))
+    main = main_kind(arms, main)
     ends = {name: (rows[0]["staleness"], held_out(rows), len(final(rows))) for name, rows in arms.items()}
     own = {name: end for name, end in ends.items() if kind_of(name) == main and end[1]}
     others = {name: end for name, end in ends.items() if kind_of(name) != main and end[1]}

@@ -128,6 +128,19 @@ def test_the_answer_on_age_follows_the_rows() -> None:
     assert str(words.age_answer([])) == "No arm of the kind `robust` has finished yet."
 
 
+def test_runs_of_another_preset_have_an_answer_and_a_blue_line() -> None:
+    rows = [{**row, "arm": "grpo-8", "preset": "grpo"} for row in study() if row["arm"] == "naive-8"]
+    assert str(words.age_answer(rows)).startswith("`grpo` passes on held-out tasks: at staleness 8 0.0 %")
+    line = labels(plots.age_curve(rows).axes[0])["grpo"].lines[0]
+    assert line.get_color() == plots.ROLES["student"]
+
+
+def test_a_first_evaluation_without_a_scored_episode_is_no_zero_shot_line() -> None:
+    rows = [{"n": 0, **{key: row[key] for key in row if key not in ("n", "pass", "score")}} if row["step"] == 0 else row
+            for row in study()]
+    assert not [label for label in labels(plots.age_curve(rows).axes[0]) if "zero-shot" in label]
+
+
 def test_the_answer_on_learning_follows_the_rows() -> None:
     up, flat = ([row for row in study() if row["arm"] == name] for name in ("robust-0", "naive-8"))
     three = [{**row, "split": "test_period"} for row in up if row["split"] == "test_world"]
