@@ -204,6 +204,37 @@ def test_the_page_in_a_browser(store: ReplayStore, tmp_path: Path) -> None:
         assert driver.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
 
 
+def ends_of(driver: Any, selector: str) -> tuple[float, float]:
+    """Where an element begins and ends on the screen, in pixels from the top."""
+    box = driver.execute_script("const b = document.querySelector(arguments[0]).getBoundingClientRect(); "
+                                "return [b.top, b.bottom]", selector)
+    return box[0], box[1]
+
+
+@needs_browser
+@pytest.mark.slow
+def test_nothing_that_is_looked_at_lies_under_the_head(store: ReplayStore, tmp_path: Path) -> None:
+    episode, scores, words = score(shown(store), Wanted("seed"))
+    (tmp_path / "page.html").write_text(page(episode, scores, note=words))
+    with browser(tmp_path) as driver:
+        for width in (1400, 1100, 600):
+            driver.set_window_size(width, 700)
+            driver.get((tmp_path / "page.html").as_uri())
+            for _ in range(3):
+                key(driver, "n")
+            head, here = ends_of(driver, "header"), ends_of(driver, ".here")
+            assert ends_of(driver, "#card dt")[0] >= head[1]
+            assert here[0] >= head[1]
+            if width == 600:
+                assert here[1] <= ends_of(driver, "aside")[0]
+                continue
+            assert ends_of(driver, "#outline a")[0] >= head[1]
+            driver.execute_script("document.querySelector('#outline a:nth-child(3)').click()")
+            assert driver.execute_script("return window.scrollY") > 0
+            target = driver.execute_script("return document.querySelector('#outline a:nth-child(3)').hash.slice(1)")
+            assert ends_of(driver, f"[id={target}]")[0] >= head[1] - 1
+
+
 @needs_browser
 @pytest.mark.slow
 def test_text_is_never_markup(store: ReplayStore, tmp_path: Path) -> None:

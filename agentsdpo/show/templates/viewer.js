@@ -163,6 +163,7 @@
     for (const [turns, text] of data.hint.turns) $("hint").append(make("h3", turns), make("div", text, "hint"));
   } else $("hint").append(make("p", "No hint is read here.", "quiet"));
   for (const by of data.modes) { const button = make("button", NAMES[by]); button.dataset.by = by; button.addEventListener("click", () => choose(by)); $("modes").append(button); }
+  new ResizeObserver(([one]) => document.documentElement.style.setProperty("--head", one.target.offsetHeight + "px")).observe(document.querySelector("header"));
   write();
   blocks.slice(0, AT_ONCE).forEach(fill);
   choose(mode);
