@@ -237,6 +237,25 @@ def test_nothing_that_is_looked_at_lies_under_the_head(store: ReplayStore, tmp_p
 
 @needs_browser
 @pytest.mark.slow
+def test_of_several_tokens_in_one_character_the_strongest_is_shown(store: ReplayStore, tmp_path: Path) -> None:
+    episode, face = shown(store), load_chat(seed_path()).encode("\U0001f642")
+    branch = episode.rows[0].branch
+    ids, logps, start = branch.token_ids.copy(), branch.logprobs, branch.calls[1].start
+    ids[start:start + len(face)] = face
+    teacher = logps.copy()
+    teacher[start + 1] -= 3.0
+    told = replace(episode, rows=[replace(episode.rows[0], branch=branch.model_copy(update={"token_ids": ids}))])
+    (tmp_path / "page.html").write_text(page(told, [Scores(logps, teacher, teacher - logps, {}, {})]))
+    with browser(tmp_path) as driver:
+        driver.get((tmp_path / "page.html").as_uri())
+        assert [e.text for e in driver.find_elements("css selector", "#text .d4")] == ["\U0001f642"]
+        key(driver, "n")
+        assert driver.find_element("css selector", ".here").text == "\U0001f642"
+        assert "-3.00" in driver.find_element("id", "card").text
+
+
+@needs_browser
+@pytest.mark.slow
 def test_text_is_never_markup(store: ReplayStore, tmp_path: Path) -> None:
     episode, scores, _ = score(shown(store), Wanted("seed"))
     hint = Hint(text=EVIL, turns=((0, EVIL),), source="user", author=EVIL)

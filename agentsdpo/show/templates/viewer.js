@@ -34,7 +34,12 @@
   const filled = new Set();
   const place = (b) => { b.of = new Map(b.at.map((t, i) => [t, i])); b.start = new Int32Array(b.text.length + 1); for (let i = 0; i < b.text.length; i++) b.start[i + 1] = b.start[i] + (b.long[i] || 1); };
   const pieceAt = (b, token) => { let lo = 0, hi = b.text.length; while (lo + 1 < hi) { const mid = (lo + hi) >> 1; if (b.start[mid] <= token) lo = mid; else hi = mid; } return lo; };
-  const scored = (b, piece) => { for (let t = b.start[piece]; t < b.start[piece + 1]; t++) { const i = b.of.get(t); if (i !== undefined) return i; } return undefined; };
+  // A piece may be several tokens, as an emoji is; the one that weighs most stands for it.
+  const scored = (b, piece) => {
+    let best, most = -1;
+    for (let t = b.start[piece]; t < b.start[piece + 1]; t++) { const i = b.of.get(t), size = i === undefined ? -1 : Math.abs(value(b, i, mode) ?? 0); if (size > most) [best, most] = [i, size]; }
+    return best;
+  };
 
   const fill = (block) => {
     if (filled.has(block)) return;
@@ -47,14 +52,14 @@
       if (i === undefined) { quiet += text; continue; }
       flush();
       const span = make("span", text, "s");
-      span.dataset.i = i;
+      span.dataset.p = p;
       parts.append(span);
     }
     flush();
     block.div.replaceChildren(parts);
     paint(block);
   };
-  const paint = (block) => { for (const span of block.div.children) { const i = +span.dataset.i; span.className = "s " + shade(value(block.branch, i, mode), mode) + (block.branch.kind[i] === 1 ? "" : " m"); } };
+  const paint = (block) => { for (const span of block.div.children) { const i = span.dataset.i = scored(block.branch, +span.dataset.p); span.className = "s " + shade(value(block.branch, i, mode), mode) + (block.branch.kind[i] === 1 ? "" : " m"); } };
   const seen = new IntersectionObserver((entries) => { for (const e of entries) if (e.isIntersecting) fill(e.target.block); }, { rootMargin: "1200px" });
 
   const write = () => {
@@ -126,7 +131,7 @@
   let most = [], at = -1;
   const rank = () => {
     const all = [];
-    data.branches.forEach((b, k) => b.at.forEach((token, i) => { const v = value(b, i, mode); if (v !== null && Math.abs(v) >= STEPS[mode][0]) all.push([Math.abs(v), k, token, i]); }));
+    data.branches.forEach((b, k) => b.at.forEach((token, i) => { const v = value(b, i, mode); if (v !== null && Math.abs(v) >= STEPS[mode][0]) all.push([Math.abs(v), k, token]); }));
     all.sort((x, y) => y[0] - x[0]);
     most = all.slice(0, MOST).sort((x, y) => x[1] - y[1] || x[2] - y[2]);
     at = -1;
@@ -134,10 +139,10 @@
   const jump = (by) => {
     if (!most.length) return;
     at = at < 0 && by < 0 ? most.length - 1 : (at + by + most.length) % most.length;
-    const [, k, token, i] = most[at], b = data.branches[k], piece = pieceAt(b, token);
+    const [, k, token] = most[at], b = data.branches[k], piece = pieceAt(b, token);
     const block = blocks.find((one) => one.branch === b && one.first <= piece && piece < one.last);
     fill(block);
-    const span = [...block.div.children].find((one) => +one.dataset.i === i);
+    const span = [...block.div.children].find((one) => +one.dataset.p === piece);
     if (!span) return;
     span.scrollIntoView({ block: "center" });
     point(span);
