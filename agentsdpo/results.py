@@ -5,15 +5,13 @@ Rows are those of ``metrics.jsonl``. ``step``: one optimiser step with the diagn
 carry ``seed`` when several seeds share an arm. Summaries are those of ``summary.json``.
 """
 
-import json
 import math
-import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from agentsdpo.formats import is_number
-from agentsdpo.runfolder import Arm
+from agentsdpo.runfolder import Arm, parsed, read_starts
 from agentsdpo.stats import Interval, wilson
 from agentsdpo.track import read_metrics
 from agentsdpo.types import Json
@@ -183,13 +181,12 @@ def record_of_run(folder: Path) -> Json:
 
 def settings_of(folder: Path) -> Json:
     """The resolved settings of a training run."""
-    return tomllib.loads((folder / "config.toml").read_text())
+    return parsed((folder / "config.toml").read_text(encoding="utf-8", errors="replace"), folder)
 
 
 def starts_of(folder: Path) -> list[Json]:
     """What was recorded at each start of a training run."""
-    path = folder / "environment.json"
-    return json.loads(path.read_text()) if path.is_file() else []
+    return read_starts(folder / "environment.json")
 
 
 def commits(starts: Sequence[Json]) -> str | None:

@@ -147,7 +147,7 @@ def _prepare(folder: RunFolder, config: RunConfig, resume: bool) -> None:
     if resume:
         _same_settings(folder, config)
         head = folder.config.read_text().partition("\n")[0] + "\n"
-    starts = _starts(folder.environment)
+    starts = read_starts(folder.environment)
     starts.append(describe_environment())
     write_text(folder.environment, json.dumps(starts, indent=1) + "\n")
     text = head.replace("{}", starts[-1]["commit"] or "not a checkout") + config.to_toml()
@@ -156,8 +156,12 @@ def _prepare(folder: RunFolder, config: RunConfig, resume: bool) -> None:
     (folder.path / "FINISHED").unlink(missing_ok=True)
 
 
-def _starts(path: Path) -> list[Json]:
-    """Earlier starts of a run, oldest first."""
+def read_starts(path: Path) -> list[Json]:
+    """What ``environment.json`` holds of each start of a run, oldest first; nothing where it is not there.
+
+    Raises:
+        RunError: the file is not JSON.
+    """
     try:
         found = json.loads(path.read_text()) if path.is_file() else []
     except ValueError as error:
@@ -260,6 +264,21 @@ def read_run(run_dir: Path | str) -> RunData:
                        fix="give the folder that a run wrote, for example runs/demo")
     arms = [_read_arm(name, folders.get(name), of_arms.get(name) or {}) for name in ordered]
     return RunData(path, config, summary, tuple(arms) or (Arm("run", "", (), summary),))
+
+
+def parsed(config: str, path: Path) -> Json:
+    """The settings in the text of a run's ``config.toml``.
+
+    Args:
+        path: of the run, for the error.
+
+    Raises:
+        RunError: the text is not TOML.
+    """
+    try:
+        return tomllib.loads(config)
+    except tomllib.TOMLDecodeError as error:
+        raise RunError(f"config.toml of {path} is not TOML: {error}", fix="restore what the run wrote") from None
 
 
 def arm_records(summary: Json) -> dict[str, Json]:

@@ -1,7 +1,6 @@
 """Rows that figures are drawn from: run folders, tables of studies, data frames."""
 
 import os
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from agentsdpo.errors import RunError
 from agentsdpo.formats import is_number
 from agentsdpo.results import HELD_OUT, evals, headline_split
-from agentsdpo.runfolder import RunData, read_run
+from agentsdpo.runfolder import RunData, parsed, read_run
 from agentsdpo.stats import Interval, over_seeds, wilson
 from agentsdpo.types import Json
 
@@ -86,7 +85,7 @@ def read_arms(folders: Sequence[Path]) -> list[Json]:
     rows: list[Json] = []
     for run in map(read_run, folders):
         for arm in run.arms:
-            settings = tomllib.loads(arm.config or run.config)
+            settings = parsed(arm.config or run.config, run.path)
             age, seed = settings.get("staleness", 0), settings.get("seed", 0)
             rows += [{**row, "arm": arm_name(arm.name, age), "staleness": age, "seed": seed} for row in evals(arm.rows)]
     return rows

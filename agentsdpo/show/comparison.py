@@ -5,7 +5,6 @@ makes the comparison unfair (another evaluation, another machine) stands above t
 """
 
 import math
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from agentsdpo import formats
 from agentsdpo.files import write_out
 from agentsdpo.results import SPLIT_WORDS, arm_rate, evals, headline_split, rate, split_words
-from agentsdpo.runfolder import Arm, RunData, read_run
+from agentsdpo.runfolder import Arm, RunData, parsed, read_run
 from agentsdpo.settings_io import flat
 from agentsdpo.show.pages import Picture, missing_words, picture, render
 from agentsdpo.show.report import COSTS, PROVENANCE, plain, record_of
@@ -170,7 +169,7 @@ def _settings(a: RunData, b: RunData) -> list[tuple[str, str, str]]:
 
 def _set(run: RunData) -> Json:
     """Settings of the main arm by dotted key."""
-    return flat(tomllib.loads(run.main.config or run.config))
+    return flat(parsed(run.main.config or run.config, run.path))
 
 
 def _warnings(a: RunData, b: RunData) -> Iterator[str]:

@@ -237,6 +237,22 @@ def test_a_broken_summary_is_named(run_dir: Path, text: str) -> None:
         read_run(run_dir)
 
 
+@pytest.mark.parametrize(("name", "text", "told"), [("config.toml", "name = ", "config.toml of .* is not TOML"),
+                                                    ("environment.json", '[{"commit"', "environment.json is not JSON")])
+def test_broken_settings_and_starts_are_named(tmp_path: Path, name: str, text: str, told: str) -> None:
+    open_run(tmp_path / "r", settings.RunConfig()).finish()
+    (tmp_path / "r" / "metrics.jsonl").write_text("")
+    (tmp_path / "r" / name).write_text(text)
+    with pytest.raises(RunError, match=told):
+        read_run(tmp_path / "r")
+
+
+def test_settings_that_are_not_toml_cannot_be_compared(bare_run: Path) -> None:
+    (bare_run / "arms" / "only" / "config.toml").write_text("name = ")
+    with pytest.raises(RunError, match="bare is not TOML"):
+        compare(bare_run, bare_run)
+
+
 def test_an_arm_name_in_the_summary_is_never_a_path(run_dir: Path) -> None:
     (run_dir.parent / "metrics.jsonl").write_text('{"kind": "step", "step": 1}\n')
     (run_dir / "summary.json").write_text(json.dumps({"arms": {"../..": {"final_pass": 0.5}}}))
