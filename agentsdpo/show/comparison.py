@@ -14,6 +14,7 @@ from agentsdpo.files import write_out
 from agentsdpo.results import SPLIT_WORDS, arm_rate, evals, headline_split, rate, split_words
 from agentsdpo.runfolder import Arm, RunData, parsed, read_run
 from agentsdpo.settings_io import flat
+from agentsdpo.show.console import clean
 from agentsdpo.show.pages import Picture, missing_words, picture, render
 from agentsdpo.show.report import COSTS, PROVENANCE, plain, record_of
 from agentsdpo.stats import Interval, difference
@@ -71,19 +72,19 @@ def print_comparison(found: Json) -> None:
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for i, name in enumerate(("pass", found["a"]["name"], found["b"]["name"], "difference [points]")):
-        table.add_column(Text(name), justify="right" if i else "left", overflow="fold")
+        table.add_column(Text(clean(name)), justify="right" if i else "left", overflow="fold")
     for row in [*found["rates"], *found["splits"]]:
         cells = [" ".join((formats.percent(one[0]), _ends(one))).strip() if one else formats.MISSING
                  for one in (row["a"], row["b"])]
         gap = row["difference"]
-        table.add_row(*map(Text, (row["name"], *cells, f"{100 * gap[0]:+.1f} {_ends(gap)}" if gap else "")))
+        table.add_row(*map(Text, (clean(row["name"]), *cells, f"{100 * gap[0]:+.1f} {_ends(gap)}" if gap else "")))
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(table)
     for words in found["warnings"]:
-        console.print(Text(f"note: {words}"))
+        console.print(Text(clean(f"note: {words}")))
     for row in found["settings"]:
-        console.print(Text(f"{row['key']}: {row['a']} against {row['b']}"))
-    console.print(Text(found["verdict"], style="bold"))
+        console.print(Text(clean(f"{row['key']}: {row['a']} against {row['b']}")))
+    console.print(Text(clean(found["verdict"]), style="bold"))
 
 
 def _ends(found: list[float]) -> str:

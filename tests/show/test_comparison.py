@@ -11,7 +11,7 @@ import pytest
 
 from agentsdpo.errors import RunError
 from agentsdpo.show import pages
-from agentsdpo.show.comparison import compare, write_comparison
+from agentsdpo.show.comparison import compare, print_comparison, write_comparison
 from agentsdpo.stats import difference, wilson
 from tests.show.browser import browser, complaints, contrasts, needs_browser
 from tests.show.test_report import HOSTILE, assert_self_contained
@@ -121,6 +121,16 @@ def test_hostile_text_stays_text(runs: tuple[Path, Path]) -> None:
     assert_self_contained(text)
     assert "&lt;script&gt;" in text
     assert "<img" not in text
+
+
+def test_no_text_of_a_run_drives_the_terminal(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "\x1b]0;owned\x07\x1b[2J"
+    config = runs[1] / "arms" / "off-policy" / "config.toml"
+    config.write_text(f"[learn]\nratio = {json.dumps(evil)}\n")
+    summary = json.loads((runs[1] / "summary.json").read_text())
+    (runs[1] / "summary.json").write_text(json.dumps({**summary, "hardware": evil}))
+    print_comparison(compare(*runs))
+    assert "\x1b" not in capsys.readouterr().out
 
 
 def run_verb(*words: str) -> "subprocess.CompletedProcess[str]":
