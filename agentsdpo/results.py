@@ -174,9 +174,9 @@ def concluded(folder: Path) -> Json:
 def record_of_run(folder: Path) -> Json:
     """Numbers of one training run, from what it wrote."""
     settings, rows = settings_of(folder), read_metrics(folder / "metrics.jsonl")
-    last = {key: rows[-1][key] for key in ("episodes", "wall_s") if key in rows[-1]} if rows else {}
-    return {**summarise(rows, settings["steps"]), "staleness": settings["staleness"], "steps": settings["steps"],
-            "seed": settings["seed"], **last, "commit": commits(starts_of(folder))}
+    most = reached(Arm(settings["name"], "", tuple(rows), {}))  # the last line may be an evaluation that came late
+    return {**summarise(rows, settings["steps"]), **most, "staleness": settings["staleness"],
+            "steps": settings["steps"], "seed": settings["seed"], "commit": commits(starts_of(folder))}
 
 
 def settings_of(folder: Path) -> Json:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from agentsdpo import results
-from agentsdpo.runfolder import Arm, read_run
+from agentsdpo.config import RunConfig
+from agentsdpo.runfolder import Arm, open_run, read_run
 from agentsdpo.stats import wilson
 
 
@@ -55,3 +56,12 @@ def test_an_unfinished_arm_says_how_far_it_got() -> None:
     rows = ({"kind": "eval", "step": 0, "episodes": 0, "wall_s": 1.0}, {"kind": "step", "step": 4, "episodes": 128})
     assert results.reached(Arm("a", "", rows, {})) == {"steps": 4, "episodes": 128, "wall_s": 1.0}
     assert results.reached(Arm("a", "", (), {})) == {}
+
+
+def test_an_evaluation_that_came_late_does_not_say_how_far_a_run_got(tmp_path: Path) -> None:
+    open_run(tmp_path / "r", RunConfig(steps=4)).finish()
+    late = [{"kind": "step", "step": 4, "episodes": 128, "wall_s": 9.0},
+            {"kind": "eval", "step": 2, "split": "val", "decoding": "sampled", "episodes": 64, "wall_s": 5.0}]
+    (tmp_path / "r" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in late))
+    record = results.record_of_run(tmp_path / "r")
+    assert (record["steps"], record["episodes"], record["wall_s"]) == (4, 128, 9.0)
