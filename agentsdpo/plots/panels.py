@@ -108,8 +108,7 @@ def diagnostic(rows: Sequence[Json], panel: Panel) -> Figure | None:
     columns = {one.key: column(table, one.key) for one in found}
     for one in found:
         for i, group in enumerate(by_seed(table).values()):
-            axes.plot([row["step"] for row in group], column(group, one.key), color=ROLES[one.role],
-                      linestyle=one.style, linewidth=1.6, label=one.label if i == 0 else None)
+            draw(axes, group, one, label=one.label if i == 0 else None, color=ROLES[one.role], linestyle=one.style)
     if panel.name == "ratio" and len(by_seed(table)) == 1:
         _fan(axes, table, columns)
     for i, (value, label) in enumerate(panel.references(columns)):
@@ -117,6 +116,16 @@ def diagnostic(rows: Sequence[Json], panel: Panel) -> Figure | None:
     log_scale(axes, panel)
     axes.set(xlabel=AXES["step"], ylabel=panel.unit)
     return finish(figure, axes)
+
+
+def draw(axes: Axes, rows: Sequence[Json], series: Series, **style: Any) -> None:
+    """A line of a panel against optimiser steps, with a dot for each step whose neighbours did not record it."""
+    at, values = np.array([row["step"] for row in rows]), column(rows, series.key)
+    axes.plot(at, values, linewidth=1.6, **style)
+    known = np.pad(np.isfinite(values), 1)
+    alone = known[1:-1] & ~known[:-2] & ~known[2:]
+    if alone.any():
+        axes.plot(at[alone], values[alone], ".", color=style["color"])
 
 
 def log_scale(axes: Axes, panel: Panel) -> None:

@@ -63,7 +63,7 @@ def tint(role: str, strength: float) -> tuple[float, float, float]:
 def finish(figure: Figure, axes: Axes, columns: int | None = None) -> Figure:
     """Whole numbers on counted axes, and the legend below, where it cannot hide data."""
     if axes.get_xlabel() in AXES.values():
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         many = columns or (2 if figure.get_figwidth() < 6 else 4)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from agentsdpo.formats import is_number
 from agentsdpo.plots.bars import dot, rate_axis, split_label
 from agentsdpo.plots.curves import VALUES, draw_band, draw_seeds, x_unit
-from agentsdpo.plots.panels import Panel, Series, column, log_scale
+from agentsdpo.plots.panels import Panel, Series, column, draw, log_scale
 from agentsdpo.plots.style import AXES, ROLES, STYLE, canvas, finish, reference
 from agentsdpo.results import SPLIT_WORDS, evals, rate, steps
 from agentsdpo.types import Json
@@ -69,8 +69,7 @@ def versus_panel(panel: Panel, runs: Mapping[str, Sequence[Json]]) -> Figure | N
         return None
     figure, axes = canvas((3.9, 3.1))
     for name, table, (role, dash) in zip(runs, tables, LOOKS, strict=True):
-        axes.plot([row["step"] for row in table], column(table, series.key), color=ROLES[role], linestyle=dash,
-                  linewidth=1.6, label=name)
+        draw(axes, table, series, label=name, color=ROLES[role], linestyle=dash)
     (value, label), other = (panel.references({series.key: column(table, series.key)})[0] for table in tables)
     if (value, label) == other:  # what is read from a run's own numbers is no baseline of the other
         reference(axes, value, label, (0, (6, 3)))

@@ -157,6 +157,17 @@ def test_a_panel_without_data_is_none_and_gaps_stay_gaps() -> None:
     assert values[2] == 3.0
 
 
+@pytest.mark.parametrize("losses", [[0.5], [0.5, None, 0.25, None, 0.125]])
+def test_a_step_between_skipped_ones_is_a_dot(losses: list[float | None]) -> None:
+    rows = [{"kind": "step", "step": i + 1, "learn/loss": loss} for i, loss in enumerate(losses)]
+    figure = panels.diagnostic(rows, next(p for p in panels.PANELS if p.name == "loss"))
+    assert figure is not None
+    (dots,) = [line for line in axes_of(figure).get_lines() if line.get_marker() == "."]
+    assert ys(dots) == [loss for loss in losses if loss is not None]
+    figure.draw_without_rendering()
+    assert all(tick == round(tick) for tick in axes_of(figure).get_xticks())
+
+
 def test_the_gap_alarm_is_a_tenth_of_the_first_step() -> None:
     rows = [{"kind": "step", "step": i, "learn/gap/abs": value} for i, value in enumerate([0.8, 0.4])]
     figure = panels.diagnostic(rows, next(p for p in panels.PANELS if p.name == "gap"))
