@@ -19,6 +19,8 @@ from agentsdpo.formats import is_number
 from agentsdpo.plots.style import DARK, ROLES, STYLE, canvas, finish, tint
 from agentsdpo.types import Json
 
+MOST_COLUMNS = 16
+"""Criteria that get a column each, as in the benchmark's own report; sets with more number those of each task."""
 _SHADES = LinearSegmentedColormap.from_list("met", [tint("student", strength) for strength in (0.08, 1.0)])
 
 
@@ -105,13 +107,27 @@ def criteria_matrix(report: Json, *, tasks: int = 40) -> Figure:
 def criteria_table(report: Json) -> tuple[np.ndarray, list[str], list[str]]:
     """Share of attempts that met a criterion, ``[tasks, criteria]`` (NaN: not asked or not judged), and both names.
 
+    Where every task has criteria of its own, columns are their places in the task: 1, 2, ...
+
     >>> criteria_table({"tasks": [{"task_id": "t", "criteria": {"file": [1, 4], "mail": [0, 0]}}]})
     (array([[0.25,  nan]]), ['t'], ['file', 'mail'])
     """
     tasks: Sequence[Json] = report["tasks"]
-    names = list(dict.fromkeys(name for task in tasks for name in task["criteria"]))
-    table = np.full((len(tasks), len(names)), np.nan)
+    names, longest = criteria_names(report), max((len(task["criteria"]) for task in tasks), default=0)
+    columns = names or [str(place + 1) for place in range(longest)]
+    table = np.full((len(tasks), len(columns)), np.nan)
     for i, task in enumerate(tasks):
-        for name, (met, judged) in task["criteria"].items():
-            table[i, names.index(name)] = met / judged if judged else np.nan
-    return table, [task["task_id"] for task in tasks], names
+        for place, (name, (met, judged)) in enumerate(task["criteria"].items()):
+            table[i, names.index(name) if names else place] = met / judged if judged else np.nan
+    return table, [task["task_id"] for task in tasks], columns
+
+
+def criteria_names(report: Json) -> list[str]:
+    """Criteria that tasks share, by name; empty where every task has its own.
+
+    >>> criteria_names({"tasks": [{"criteria": {f"{task}-{i}": [1, 1] for i in range(6)}} for task in "abc"]})
+    []
+    """
+    names = list(dict.fromkeys(name for task in report["tasks"] for name in task["criteria"]))
+    longest = max((len(task["criteria"]) for task in report["tasks"]), default=0)
+    return names if len(names) <= max(MOST_COLUMNS, longest) else []

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from agentsdpo.formats import interval, is_number, number, percent
+from agentsdpo.plots.card import criteria_names
 from agentsdpo.plots.curves import by_seed
 from agentsdpo.plots.tables import NEVER, arms_of, final, held_out, judged, kind_of, main_kind, records
 from agentsdpo.plots.tokens import PARTS, by_hint, corrections_kept, episode_means, part_shares
@@ -162,12 +163,9 @@ def card_answer(reports: Mapping[str, Json]) -> Words:
     if len(reports) > 1:
         other, first = next(iter(reports.items()))
         words.append(f" {other}: {_known(first['overall']['conditional']['pass@1'])}.")
-    met: dict[str, list[int]] = {}
-    for task in last["tasks"]:
-        for criterion, (good, asked) in task["criteria"].items():
-            have = met.setdefault(criterion, [0, 0])
-            met[criterion] = [have[0] + good, have[1] + asked]
-    shares = {criterion: good / asked for criterion, (good, asked) in met.items() if asked}
+    counts = {name: [task["criteria"].get(name, (0, 0)) for task in last["tasks"]] for name in criteria_names(last)}
+    shares = {name: sum(met for met, _ in own) / asked for name, own in counts.items()
+              if (asked := sum(judged for _, judged in own))}
     worst = min(shares.values(), default=1.0)
     if worst < 1:
         names = ", ".join(f"`{criterion}`" for criterion, share in shares.items() if share == worst)

@@ -276,3 +276,15 @@ def test_the_card_shows_the_report() -> None:
     assert "| seed | 0 | 0 |" in str(words.card_stamps(reports))
     with pytest.raises(RunError, match="write it with: agentsdpo bench report"):
         plots.read_bench(HOME / "docs")
+
+
+def test_criteria_that_no_two_tasks_share_are_numbered() -> None:
+    report = plots.read_bench(HOME / "notebooks" / "data" / "bench" / "after")
+    for i, task in enumerate(report["tasks"]):
+        task["criteria"] = {f"ver_{i}_{k}": [k % 2, 2] for k in range(3 + i % 2)}
+    table, _, names = card.criteria_table(report)
+    assert names == ["1", "2", "3", "4"]
+    assert table.shape == (24, 4)
+    assert table[1].tolist() == [0.0, 0.5, 0.0, 0.5]
+    assert np.isnan(table[0, 3])
+    assert "ver_" not in str(words.card_answer({"after": report})), "which of 84 was missed most says nothing"
