@@ -81,13 +81,20 @@ def read_seeds(folders: Sequence[Path]) -> tuple[RunData, list[Json]]:
 
 
 def read_arms(folders: Sequence[Path]) -> list[Json]:
-    """Evaluations of all arms of some runs as those of a study: arm, staleness and seed are what each was set to."""
+    """Evaluations of all arms of some runs as those of a study: arm, staleness and seed are what each was set to.
+
+    Raises:
+        RunError: there is none.
+    """
     rows: list[Json] = []
     for run in map(read_run, folders):
         for arm in run.arms:
             settings = parsed(arm.config or run.config, run.path)
             age, seed = settings.get("staleness", 0), settings.get("seed", 0)
             rows += [{**row, "arm": arm_name(arm.name, age), "staleness": age, "seed": seed} for row in evals(arm.rows)]
+    if not rows:
+        raise RunError(f"no evaluation in {', '.join(map(str, folders))}",
+                       fix="let a run reach its zero-shot evaluation first")
     return rows
 
 

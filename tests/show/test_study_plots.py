@@ -80,6 +80,12 @@ def test_runs_become_seeds_and_arms(write_run: Callable[[Path], Path], tmp_path:
     assert {row["seed"] for row in arms["off-policy-3"]} == {5}
 
 
+def test_runs_that_were_never_evaluated_are_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "step", "step": 1}\n')
+    with pytest.raises(RunError, match=f"no evaluation in {tmp_path}; let a run reach"):
+        plots.read_arms([tmp_path])
+
+
 def test_age_curve_is_the_iqm_of_seeds_and_splits() -> None:
     rows = study()
     axes = plots.age_curve(rows).axes[0]
