@@ -138,7 +138,8 @@ branch equals its parent before `fork_at` and samples nothing there; (k) `prompt
 `content_sha256`: `tokens_sha256`, then the calls: their number (u32); for every field in schema order that is not null
 in all of them, its name (u32 length, bytes), one byte per call (0 null, 1 present), then the present values: numbers;
 all lengths (u32) and then all bytes of strings and hashes; all lengths (u32) and then the fields of the structs in the
-same way for lists of structs. t_request, t_first_token, t_done and mono_ns are left out.
+same way for lists of structs. t_request, t_first_token, t_done and mono_ns are left out. A branch without calls has
+one field, `versions`.
 A log entry's `sha` hashes its other fields as JSON with sorted keys and no spaces; `prev` is the `sha` before it.
 `footer_sha256` hashes the last `footer_len + 8` bytes of a segment, `sha256` all of it.
 """

@@ -85,6 +85,13 @@ def test_everything_survives(fmt: str, tmp_path: Path) -> None:
         assert same_episode(before, after)
 
 
+@pytest.mark.parametrize("fmt", WHOLE)
+def test_episodes_that_failed_before_their_first_call_are_not_one(fmt: str, tmp_path: Path) -> None:
+    bare = Branch(token_ids=np.zeros(0, np.int32), token_kind=np.zeros(0, np.uint8), logprobs=np.zeros(0, np.float32))
+    episodes = [make_episode(i, episode_id=f"e{i}", branches=(bare,)) for i in range(3)]
+    assert [episode.task_id for episode in through(fmt, episodes, tmp_path)] == ["task-0", "task-1", "task-2"]
+
+
 @st.composite
 def any_episode(draw: st.DrawFn) -> Episode:
     """Calls of 0-3 tokens, ids up to 2**31 - 1, log-probs down to -999 and up to -0.0, any text in messages."""
