@@ -38,7 +38,8 @@ class Fold:
         conflicts: keys with two whole rows of unequal content, which are both withheld; all their rows.
         files: data files that rows may be in; those handed to ``gc`` are in ``gone``, by the number of that entry.
         moved: where the latest ``replace`` put a key.
-        beaten: files that hold a row which lost to a better one of its key.
+        beaten: files that hold a row which lost to a better one of its key; ``outdone`` has key and
+            ``content_sha256`` of such rows.
         archived: closed streams that were packed.
         closures: members of groups that were closed by name.
         epoch: number of take-overs of the maintenance stream.
@@ -58,6 +59,7 @@ class Fold:
     gone: dict[str, int] = field(default_factory=dict)
     moved: dict[Key, Located] = field(default_factory=dict)
     beaten: set[str] = field(default_factory=set)
+    outdone: set[tuple[Key, str]] = field(default_factory=set)
     archived: dict[str, archive.Place] = field(default_factory=dict)
     closures: dict[str, list[str]] = field(default_factory=dict)
     epoch: int = 0
@@ -220,6 +222,7 @@ class Fold:
                 self.conflicts.setdefault(row.key, [best]).append(row)
             else:
                 self.beaten.add((row if best.rank > row.rank else self.rows[row.key]).path)
+                self.outdone.add((row.key, min(best, row, key=attrgetter("rank")).content_sha256))
         if best is None or row.rank > best.rank or (row.rank == best.rank and row.path < best.path):
             self._added[row.key] = row
             self._put(row.key)

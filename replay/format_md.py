@@ -101,10 +101,11 @@ then `truncated`, `aborted`, `salvaged`), then the one with more tokens, then th
 
 `overlay/<kind>/` has the columns episode_id, branch_id, attempt, call_id (null: the whole branch), target_sha256
 (`content_sha256` of the row it is about), revision, value (JSON), author, t_created. The highest revision counts,
-between equal ones the later file name; a file counts once an `overlay` operation names it. Values: `hint` an object
-with `text`; `reward` an object with `reward`, `status` (`final`, `provisional`, `none`) and `grade`; `label` a text;
-`relogprob` has null and three more columns, policy_version, trainer_id and logprobs (float32, NaN: not scored). A
-`grade` without `results` leaves the criteria of the row as they are, and its feedback where it has none.
+between equal ones the later file name; a file counts once an `overlay` operation names it. A value for a row that lost
+to a better one of its key does not count. Values: `hint` an object with `text`; `reward` an object with `reward`,
+`status` (`final`, `provisional`, `none`) and `grade`; `label` a text; `relogprob` has null and three more columns,
+policy_version, trainer_id and logprobs (float32, NaN: not scored). A `grade` without `results` leaves the criteria of
+the row as they are, and its feedback where it has none.
 
 ## Columns that need a word
 

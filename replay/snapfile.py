@@ -90,8 +90,9 @@ def _rest(fold: "Fold", used: list[str]) -> Json:
         packs.setdefault(place.path, [place.size, place.sha256, []])[2].append(writer)
     empty = fold.files.keys() - set(used)
     return {"v": 1, "vector": fold.vector, "closed": sorted(fold.closed), "overlays": fold.overlays,
-            "gone": fold.gone, "beaten": sorted(fold.beaten), "archives": packs, "closures": fold.closures,
-            "epoch": fold.epoch, "busy": fold.busy, "files": {path: fold.files[path] for path in sorted(empty)}}
+            "gone": fold.gone, "beaten": sorted(fold.beaten), "outdone": sorted(fold.outdone), "archives": packs,
+            "closures": fold.closures, "epoch": fold.epoch, "busy": fold.busy,
+            "files": {path: fold.files[path] for path in sorted(empty)}}
 
 
 # ----------------------------------------------------------------------------------------------------- reading
@@ -177,6 +178,7 @@ def _fill(fold: "Fold", table: pa.Table, rest: Json, vector: Vector) -> None:
     fold.vector, fold.epoch, fold.busy, fold.closed = vector, rest["epoch"], rest["busy"], set(rest["closed"])
     fold.overlays, fold.gone, fold.closures = rest["overlays"], rest["gone"], rest["closures"]
     fold.beaten = set(rest["beaten"])
+    fold.outdone = {(Key(*key), sha) for key, sha in rest.get("outdone", ())}  # earlier builds wrote none
     fold.archived = {writer: archive.Place(path, size, sha, *vector[writer])
                      for path, (size, sha, writers) in rest["archives"].items() for writer in writers}
 

@@ -87,6 +87,13 @@ def test_a_salvaged_row_gives_way_to_the_whole_one(source: Path, tmp_path: Path)
     into.append([part], salvaged=True)
     assert combine.merge(into, ReplayStore.open(source)).copied == 6
     assert into.episode("cccc-4").stop_reason == episode.stop_reason
+    said = ReplayStore.open(tmp_path / "said")
+    said.append([part], salvaged=True)
+    for reward in (0.1, 0.2):
+        said.add_rewards({"cccc-4": reward})
+    ReplayStore.open(source).add_rewards({"cccc-4": 0.9})
+    assert combine.merge(said, ReplayStore.open(source)).late == 1
+    assert said.episode("cccc-4").reward == 0.9, "what was said of the half is not said of the whole"
     worse = ReplayStore.open(tmp_path / "worse")
     worse.append([part], salvaged=True)
     assert combine.merge(into, worse).older == 1
