@@ -11,7 +11,7 @@ from replay_factories import make_episode
 from test_replay_cli import content, document, good, lines, refused
 
 from agentsdpo.errors import CorruptionError, StoreError
-from agentsdpo.replay import Key, ReplayStore, compact
+from agentsdpo.replay import Key, ReplayConfig, ReplayStore, compact
 from agentsdpo.replay.upkeep import combine
 from agentsdpo.types import Hint, StopReason
 
@@ -131,6 +131,18 @@ def test_late_values_come_along_with_their_revisions(source: Path, tmp_path: Pat
     into.add_rewards({"aaaa-1": 0.5})
     assert combine.merge(into, a).late == 0
     assert into.snapshot().read([Key("aaaa-1", 0, 0)])[0].reward == 0.5
+
+
+def test_a_group_that_was_closed_by_name_stays_closed(source: Path, tmp_path: Path) -> None:
+    ReplayStore.open(source).close_group("g-c", ["cccc-3"])
+    closed = ReplayConfig(group_mode="closed")
+    for _ in range(2):
+        good("merge", tmp_path / "into", source)
+        into = ReplayStore.open(tmp_path / "into")
+        assert into.fold().closures == {"g-c": ["cccc-3"]}
+        assert into.sampler(closed).explain(9) == ReplayStore.open(source).sampler(closed).explain(9)
+    assert sum(op["op"] == "group_close" for path in into.root.glob("log/*/*.json")
+               for op in json.loads(path.read_text())["ops"]) == 1, "once is enough"
 
 
 def test_damage_is_never_copied(source: Path, tmp_path: Path) -> None:
