@@ -59,6 +59,15 @@ def files(root: Path) -> dict[str, int]:
     return {str(path.relative_to(root)): path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("name", ["tenant/7", "../../../7", "x" * 300, "7\0", "..", "sé\n"])
+def test_no_id_hides_a_journal_from_recovery(writer: Elsewhere, store: ReplayStore, name: str) -> None:
+    path = writer.play(0, 4, episode_id=name)
+    assert path.parent.name == writer.id, "and nothing is written outside the spool"
+    assert recover(store, close=True).count("salvaged") == 1
+    assert store.episode(name).metadata["salvaged"]["steps"] == 4
+    assert not path.exists()
+
+
 def test_a_cut_episode_is_salvaged_and_gives_way_to_a_whole_one(writer: Elsewhere, store: ReplayStore) -> None:
     path = writer.play(0, 4)
     before = files(store.root)
