@@ -346,6 +346,7 @@ def test_tail_shows_the_newest(shared: Path) -> None:
     assert [row["episode_id"] for row in lines("tail", shared, "--fields", "episode")][-1] == "dddd-5"
     assert lines("tail", shared, "--since", "2999-01-01") == []
     assert len(lines("tail", shared, "--since", "1h")) == 6
+    assert len(lines("tail", shared, "--since", "99999999999d")) == 6
     assert "write 90s" in refused(2, "tail", shared, "--since", "yesterday")
 
 

@@ -150,7 +150,9 @@ def test_labels_rewards_and_hints_come_late(own: Path, tmp_path: Path) -> None:
     ('{"episode_id": "aaaa-1"}', "'label' is missing"), ("[]", "not an object"), ("{", "line 1 is no label"),
     ('{"episode_id": "aaaa-1", "label": 3}', "are texts"), ('{"episode_id": "a", "label": "x", "y": 1}', "it has 'y'"),
     ('{"episode_id": "a", "label": "x"}\n{"episode_id": "a", "label": "y"}', "line 2 is about a"),
-    ('{"episode_id": "a", "branch_id": "zero", "label": "x"}', "line 1 is no label")])
+    ('{"episode_id": "a", "branch_id": "zero", "label": "x"}', "line 1 is no label"),
+    ('{"episode_id": "aaaa-1", "branch_id": 0.9, "label": "x"}', "branch_id and attempt are integers"),
+    ("[" * 100_000, "line 1 is no label")])
 def test_a_line_that_is_no_label_is_named_and_nothing_is_added(line: str, said: str, own: Path, tmp_path: Path) -> None:
     (tmp_path / "notes").write_text(line)
     before = content(own)

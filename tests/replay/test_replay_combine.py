@@ -230,7 +230,7 @@ def test_split_refuses_what_is_not_clear(source: Path, tmp_path: Path) -> None:
     to = tmp_path / "out"
     assert "--by or --parts" in refused(2, "split", source, to)
     assert "--by or --parts" in refused(2, "split", source, to, "--by", "env", "--parts", "a=1")
-    for text in ("a", "a=x", "a=0.5", "a=1.5,b=-0.5", ""):
+    for text in ("a", "a=x", "a=0.5", "a=1.5,b=-0.5", "a=nan,b=0.1", ""):
         assert "--parts" in refused(2, "split", source, to, "--parts", text)
     assert "name of a folder" in refused(2, "split", source, to, "--parts", "../x=1")
     assert not to.exists()
