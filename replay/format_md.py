@@ -95,7 +95,8 @@ object with `writer`, `seq`, `prev`, `ts_us`, `sha` and a list `ops`. Streams ma
 
 A key counts if an `add` names it and nothing hides it. Of several rows of one key the best status counts (`sealed`,
 then `truncated`, `aborted`, `salvaged`), then the one with more tokens, then the lower `content_sha256`; a key with two
-`sealed` rows of unequal `content_sha256` is withheld.
+`sealed` rows of unequal `content_sha256` is withheld. A `salvaged` row, which a crash left, does not count where
+another branch of the same attempt came with a better status.
 
 ## Late values
 

@@ -132,7 +132,8 @@ def _snapfile(walk: Walk) -> Iterator[Problem]:
     for key in sorted(key for key in state.rows.keys() | walk.state.rows.keys()
                       if state.rows.get(key) != walk.state.rows.get(key)):
         yield Problem("fast", "snap", str(key), "the folded snapshot says otherwise than the log", fix)
-    if state.evicted != walk.state.evicted or state.conflicts.keys() != walk.state.conflicts.keys():
+    if state.evicted != walk.state.evicted or state.conflicts.keys() != walk.state.conflicts.keys() \
+            or state.outlived != walk.state.outlived:
         yield Problem("fast", "snap", None, "the folded snapshot hides other rows than the log", fix)
 
 
