@@ -59,7 +59,7 @@ def _uses(index: Path, opened: "ReplayStore") -> "dict[Key, int]":
 
     if not index.is_file():
         raise StoreNotFound(f"there is no side index {index}", fix="the learner writes it; see SideIndex")
-    return {key: use.uses for key, use in SideIndex(index, opened.about["store_id"]).read().items()}
+    return {key: use.uses for key, use in SideIndex(index, opened.about["store_id"], make=False).read().items()}
 
 
 def _words(bounds: Any, where: str | None) -> str:

@@ -68,6 +68,13 @@ def test_evict_by_uses_needs_the_index(own: Path, tmp_path: Path) -> None:
     assert found["keys"] == ["aaaa-1/0/0"]  # cccc-4, of the group of cccc-3, was never drawn
     assert "belong together" in refused(2, "evict", own, "--max-uses", "3")
     assert "no side index" in refused(4, "evict", own, "--max-uses", "3", "--index", tmp_path / "none")
+    SideIndex(tmp_path / "theirs.sqlite", "another store")
+    (tmp_path / "notes.txt").write_text("years of work")
+    for name in ("theirs.sqlite", "notes.txt"):
+        before = (tmp_path / name).read_bytes()
+        said = refused(1, "evict", own, "--max-uses", "3", "--index", tmp_path / name)
+        assert f"{name} is no side index of store" in said
+        assert (tmp_path / name).read_bytes() == before, "a file that is named by mistake stays what it is"
 
 
 def test_evict_refuses_to_hide_everything_and_what_it_cannot_read(own: Path) -> None:
