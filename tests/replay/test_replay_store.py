@@ -21,6 +21,7 @@ from agentsdpo.replay.log import make_entry
 from agentsdpo.replay.overlay import Slot
 from agentsdpo.replay.rows import to_rows
 from agentsdpo.replay.segment import GROUP_TOKENS, encode
+from agentsdpo.replay.spool import Spool
 from agentsdpo.types import Hint
 
 LATE = Hint(text="late", source="user", author="me")
@@ -299,6 +300,23 @@ def test_the_best_of_two_rows_wins_and_two_whole_ones_conflict(store: ReplayStor
     assert (len(view), view.conflicts) == (0, {Key("e", 0, 0)})
     with pytest.raises(StoreError, match="is in conflict"):
         view.read([Key("e", 0, 0)])
+
+
+def test_a_store_stays_where_it_is_when_the_process_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    store = ReplayStore.open("runs/store")
+    spool, key = Spool(store, folder="spool"), Key("e", 0, 0)
+    store.append([make_episode(1, episode_id="d")])
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    journal = spool.begin({"episode_id": "e"})
+    assert journal is not None
+    assert journal.path.is_relative_to(tmp_path / "spool")
+    store.append([make_episode(2, episode_id="e")])
+    assert len(store) == 2
+    assert ReplayStore.open(tmp_path / "runs/store", create=False).snapshot().read([key])
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert store.storage.uri == "runs/store", "messages name it as it was named"
 
 
 @pytest.mark.parametrize("folded", [False, True])
