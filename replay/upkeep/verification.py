@@ -7,6 +7,7 @@ deep: the row rules of ``FORMAT.md`` on every live episode, targets of overlays,
 """
 
 import hashlib
+import shlex
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -142,7 +143,8 @@ def _present(walk: Walk, sizes: dict[str, int]) -> Iterator[Problem]:
     state, live = walk.state, walk.state.live()
     for key, rows in sorted((key, rows) for key, rows in state.conflicts.items() if key not in state.evicted):
         yield Problem("fast", rows[0].path, str(key), f"two whole rows of unequal content, in {rows[0].path} and "
-                      f"{rows[1].path}; both are withheld", "evict the key")
+                      f"{rows[1].path}; both are withheld", "give both up: agentsdpo replay rm "
+                      f"{shlex.quote(walk.storage.uri)} {shlex.quote(key.episode_id)} --yes")
     for key, row in sorted(live.items()):
         if row.path in state.gone:
             yield Problem("fast", row.path, str(key), "a live row lies in a file that was reclaimed", RESTORE)

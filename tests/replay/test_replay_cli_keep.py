@@ -2,14 +2,16 @@
 
 import json
 import os
+import shlex
 import time
 from pathlib import Path
 
 import pytest
 from replay_factories import make_episode
 from test_replay_cli import call, content, document, good, lines, refused
+from test_replay_verify import forge
 
-from agentsdpo.replay import Key, ReplayStore
+from agentsdpo.replay import Key, ReplayStore, to_rows
 from agentsdpo.replay.cli import choose
 from agentsdpo.replay.sampling.index import SideIndex, Use
 
@@ -211,3 +213,14 @@ def test_a_group_of_rollouts_leaves_together(tmp_path: Path) -> None:
     store = ReplayStore.open(tmp_path / "s")
     store.append([make_episode(i, episode_id=f"e-{i}", group_id="g", group_size=2, version=i) for i in range(2)])
     assert document("rm", tmp_path / "s", "e-0")["keys"] == ["e-0/0/0", "e-1/0/0"]
+
+
+def test_what_verify_says_about_a_conflict_can_be_done(own: Path) -> None:
+    forge(ReplayStore.open(own), to_rows([make_episode(9, episode_id="dddd-5", group_size=1)]), "other")
+    result = call("verify", own, "--json")
+    (problem,) = json.loads(result.stdout)["problems"]
+    assert (result.exit_code, problem["key"]) == (3, "dddd-5/0/0")
+    program, room, *words = shlex.split(problem["fix"].removeprefix("give both up: "))
+    assert (program, room) == ("agentsdpo", "replay")
+    assert "5 branches are left" in good(*words).stdout
+    good("verify", own)
