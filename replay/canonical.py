@@ -7,7 +7,8 @@
 field of ``calls``, in schema order, that is not null in all of them, its name (u32 length, bytes), one byte per call
 (0 null, 1 present), and the present values: numbers as above (NaN 0x7ff8000000000000), all u32 lengths and then all
 bytes of strings, all u32 lengths and then the fields of a list of structs in the same way. Timings are left out. A
-field that a later release adds counts only where it is not null, so that both hashes survive a rewrite of the file.
+field that a later release adds counts only where it is not null, so that both hashes survive a rewrite of the file. A
+branch without calls has one field, ``versions``.
 """
 
 import hashlib
@@ -81,11 +82,14 @@ class Nested(NamedTuple):
 
 Columns = dict[str, "list[Any] | Nested"]
 """Values by field name, one per struct; a missing field is null everywhere."""
+_NO_CALLS: Columns = {"versions": Nested([], {})}
 
 
 def content_sha256(tokens: bytes, calls: Columns, n_calls: int) -> bytes:
     """Hash over ``tokens_sha256`` and the columns of all calls of one branch; 32 bytes."""
-    return hashlib.sha256(b"".join([tokens, *_struct_bytes(_CALL_PLAN, calls, n_calls)])).digest()
+    # without calls a file cannot tell a column of nulls from one that was written: all of them say the same
+    columns = calls if n_calls else _NO_CALLS
+    return hashlib.sha256(b"".join([tokens, *_struct_bytes(_CALL_PLAN, columns, n_calls)])).digest()
 
 
 def _struct_bytes(plan: "_Plan", columns: Columns, n: int) -> list[bytes]:

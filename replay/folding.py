@@ -38,7 +38,10 @@ class Fold:
         conflicts: keys with two whole rows of unequal content, which are both withheld; all their rows.
         files: data files that rows may be in; those handed to ``gc`` are in ``gone``, by the number of that entry.
         moved: where the latest ``replace`` put a key.
-        beaten: files that hold a row which lost to a better one of its key.
+        beaten: files that hold a row which lost to a better one of its key; ``outdone`` has key and
+            ``content_sha256`` of such rows.
+        outlived: salvaged rows of attempts that came whole after all: those were played anew, and need not have the
+            same branches.
         archived: closed streams that were packed.
         closures: members of groups that were closed by name.
         epoch: number of take-overs of the maintenance stream.
@@ -58,16 +61,20 @@ class Fold:
     gone: dict[str, int] = field(default_factory=dict)
     moved: dict[Key, Located] = field(default_factory=dict)
     beaten: set[str] = field(default_factory=set)
+    outdone: set[tuple[Key, str]] = field(default_factory=set)
+    outlived: set[Key] = field(default_factory=set)
     archived: dict[str, archive.Place] = field(default_factory=dict)
     closures: dict[str, list[str]] = field(default_factory=dict)
     epoch: int = 0
     busy: int | None = None
     _added: dict[Key, Located] = field(default_factory=dict)
     _checked: set[str] = field(default_factory=set)
+    _left: dict[tuple[str, int], set[Key]] = field(default_factory=dict)
+    _headless: set[tuple[str, int]] = field(default_factory=set)
 
     def live(self) -> dict[Key, Located]:
         """The rows a reader sees."""
-        hidden = self.evicted.keys() | self.conflicts
+        hidden = self.evicted.keys() | self.conflicts.keys() | self.outlived
         return {key: row for key, row in self.rows.items() if key not in hidden} if hidden else dict(self.rows)
 
     # ------------------------------------------------------------------------------------------------- reading
@@ -220,9 +227,29 @@ class Fold:
                 self.conflicts.setdefault(row.key, [best]).append(row)
             else:
                 self.beaten.add((row if best.rank > row.rank else self.rows[row.key]).path)
+                self.outdone.add((row.key, min(best, row, key=attrgetter("rank")).content_sha256))
         if best is None or row.rank > best.rank or (row.rank == best.rank and row.path < best.path):
             self._added[row.key] = row
             self._put(row.key)
+            self._outlive(row)
+
+    def _outlive(self, row: Located) -> None:
+        """What a crash left of an attempt does not count once the attempt came whole, under whatever branches."""
+        attempt = row.key.episode_id, row.key.attempt
+        if row.status != "salvaged":
+            self.outlived |= self._left.pop(attempt, set())
+            self.outlived.discard(row.key)
+            if not self._came_whole(row.key):
+                self._headless.add(attempt)
+        elif attempt in self._headless or self._came_whole(row.key):
+            self.outlived.add(row.key)
+        else:
+            self._left.setdefault(attempt, set()).add(row.key)
+
+    def _came_whole(self, key: Key) -> bool:
+        """Whether the first branch of an attempt is there as it ended."""
+        first = self._added.get(key._replace(branch_id=0) if key.branch_id else key)
+        return first is not None and first.status != "salvaged"
 
     def _put(self, key: Key) -> None:
         added = self._added.get(key)
@@ -245,6 +272,9 @@ class Fold:
             self.conflicts.setdefault(row.key, []).append(row)
         self.rows |= {key: max(several, key=attrgetter("rank")) for key, several in self.conflicts.items()}
         self._added = dict(self.rows)
+        for row in self.rows.values():
+            if row.key.branch_id or row.status == "salvaged":  # whole first branches are found by their key
+                self._outlive(row)
 
     def note_files(self, files: Iterable[tuple[str, int, str | None]]) -> None:
         """Data files by path, size and hash; those without a hash, or handed to gc, are no more."""

@@ -95,16 +95,18 @@ object with `writer`, `seq`, `prev`, `ts_us`, `sha` and a list `ops`. Streams ma
 
 A key counts if an `add` names it and nothing hides it. Of several rows of one key the best status counts (`sealed`,
 then `truncated`, `aborted`, `salvaged`), then the one with more tokens, then the lower `content_sha256`; a key with two
-`sealed` rows of unequal `content_sha256` is withheld.
+`sealed` rows of unequal `content_sha256` is withheld. A `salvaged` row, which a crash left, does not count where
+another branch of the same attempt came with a better status.
 
 ## Late values
 
 `overlay/<kind>/` has the columns episode_id, branch_id, attempt, call_id (null: the whole branch), target_sha256
 (`content_sha256` of the row it is about), revision, value (JSON), author, t_created. The highest revision counts,
-between equal ones the later file name; a file counts once an `overlay` operation names it. Values: `hint` an object
-with `text`; `reward` an object with `reward`, `status` (`final`, `provisional`, `none`) and `grade`; `label` a text;
-`relogprob` has null and three more columns, policy_version, trainer_id and logprobs (float32, NaN: not scored). A
-`grade` without `results` leaves the criteria of the row as they are, and its feedback where it has none.
+between equal ones the later file name; a file counts once an `overlay` operation names it. A value for a row that lost
+to a better one of its key does not count. Values: `hint` an object with `text`; `reward` an object with `reward`,
+`status` (`final`, `provisional`, `none`) and `grade`; `label` a text; `relogprob` has null and three more columns,
+policy_version, trainer_id and logprobs (float32, NaN: not scored). A `grade` without `results` leaves the criteria of
+the row as they are, and its feedback where it has none.
 
 ## Columns that need a word
 
@@ -138,7 +140,8 @@ branch equals its parent before `fork_at` and samples nothing there; (k) `prompt
 `content_sha256`: `tokens_sha256`, then the calls: their number (u32); for every field in schema order that is not null
 in all of them, its name (u32 length, bytes), one byte per call (0 null, 1 present), then the present values: numbers;
 all lengths (u32) and then all bytes of strings and hashes; all lengths (u32) and then the fields of the structs in the
-same way for lists of structs. t_request, t_first_token, t_done and mono_ns are left out.
+same way for lists of structs. t_request, t_first_token, t_done and mono_ns are left out. A branch without calls has
+one field, `versions`.
 A log entry's `sha` hashes its other fields as JSON with sorted keys and no spaces; `prev` is the `sha` before it.
 `footer_sha256` hashes the last `footer_len + 8` bytes of a segment, `sha256` all of it.
 """

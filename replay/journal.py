@@ -1,15 +1,17 @@
 """The journal of a running episode: every call and every tool result is on disk before anybody acts on it.
 
-``SPOOL/<store_id>/<writer_id>/<episode_id>.arrows`` is an Arrow IPC stream. Its first batch says which episode this is;
-each later one holds what the episode grew by since, as one row per branch that grew; the messages and the facts about
-the episode stand in the batch's first row. Arrow IPC has no checksums, so every row carries a crc32 over all its
-columns, which goes on from the row before: a batch that was changed, dropped or moved ends what is believed.
+``SPOOL/<store_id>/<writer_id>/<episode_id>.arrows`` is an Arrow IPC stream; where the id is no plain name of a file, a
+name that follows from it stands there. Its first batch says which episode this is; each later one holds what the
+episode grew by since, as one row per branch that grew; the messages and the facts about the episode stand in the
+batch's first row. Arrow IPC has no checksums, so every row carries a crc32 over all its columns, which goes on from the
+row before: a batch that was changed, dropped or moved ends what is believed.
 
 The process that writes a journal holds an ``flock`` on it, which the system lets go of when it dies, however it dies.
 """
 
 import fcntl
 import os
+import re
 import struct
 import sys
 import zlib
@@ -26,6 +28,7 @@ from agentsdpo.errors import StoreError
 from agentsdpo.files import FULL
 from agentsdpo.replay.canonical import to_json
 from agentsdpo.replay.files import ensure_folder, sync_folder
+from agentsdpo.replay.ids import derived_uuid
 from agentsdpo.types import Call, Json
 
 SUFFIX = ".arrows"
@@ -86,14 +89,15 @@ class Journal:
             spool: folder on a local disk that all stores of this machine may share.
             store_id: of the store the episode is for.
             writer_id: of the log stream it will be appended through.
-            episode_id: of the episode; its name in the folder.
+            episode_id: of the episode.
             about: fields of the :class:`~agentsdpo.types.Episode` that are known already.
             sync: wait for the disk after every step; without it a step survives a killed process, not a power cut.
 
         Raises:
-            JournalError: there is a journal of this episode, or the disk is full, read-only or failing.
+            JournalError: there is a journal of this episode, its id could not be stored, or the disk is full, read-only
+                or failing.
         """
-        path = spool / store_id / writer_id / f"{episode_id}{SUFFIX}"
+        path = spool / store_id / writer_id / f"{_name(episode_id)}{SUFFIX}"
         try:
             _make_folder(path.parent, spool, sync)
             journal = cls(path, _create_locked(path), sync=sync)
@@ -186,6 +190,20 @@ class Journal:
             self.close()
             raise _failed(error, self.path) from error
         self._crc, self._batches = crc, self._batches + 1
+
+
+_PLAIN = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
+
+
+def _name(episode_id: str) -> str:
+    """The id, or where a file cannot be called so, or would lie where no recovery looks, a name that follows from it.
+
+    Raises:
+        JournalError: the store takes no such id.
+    """
+    if not episode_id or any("\ud800" <= char <= "\udfff" for char in episode_id):
+        raise JournalError(f"no episode can have the id {episode_id!r}", fix="give it one of valid Unicode, not empty")
+    return episode_id if _PLAIN.fullmatch(episode_id) else derived_uuid("journal", episode_id)
 
 
 def sync_data(handle: int) -> None:

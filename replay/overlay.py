@@ -14,7 +14,7 @@ import hashlib
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -95,7 +95,8 @@ def read(storage: Storage, op: Json) -> pa.Table:
     if hashlib.sha256(data).hexdigest() != op["sha256"]:
         raise CorruptionError(f"overlay {storage.uri}/{op['path']} is not the file that was committed",
                               fix=mend(storage.uri))
-    return pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+    with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
+        return file.read(use_threads=False)  # read_table takes four times as long, and there may be many small files
 
 
 def _slots(kind: str, path: str, table: pa.Table) -> dict[Slot, Late]:
@@ -135,15 +136,24 @@ class Overlays:
             found[slot.key].append(slot)
         return dict(found)
 
-    def read(self, ops: Mapping[str, list[Json]]) -> "Overlays":
-        """These and what newer ``overlay`` operations (by kind) add. Raises as :func:`read`."""
+    def read(self, ops: Mapping[str, list[Json]], outdone: Collection[tuple[Key, str]] = ()) -> "Overlays":
+        """These and what newer ``overlay`` operations (by kind) add. Raises as :func:`read`.
+
+        Args:
+            ops: all there are.
+            outdone: key and content of rows that lost to a better one of their key, as what a crash left of an episode
+                does: what was said of them does not hold for the row that took their place.
+        """
+        if any(self.latest[slot].target_sha256 == sha for key, sha in outdone for slot in self._about.get(key, ())):
+            return Overlays(self.storage).read(ops, outdone)  # a value may stand behind the one that fell away
         new = [op for kind in KINDS for op in ops.get(kind, ()) if op["path"] not in self.files]
         if not new:
             return self
         latest = dict(self.latest)
         for op in new:
             for slot, late in _slots(op["kind"], op["path"], read(self.storage, op)).items():
-                if slot not in latest or late > latest[slot]:
+                fell = (slot.key, late.target_sha256) in outdone
+                if not fell and (slot not in latest or late > latest[slot]):
                     latest[slot] = late
         return replace(self, latest=latest, files={**self.files, **{op["path"]: op for op in new}})
 

@@ -48,7 +48,7 @@ class S3Storage:
     opened that was made with it, a create is one conditional PUT.
 
     Raises:
-        StoreError: no bucket, an unknown option, or keys in the address.
+        StoreError: no bucket, an unknown option, a ``#``, or keys in the address.
     """
 
     def __init__(self, address: str) -> None:
@@ -57,6 +57,9 @@ class S3Storage:
         _check_address(parts.netloc, self._options)
         self.bucket, self.prefix = parts.netloc, parts.path.strip("/")
         self.uri = f"s3://{self.bucket}/{self.prefix}".rstrip("/")
+        if "#" in address:  # what follows is no part of a URL's path: s3://b/run#1 and s3://b/run#2 would be one store
+            raise StoreError("an address of S3 holds a '#'", fix="use a prefix without; what an earlier build wrote to "
+                             f"such an address lies in {self.uri}")
         self.exclusive = False
         self._system: tuple[int, fs.S3FileSystem] | None = None
         self._conditional: Conditional | None = None

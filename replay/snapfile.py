@@ -1,7 +1,8 @@
 """The folded snapshot: what the log says, in one Parquet file, so that opening a store reads no long log.
 
-``snap/<uuid7>.parquet`` has a row per key with ``state`` live, evicted or conflict, where the row is and what it must
-hash to; the positions in all streams, the overlays and what maintenance remembers stand in the metadata of its schema.
+``snap/<uuid7>.parquet`` has a row per key with ``state`` live, evicted, outlived or conflict, where the row is and what
+it must hash to; the positions in all streams, the overlays and what maintenance remembers stand in the metadata of its
+schema.
 ``snap/LATEST.json`` names the newest file and its hash. Both are disposable: damaged ones are passed over with a
 warning and the log is read instead. What they say about the log is believed only if the log still says so.
 """
@@ -70,7 +71,8 @@ def _encode(fold: "Fold") -> pa.Buffer:
     columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in rows] for name in _PLACE}
     columns |= {name: [getattr(row.key, name) for row in rows] for name in Key._fields}
     hidden = [fold.evicted.get(row.key) for row in rows]
-    columns["state"] = ["conflict" if row.key in fold.conflicts else "evicted" if gone else "live"
+    columns["state"] = ["conflict" if row.key in fold.conflicts else "evicted" if gone else
+                        "outlived" if row.key in fold.outlived else "live"
                         for row, gone in zip(rows, hidden, strict=True)]
     columns["reason"] = [gone and gone.reason for gone in hidden]
     columns["evicted_by"] = [gone and gone.seq for gone in hidden]
@@ -90,8 +92,9 @@ def _rest(fold: "Fold", used: list[str]) -> Json:
         packs.setdefault(place.path, [place.size, place.sha256, []])[2].append(writer)
     empty = fold.files.keys() - set(used)
     return {"v": 1, "vector": fold.vector, "closed": sorted(fold.closed), "overlays": fold.overlays,
-            "gone": fold.gone, "beaten": sorted(fold.beaten), "archives": packs, "closures": fold.closures,
-            "epoch": fold.epoch, "busy": fold.busy, "files": {path: fold.files[path] for path in sorted(empty)}}
+            "gone": fold.gone, "beaten": sorted(fold.beaten), "outdone": sorted(fold.outdone), "archives": packs,
+            "closures": fold.closures, "epoch": fold.epoch, "busy": fold.busy,
+            "files": {path: fold.files[path] for path in sorted(empty)}}
 
 
 # ----------------------------------------------------------------------------------------------------- reading
@@ -177,6 +180,7 @@ def _fill(fold: "Fold", table: pa.Table, rest: Json, vector: Vector) -> None:
     fold.vector, fold.epoch, fold.busy, fold.closed = vector, rest["epoch"], rest["busy"], set(rest["closed"])
     fold.overlays, fold.gone, fold.closures = rest["overlays"], rest["gone"], rest["closures"]
     fold.beaten = set(rest["beaten"])
+    fold.outdone = {(Key(*key), sha) for key, sha in rest.get("outdone", ())}  # earlier builds wrote none
     fold.archived = {writer: archive.Place(path, size, sha, *vector[writer])
                      for path, (size, sha, writers) in rest["archives"].items() for writer in writers}
 

@@ -146,14 +146,15 @@ class Snapshot:
 
     def attempt(self, episode_id: str, attempt: int | None = None) -> list[Key]:
         """Keys of one attempt at an episode (the latest unless named), ascending; none when there is none."""
-        found = self._by_episode.get(episode_id, [])
+        found = sorted(self._by_episode.get(episode_id, ()))
         attempt = max((key.attempt for key in found), default=0) if attempt is None else attempt
         return [key for key in found if key.attempt == attempt]
 
     @cached_property
     def _by_episode(self) -> dict[str, list[Key]]:
+        """Keys by episode id, in any order: sorting all of them would cost more than whoever asks for one episode."""
         found: dict[str, list[Key]] = defaultdict(list)
-        for key in self.keys():
+        for key in self.rows:
             found[key.episode_id].append(key)
         return found
 

@@ -41,7 +41,7 @@ class Spool:
 
     def __init__(self, store: "ReplayStore", durability: Durability = "step", folder: Path | str | None = None) -> None:
         self.store, self.durability = store, durability
-        self.folder = Path(folder) if folder else default_spool(store)
+        self.folder = Path(folder).absolute() if folder else default_spool(store)
         self._held: dict[str, Journal] = {}
 
     def begin(self, about: Json) -> Journal | None:

@@ -170,7 +170,7 @@ class LocalStorage:
     exclusive = True
 
     def __init__(self, root: Path) -> None:
-        self.root, self.uri = root, str(root)
+        self.root, self.uri = root.absolute(), str(root)  # the process may go to another folder: the store stays
         self._durable: set[Path] = set()
 
     def demand_exclusive(self) -> None:

@@ -230,9 +230,9 @@ class ReplayStore(Asking, LateValues):
             if at is not None:
                 fold = Fold(self.storage)
                 fold.refresh({writer: (int(seq), str(sha)) for writer, (seq, sha) in at.items()})
-                return self._view(fold, Overlays(self.storage).read(fold.overlays))
+                return self._view(fold, Overlays(self.storage).read(fold.overlays, fold.outdone))
             self._fold.refresh()
-            self._late = self._late.read(self._fold.overlays)
+            self._late = self._late.read(self._fold.overlays, self._fold.outdone)
             return self._view(self._fold, self._late)
 
     def _view(self, fold: Fold, late: Overlays) -> Snapshot:

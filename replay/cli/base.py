@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
@@ -235,12 +236,12 @@ def cell(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(cell, value))
     if isinstance(value, datetime):
-        return f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
-    return " ".join(printable(str(value)).split())
+        return f"{_utc(value):%Y-%m-%d %H:%M:%S}"
+    return " ".join(printable(value.hex() if isinstance(value, bytes) else str(value)).split())
 
 
 def jsonable(value: Any) -> Any:
-    """The value as JSON takes it: times in ISO 8601, bytes in hex, no NaN.
+    """The value as JSON takes it: times in ISO 8601, bytes in hex, no NaN; what JSON has no word for as text.
 
     >>> jsonable({"a": float("nan"), "b": b"\\x01", "c": (1, 2)})
     {'a': None, 'b': '01', 'c': [1, 2]}
@@ -249,11 +250,18 @@ def jsonable(value: Any) -> Any:
         return {str(key): jsonable(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [jsonable(inner) for inner in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
+    if isinstance(value, float | Decimal):
+        return float(value) if math.isfinite(value) else None
     if isinstance(value, datetime):
-        return value.astimezone(UTC).isoformat()
-    return value.hex() if isinstance(value, bytes) else value
+        return _utc(value).isoformat()
+    if isinstance(value, bytes):
+        return value.hex()
+    return value if value is None or isinstance(value, str | int) else str(value)
+
+
+def _utc(time: datetime) -> datetime:
+    """A time in UTC; one that does not say where it was taken, as SQL makes them, stays as it is."""
+    return time.astimezone(UTC) if time.tzinfo else time
 
 
 def size(n: float) -> str:

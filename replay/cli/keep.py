@@ -59,7 +59,7 @@ def _uses(index: Path, opened: "ReplayStore") -> "dict[Key, int]":
 
     if not index.is_file():
         raise StoreNotFound(f"there is no side index {index}", fix="the learner writes it; see SideIndex")
-    return {key: use.uses for key, use in SideIndex(index, opened.about["store_id"]).read().items()}
+    return {key: use.uses for key, use in SideIndex(index, opened.about["store_id"], make=False).read().items()}
 
 
 def _words(bounds: Any, where: str | None) -> str:
@@ -79,7 +79,7 @@ def _evict(out: Out, store: str, opened: "ReplayStore", keys: "list[Key]", reaso
     tokens = sum(rows[key].n_tokens for key in report.keys if key in rows)
     episodes = {key.episode_id for key in report.keys}
     words = (f"{len(report.keys)} branches of {len(episodes)} episodes, {tokens} tokens; "
-             f"{len(rows) - len(report.keys)} branches")
+             f"{len(rows.keys() - set(report.keys))} branches")
     out.finish(yes, {"store": store, "reason": reason, "tokens": tokens, **report.as_json()},
                f"hid {words} are left", f"would hide {words} would be left")
 
@@ -95,9 +95,9 @@ def rm(
 
     opened = existing(store)
     view = opened.snapshot()
-    names = {find_episode(view, prefix) for prefix in episodes}
-    _evict(out, store, opened, [key for key in sorted(view.rows) if key.episode_id in names], reason, yes,
-           sole_maintainer)
+    names = {find_episode(view, prefix, view.conflicts) for prefix in episodes}
+    _evict(out, store, opened, [key for key in sorted({*view.rows, *view.conflicts}) if key.episode_id in names],
+           reason, yes, sole_maintainer)
 
 
 @verb(app)

@@ -4,7 +4,6 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated
 
@@ -119,8 +118,12 @@ def _fresh(opened: "ReplayStore", where: str | None, seen: "set[Key]") -> list[J
 
 def _moment(text: str) -> datetime:
     """The time a person means by ``2h`` or ``2026-01-31T12:00``."""
-    with suppress(ConfigError):  # no age: a point in time
+    try:
         return datetime.now(UTC) - timedelta(seconds=amount(text, "--since", TIMES))
+    except ConfigError:  # no age: a point in time
+        pass
+    except OverflowError:  # longer ago than there are dates
+        return datetime.min.replace(tzinfo=UTC)
     try:
         time = datetime.fromisoformat(text)
     except ValueError as error:

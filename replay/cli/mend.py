@@ -74,6 +74,8 @@ def compact(
     out: Out, store: Store,
     target_size: Annotated[str, typer.Option(metavar="SIZE", help="Of a compacted file, about.")] = "128MiB",
     max_row_groups: Annotated[int, typer.Option(min=1, help="Of a compacted file.")] = 512,
+    purge: Annotated[bool, typer.Option("--purge", help="Rewrite every file that holds something hidden, so that gc "
+                                        "can delete the last of it.")] = False,
     yes: Yes = False, sole_maintainer: Sole = False,
 ) -> None:
     """Write many small files into few large ones, pack closed streams, fold the log."""
@@ -81,8 +83,8 @@ def compact(
 
     opened, target = existing(store), int(amount(target_size, "--target-size", SIZES))
     with out.progress("compacting"):
-        report = rewrite(opened, target_bytes=target, max_row_groups=max_row_groups, dry_run=not yes,
-                         sole_maintainer=sole_maintainer)
+        report = rewrite(opened, target_bytes=target, max_row_groups=max_row_groups, purge=purge,
+                         dry_run=not yes, sole_maintainer=sole_maintainer)
     words = f"{len(report.inputs)} files ({size(report.bytes_before)}, {report.rows} branches)"
     packed = f", {report.archived} closed streams packed" if report.archived else ""
     done = f"rewrote {words} into {len(report.outputs)} ({size(report.bytes_after)}){packed}"

@@ -39,7 +39,7 @@ def read(lines: Iterable[str], kind: str) -> dict[Key | str, Any]:
             continue
         try:
             place, value = _record(json.loads(line), kind)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             shape = f'{{"episode_id": "...", "{kind}": {_SHAPES[kind]}}}'
             raise ConfigError(f"line {number} is no {kind}: {_reason(error)}",
                               fix=f"write {shape}, one object a line") from error
@@ -59,10 +59,10 @@ def _record(record: Json, kind: str) -> tuple[Key | str, Any]:
         raise TypeError("episode_id and label are texts")
     if isinstance(value, bool):
         raise TypeError("a reward is a number")
-    if "branch_id" in record or "attempt" in record:
-        place: Key | str = Key(episode, int(record.get("branch_id", 0)), int(record.get("attempt", 0)))
-    else:
-        place = episode
+    numbers = [record.get(name, 0) for name in _PLACE[1:]]
+    if any(type(number) is not int for number in numbers):  # 0.9 is not branch 0
+        raise TypeError("branch_id and attempt are integers")
+    place = Key(episode, *numbers) if "branch_id" in record or "attempt" in record else episode
     return place, {"reward": float, "label": str, "hint": _hint}[kind](value)
 
 

@@ -1,6 +1,8 @@
 """SQL over a store's live rows, through DuckDB (extra ``sql``)."""
 
+from collections.abc import Iterable
 from importlib.util import find_spec
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +50,7 @@ def connect(view: Snapshot) -> "duckdb.DuckDBPyConnection":
 
 
 def run(view: Snapshot, query: str) -> tuple[list[str], list[tuple[Any, ...]]]:
-    """Column names and rows of one query.
+    """Column names, each one once, and rows of one query.
 
     Raises:
         ConfigError: DuckDB refuses it, or duckdb is not installed.
@@ -57,8 +59,9 @@ def run(view: Snapshot, query: str) -> tuple[list[str], list[tuple[Any, ...]]]:
     with connect(view) as connection:
         try:
             answer = connection.execute(query)
-            names = [column[0] for column in answer.description or []]
-            return names, answer.fetchall()
+            if answer is None:
+                raise ConfigError("the query is empty", fix='ask something, as in "SELECT count(*) FROM branches"')
+            return _apart(column[0] for column in answer.description or []), answer.fetchall()
         except _duckdb().Error as error:
             if "CRC" in str(error):
                 raise CorruptionError(f"a segment of {view.storage.uri} is damaged: {error}",
@@ -66,6 +69,19 @@ def run(view: Snapshot, query: str) -> tuple[list[str], list[tuple[Any, ...]]]:
             raise ConfigError(f"DuckDB refuses the query: {str(error).splitlines()[0]}",
                               fix="select from the view branches; its columns are listed by: agentsdpo replay schema"
                               ) from error
+
+
+def _apart(names: Iterable[str]) -> list[str]:
+    """The names of columns; where two are the same, the later one gets a number.
+
+    >>> _apart(["a", "b", "a"])
+    ['a', 'b', 'a_1']
+    """
+    found: list[str] = []
+    for name in names:
+        more = (f"{name}_{i}" for i in count(1))
+        found.append(next(one for one in chain([name], more) if one not in found))
+    return found
 
 
 def create_view(view: Snapshot, path: Path) -> None:

@@ -119,7 +119,7 @@ def _shares(text: str) -> dict[str, float]:
         shares = {name.strip(): float(share) for name, _, share in (part.partition("=") for part in text.split(","))}
     except ValueError as error:
         raise ConfigError(f"--parts is {text!r}", fix="write shares as in train=0.9,val=0.1") from error
-    if abs(sum(shares.values()) - 1) > 1e-9 or min(shares.values()) <= 0:
+    if not (abs(sum(shares.values()) - 1) <= 1e-9 and min(shares.values()) > 0):  # so that NaN is refused
         raise ConfigError(f"the shares of --parts {text} add up to {sum(shares.values()):g}",
                           fix="make them add up to 1, each above 0")
     return shares

@@ -52,14 +52,19 @@ def column(name: str, table: pa.Table) -> str:
     return name
 
 
-def find_episode(view: Snapshot, prefix: str) -> str:
+def find_episode(view: Snapshot, prefix: str, withheld: Collection[Key] = ()) -> str:
     """The episode whose id starts so.
+
+    Args:
+        view: where to look.
+        prefix: the beginning of an id.
+        withheld: keys that count beside the rows.
 
     Raises:
         StoreNotFound: none does.
         ConfigError: several do.
     """
-    found = sorted({key.episode_id for key in view.rows if key.episode_id.startswith(prefix)})
+    found = sorted({key.episode_id for key in (*view.rows, *withheld) if key.episode_id.startswith(prefix)})
     if prefix in found:
         return prefix
     if not found:

@@ -35,8 +35,8 @@ def import_(store: ReplayStore, fmt: str, paths: str | Path | Sequence[str | Pat
             train_allowed: bool = False, progress: Progress | None = None) -> ImportReport:
     """Add the episodes of some files, under new ids; ``metadata["source"]`` names the old ones.
 
-    What the store holds already, by ``content_sha256``, is not added again. Everything is read and checked before
-    anything is written.
+    What the store holds already, by ``content_sha256``, is not added again, nor is what a crash left of an episode that
+    is whole in the same files. Everything is read and checked before anything is written.
 
     Args:
         store: to add to.
@@ -85,6 +85,7 @@ class _Import:
     train_allowed: bool
     counts: Counter[str] = field(default_factory=Counter)
     untrainable: Counter[str] = field(default_factory=Counter)
+    whole: set[tuple[str, int]] = field(default_factory=set)
 
     def found(self, notes: Notes) -> Iterator[Found]:
         """Every episode of every file, stamped."""
@@ -109,6 +110,8 @@ class _Import:
         notes, total, policies = Notes(), 0, Policies(store.storage)
         for found in self.found(notes):
             total += 1
+            if not found.salvaged:
+                self.whole.add((found.source_id, found.episode.attempt))
             try:
                 check_episode(found.episode)
                 to_rows([found.episode])
@@ -125,7 +128,8 @@ class _Import:
         batches: dict[bool, list[Episode]] = {False: [], True: []}
         for done, found in enumerate(self.found(Notes()), 1):
             identity = identify(found.episode)
-            if identity in known:
+            outdone = found.salvaged and (found.source_id, found.episode.attempt) in self.whole
+            if outdone or identity in known:
                 self.counts["duplicates"] += 1
             else:
                 known.add(identity)

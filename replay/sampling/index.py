@@ -35,9 +35,10 @@ class SideIndex:
     Args:
         path: on a local disk; usually beside the store.
         store_id: of the store the keys belong to.
+        make: false for those who only read: whatever else the file is, it is left alone.
 
     Raises:
-        StoreError: the file cannot be made.
+        StoreError: the file cannot be made, or is no side index of this store and must not be made.
 
     >>> import tempfile
     >>> index = SideIndex(Path(tempfile.mkdtemp()) / "side.sqlite", "some-store")
@@ -46,12 +47,15 @@ class SideIndex:
     {Key(episode_id='e-1', branch_id=0, attempt=0): Use(uses=2, last_draw=7, priority=1.0)}
     """
 
-    def __init__(self, path: Path, store_id: str) -> None:
+    def __init__(self, path: Path, store_id: str, *, make: bool = True) -> None:
         self.path, self._about = path, {"format": _VERSION, "store_id": store_id}
         try:
             fits = path.exists() and self._fits()
         except sqlite3.DatabaseError:  # not a database any more: nothing in it is needed
             fits = False
+        if not fits and not make:
+            raise StoreError(f"{path} is no side index of store {store_id}",
+                             fix="name the file that the learner of this store writes: uses.sqlite in its run's folder")
         if not fits:
             self._create()
 

@@ -72,7 +72,10 @@ class Sampler:
         self._drawn: list[Located] = []
         self.weights = np.ones(0)
         self.snapshot = store.snapshot()
-        self._restart(_arrivals(self.snapshot.rows.values()), {}, 0)
+        self._wanted: set[Key] = set()  # keys for which the filter held when they joined
+        arrived = _arrivals(self.snapshot.rows.values())
+        self._judge(arrived)
+        self._restart(arrived, {}, 0)
         if limiter is not None:
             limiter.insert(len(self._units))
         if index is not None:
@@ -98,7 +101,10 @@ class Sampler:
         before = set(old.names) if self.limiter else set()
         if any(live.get(row.key) is not row for row in old.rows):
             kept = [live[row.key] for row in old.rows if row.key in live]
+            self._judge([live[row.key] for row in old.rows if row.key in live and
+                         live[row.key].content_sha256 != row.content_sha256])
             self._restart(kept, self._remembered(), self._strategy.number)
+        self._judge(new)
         self._join(new, {})
         if self.limiter:
             self.limiter.insert(len(set(self._units.names) - before))
@@ -111,9 +117,14 @@ class Sampler:
         self._strategy = strategy_for(self.config, self._seed, number)
         self._join(rows, remembered)
 
+    def _judge(self, rows: Iterable[Located]) -> None:
+        """Ask the filter about rows that join; what is said of them later changes nothing, or no run could resume."""
+        keys = {row.key for row in rows}
+        if self._filters.where is not None and keys:
+            self._wanted = (self._wanted - keys) | set(self.snapshot.keys(self._filters.where, keys))
+
     def _join(self, rows: list[Located], remembered: Mapping[str, Sequence[float]]) -> None:
-        where, first = self._filters.where, len(self._units)
-        wanted = set(self.snapshot.keys(where, (row.key for row in rows))) if where and rows else None
+        wanted, first = None if self._filters.where is None else self._wanted, len(self._units)
         self._strategy.join(self._units.join(rows, remembered, self.snapshot.closures, wanted), first)
 
     def _remembered(self) -> dict[str, list[float]]:
@@ -232,7 +243,8 @@ class Sampler:
         return {"v": 2, "config": self._config_sha(), "pass": self._strategy.number, "draws": self._draws,
                 "snapshot": {writer: list(at) for writer, at in self.snapshot.vector.items()},
                 "rows": [str(row.key) for row in self._units.rows], "units": self._remembered(),
-                "limiter": self.limiter.state_dict() if self.limiter else None}
+                "limiter": self.limiter.state_dict() if self.limiter else None,
+                "wanted": sorted(map(str, self._wanted))}
 
     def load_state_dict(self, state: Json) -> None:
         """Continue where :meth:`state_dict` was taken: the same draws follow, though the store has grown since.
@@ -254,7 +266,12 @@ class Sampler:
             raise StoreError(f"branch {missing[0]} of the sampler state is not in the store",
                              fix="resume on the store the run was made with")
         self._draws, self._drawn, self.weights = state["draws"], [], np.ones(0)
-        self._restart([self.snapshot.rows[key] for key in keys], state["units"], state["pass"])
+        rows = [self.snapshot.rows[key] for key in keys]
+        if "wanted" in state:
+            self._wanted = set(map(Key.parse, state["wanted"]))
+        else:  # a state of an earlier build
+            self._judge(rows)
+        self._restart(rows, state["units"], state["pass"])
         self.limiter = RateLimiter.of(state["limiter"]) if state["limiter"] else None
         if self._index is not None:
             self._index.put([], anew=True)

@@ -84,7 +84,7 @@ def diff(a: Snapshot, b: Snapshot) -> Difference:
 def merge(into: ReplayStore, source: ReplayStore, *, where: Condition | None = None,
           keys: Collection[Key] | None = None, dry_run: bool = False,
           done: Callable[[], None] = lambda: None) -> CopyReport:
-    """Copy live rows of ``source`` that ``into`` lacks, with their late values and the policies.
+    """Copy live rows of ``source`` that ``into`` lacks, with their late values, closed groups and the policies.
 
     Args:
         into: where to.
@@ -116,6 +116,9 @@ def merge(into: ReplayStore, source: ReplayStore, *, where: Condition | None = N
         for _ in batch:
             done()
     copy_overlays(view, into, late)
+    for group in sorted({view.rows[key].group_id for key in wanted} & view.closures.keys()):
+        if set(view.closures[group]) - set(there.closures.get(group, ())):
+            into.close_group(group, view.closures[group])
     return report
 
 

@@ -70,7 +70,7 @@ class CompactReport:
 
 
 def compact(store: ReplayStore, *, target_bytes: int = 128 << 20, max_row_groups: int = 512, dry_run: bool = False,
-            takeover_after_s: float = 60.0, sole_maintainer: bool = False) -> CompactReport:
+            purge: bool = False, takeover_after_s: float = 60.0, sole_maintainer: bool = False) -> CompactReport:
     """Rewrite small files, and compacted ones that hold many evicted rows; pack closed streams; fold the log.
 
     Rows are sorted by (policy_version_min, group_id, episode_id); a row group is closed at 65,536 tokens or 256 rows.
@@ -80,6 +80,7 @@ def compact(store: ReplayStore, *, target_bytes: int = 128 << 20, max_row_groups
         target_bytes: size of an output, about; files from half of this on are left alone.
         max_row_groups: of one output.
         dry_run: only say what would be rewritten.
+        purge: rewrite every file that holds an evicted row, so that ``gc`` can delete the last of it.
         takeover_after_s: when another compaction under way has shown no life for so long, by the store's clock, it is
             taken over.
         sole_maintainer: see :func:`~agentsdpo.replay.upkeep.maintain.commit`.
@@ -93,7 +94,7 @@ def compact(store: ReplayStore, *, target_bytes: int = 128 << 20, max_row_groups
     if target_bytes <= 0 or max_row_groups <= 0:
         raise ConfigError(f"target_bytes={target_bytes}, max_row_groups={max_row_groups}", fix="make both positive")
     state = store.fold()
-    plan = _Plan(store.storage, state, target_bytes, max_row_groups)
+    plan = _Plan(store.storage, state, target_bytes, max_row_groups, 0.0 if purge else _DEAD)
     streams = sorted(state.closed - state.archived.keys())
     report = CompactReport(tuple(plan.inputs), (), tuple(plan.skipped), len(plan.rows), plan.size, 0, len(streams),
                            dry_run)
@@ -150,17 +151,18 @@ def _release(store: ReplayStore, epoch: int, sole_maintainer: bool) -> None:
 class _Plan:
     """Which rows go where, from the log alone; then the reading, checking and writing of them."""
 
-    def __init__(self, storage: Storage, state: Fold, target_bytes: int, max_row_groups: int) -> None:
+    def __init__(self, storage: Storage, state: Fold, target_bytes: int, max_row_groups: int, most_dead: float) -> None:
         self._storage, self._max_groups = storage, max_row_groups
         live, dead = defaultdict[str, list[Located]](list), defaultdict[str, int](int)
         for key, row in state.rows.items():
             if key in state.evicted:
-                dead[row.path] += row.n_tokens
+                dead[row.path] += max(row.n_tokens, 1)  # one of messages alone is one, too
             else:
                 live[row.path].append(row)
         apart = {state.place(row).path for rows in state.conflicts.values() for row in rows}
         chosen = [path for path, rows in live.items()
-                  if path not in apart and _worth(path, state.files[path].size, rows, dead[path], target_bytes)]
+                  if path not in apart and (not path.startswith(f"{COMPACTED}/") or _holds(rows, dead[path]) > most_dead
+                                            or state.files[path].size < target_bytes / 2)]
         self.skipped = [path for path in chosen if not self._known(live[path][0])]
         inputs = sorted(set(chosen) - set(self.skipped))
         self.inputs = [] if len(inputs) < 2 and not any(dead[path] for path in inputs) else inputs
@@ -255,10 +257,9 @@ _MEND = "nothing was changed; find out more with: agentsdpo replay verify --leve
 _order = attrgetter("version_min", "group_id", "key")
 
 
-def _worth(path: str, size: int, rows: list[Located], dead: int, target: int) -> bool:
-    """Whether a file is to be rewritten: a small one, or one with many evicted rows."""
-    alive = sum(row.n_tokens for row in rows)
-    return not path.startswith(f"{COMPACTED}/") or size < target / 2 or dead > _DEAD * (alive + dead)
+def _holds(rows: list[Located], dead: int) -> float:
+    """Share of evicted tokens in a file with these live rows and so many tokens of evicted ones."""
+    return dead / max(dead + sum(row.n_tokens for row in rows), 1)
 
 
 def _fields(schema: pa.Schema | pa.StructType, prefix: str = "") -> set[str]:

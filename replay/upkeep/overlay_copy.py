@@ -19,13 +19,15 @@ def missing(view: Snapshot, there: Snapshot, keys: Iterable[Key]) -> dict[Slot, 
     Values for content that the other store does not hold under that key are left out.
     """
     chosen = set(keys)
-    return {slot: late for slot, late in view.late.latest.items() if slot.key in chosen and _news(slot, late, there)}
+    return {slot: late for slot, late in view.late.latest.items()
+            if slot.key in chosen and _news(slot, late, view, there)}
 
 
-def _news(slot: Slot, late: Late, there: Snapshot) -> bool:
+def _news(slot: Slot, late: Late, view: Snapshot, there: Snapshot) -> bool:
     row, have = there.rows.get(slot.key), there.late.latest.get(slot)
-    fits = row is None or row.content_sha256 == late.target_sha256
-    return fits and (have is None or have.revision < late.revision)
+    gives_way = row is not None and row.status == "salvaged" != view.rows[slot.key].status
+    fits = row is None or gives_way or row.content_sha256 == late.target_sha256
+    return fits and (have is None or have.target_sha256 != late.target_sha256 or have.revision < late.revision)
 
 
 def copy_overlays(view: Snapshot, into: ReplayStore, found: dict[Slot, Late]) -> None:

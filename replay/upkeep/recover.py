@@ -39,8 +39,8 @@ class Found:
 
     Attributes:
         what: of a journal: ``running`` (its writer lives), ``left`` (for the proxy, which knows what secrets to take
-            out), ``committed`` and ``empty`` (deleted), ``salvaged``, ``set_aside``; of a stream: ``open`` (untouched),
-            ``closed``; of a data file: ``adopted``, ``lost``.
+            out, or for the user it belongs to), ``committed`` and ``empty`` (deleted), ``salvaged``, ``set_aside``; of
+            a stream: ``open`` (untouched), ``closed``; of a data file: ``adopted``, ``lost``.
         path: of the journal, or inside the store.
         writer: id of the writer it belongs to.
         detail: how much was salvaged, or why it went where it went.
@@ -186,14 +186,18 @@ class _Recovery:
             if path.parent.name != LOST:
                 self._visit(path)
         for folder in sorted(self._folder.glob("*")):
-            if folder.name in self._over and not self.dry_run and not any(folder.iterdir()):
-                folder.rmdir()
+            if folder.name in self._over and not self.dry_run:
+                with suppress(OSError):  # it is not empty, or another recovery was faster, or it is another user's
+                    folder.rmdir()
 
     def _visit(self, path: Path) -> None:
         """Settle one journal under its lock, unless its writer lives or another recovery was faster."""
         try:
             handle = os.open(path, os.O_RDWR)
         except FileNotFoundError:
+            return
+        except PermissionError as error:
+            self._note("left", path, path.parent.name, f"{error.strerror}: recover as the user it belongs to")
             return
         try:
             if not try_lock(handle):
@@ -263,11 +267,13 @@ def _runs(pid: int) -> bool:
 
 
 def _unlocked(path: Path) -> bool:
-    """Whether nobody holds this journal."""
+    """Whether nobody holds this journal; one of another user is for that user to judge."""
     try:
         handle = os.open(path, os.O_RDWR)
     except FileNotFoundError:
         return True
+    except PermissionError:
+        return False
     try:
         return try_lock(handle)
     finally:

@@ -7,6 +7,7 @@ deep: the row rules of ``FORMAT.md`` on every live episode, targets of overlays,
 """
 
 import hashlib
+import shlex
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -132,7 +133,8 @@ def _snapfile(walk: Walk) -> Iterator[Problem]:
     for key in sorted(key for key in state.rows.keys() | walk.state.rows.keys()
                       if state.rows.get(key) != walk.state.rows.get(key)):
         yield Problem("fast", "snap", str(key), "the folded snapshot says otherwise than the log", fix)
-    if state.evicted != walk.state.evicted or state.conflicts.keys() != walk.state.conflicts.keys():
+    if state.evicted != walk.state.evicted or state.conflicts.keys() != walk.state.conflicts.keys() \
+            or state.outlived != walk.state.outlived:
         yield Problem("fast", "snap", None, "the folded snapshot hides other rows than the log", fix)
 
 
@@ -141,7 +143,8 @@ def _present(walk: Walk, sizes: dict[str, int]) -> Iterator[Problem]:
     state, live = walk.state, walk.state.live()
     for key, rows in sorted((key, rows) for key, rows in state.conflicts.items() if key not in state.evicted):
         yield Problem("fast", rows[0].path, str(key), f"two whole rows of unequal content, in {rows[0].path} and "
-                      f"{rows[1].path}; both are withheld", "evict the key")
+                      f"{rows[1].path}; both are withheld", "give both up: agentsdpo replay rm "
+                      f"{shlex.quote(walk.storage.uri)} {shlex.quote(key.episode_id)} --yes")
     for key, row in sorted(live.items()):
         if row.path in state.gone:
             yield Problem("fast", row.path, str(key), "a live row lies in a file that was reclaimed", RESTORE)
@@ -244,8 +247,8 @@ def _overlay_targets(walk: Walk) -> Iterator[Problem]:
             continue  # listed by the level before
         for record in table.to_pylist():
             key = Key(*(record[name] for name in Key._fields))
-            row = walk.state.rows.get(key)
-            if row is None or row.content_sha256 != record["target_sha256"].hex():
+            row, target = walk.state.rows.get(key), record["target_sha256"].hex()
+            if row is None or (row.content_sha256 != target and (key, target) not in walk.state.outdone):
                 what = "is not in the store" if row is None else f"has content {row.content_sha256[:12]} now"
                 yield Problem("deep", op["path"], str(key), f"a late value is for a branch that {what}",
                               "write the value again for the present content")

@@ -47,6 +47,9 @@ def read(root: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
         if len({row["content_sha256"] for row in added[key] if row["status"] == "sealed"}) > 1:
             continue
         best = max(added[key], key=lambda r: (RANK[r["status"]], r["n_tokens"], -int(r["content_sha256"], 16)))
+        if best["status"] == "salvaged" and any(other[::2] == key[::2] and row["status"] != "salvaged"
+                                                for other in added for row in added[other]):
+            continue
         same = key in moved and moved[key]["content_sha256"] == best["content_sha256"]
         rows[key] = load(root, moved[key] if same else best)
     latest: dict[Any, Any] = {}

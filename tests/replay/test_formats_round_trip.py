@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from replay_factories import make_branch, make_episode, same_branch, same_episode
 
 from agentsdpo.errors import ConfigError, FormatError, StoreError, TokenizerMismatch
-from agentsdpo.replay import ReplayStore
+from agentsdpo.replay import ReplayStore, compact
 from agentsdpo.replay.formats import atif, export, import_, portable, traces, verifiers
 from agentsdpo.replay.formats.bag import Stored
 from agentsdpo.replay.formats.reading import Notes
@@ -83,6 +83,13 @@ def test_everything_survives(fmt: str, tmp_path: Path) -> None:
     episodes = [rich(0), make_episode(1, kind=5), make_episode(2, kind=4, hint=False, grade=None), empty]
     for before, after in zip(episodes, through(fmt, episodes, tmp_path), strict=True):
         assert same_episode(before, after)
+
+
+@pytest.mark.parametrize("fmt", WHOLE)
+def test_episodes_that_failed_before_their_first_call_are_not_one(fmt: str, tmp_path: Path) -> None:
+    bare = Branch(token_ids=np.zeros(0, np.int32), token_kind=np.zeros(0, np.uint8), logprobs=np.zeros(0, np.float32))
+    episodes = [make_episode(i, episode_id=f"e{i}", branches=(bare,)) for i in range(3)]
+    assert [episode.task_id for episode in through(fmt, episodes, tmp_path)] == ["task-0", "task-1", "task-2"]
 
 
 @st.composite
@@ -158,6 +165,19 @@ def test_a_second_import_adds_nothing(fmt: str, tmp_path: Path, store: ReplaySto
     assert len({row.key.episode_id for row in other.branches()}) == first.added
     if fmt in WHOLE:
         assert import_(store, fmt, tmp_path / "out.jsonl").added == 0
+
+
+def test_data_files_alone_give_every_episode_once(tmp_path: Path, store: ReplayStore) -> None:
+    """Without a log: rows that were compacted stand in two files, salvaged ones beside the whole that came later."""
+    store.append([make_episode(1, episode_id="cut", size=24)], salvaged=True)
+    store.append([make_episode(2, episode_id="lost", size=24)], salvaged=True)
+    compact(store)
+    store.append([make_episode(3, episode_id="cut", size=40)])
+    other = ReplayStore.open(tmp_path / "other")
+    report = import_(other, "parquet", sorted(store.root.glob("data/*/*.parquet")))
+    assert (report.episodes, report.added, report.duplicates) == (5, 2, 3)
+    assert sorted(episode.metadata["source"]["id"] for episode in other.episodes()) == ["cut", "lost"]
+    assert sorted(other.to_arrow()["n_tokens"].to_pylist()) == [24, 40]
 
 
 @pytest.mark.parametrize("fmt", WHOLE)

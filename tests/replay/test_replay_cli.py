@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -345,6 +346,7 @@ def test_tail_shows_the_newest(shared: Path) -> None:
     assert [row["episode_id"] for row in lines("tail", shared, "--fields", "episode")][-1] == "dddd-5"
     assert lines("tail", shared, "--since", "2999-01-01") == []
     assert len(lines("tail", shared, "--since", "1h")) == 6
+    assert len(lines("tail", shared, "--since", "99999999999d")) == 6
     assert "write 90s" in refused(2, "tail", shared, "--since", "yesterday")
 
 
@@ -440,6 +442,24 @@ def test_sql_sees_live_rows_and_cannot_write(shared: Path, tmp_path: Path) -> No
     assert not target.exists()
     assert "DuckDB refuses" in refused(2, "sql", shared, "SELECT nosuch FROM branches")
     assert "DuckDB refuses" in refused(2, "sql", shared, f"SELECT * FROM read_json('{shared}/STORE.json')")
+
+
+def test_sql_answers_in_json_whatever_the_types(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    query = ("SELECT 1.25 AS a, DATE '2026-01-31' AS b, TIMESTAMP '2026-01-31 12:00' AS c, 'NaN'::DOUBLE AS d, "
+             "[0.5] AS e, '00000000-0000-7000-8000-000000000000'::UUID AS f, INTERVAL 1 DAY AS g, 2 AS a")
+    try:
+        found = document("sql", shared, query)
+        text = good("sql", shared, query).stdout.splitlines()[1].split("\t")
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert found["rows"] == [{
+        "a": 1.25, "b": "2026-01-31", "c": "2026-01-31T12:00:00", "d": None, "e": [0.5],
+        "f": "00000000-0000-7000-8000-000000000000", "g": "1 day, 0:00:00", "a_1": 2}]
+    assert (found["columns"][-1], text[2], text[-1]) == ("a_1", "2026-01-31 12:00:00", "2")
+    assert "the query is empty" in refused(2, "sql", shared, " ")
 
 
 def test_sql_shows_the_latest_rewards_and_labels(own: Path, tmp_path: Path) -> None:

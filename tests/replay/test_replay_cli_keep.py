@@ -2,14 +2,16 @@
 
 import json
 import os
+import shlex
 import time
 from pathlib import Path
 
 import pytest
 from replay_factories import make_episode
 from test_replay_cli import call, content, document, good, lines, refused
+from test_replay_verify import forge
 
-from agentsdpo.replay import Key, ReplayStore
+from agentsdpo.replay import Key, ReplayStore, to_rows
 from agentsdpo.replay.cli import choose
 from agentsdpo.replay.sampling.index import SideIndex, Use
 
@@ -68,6 +70,13 @@ def test_evict_by_uses_needs_the_index(own: Path, tmp_path: Path) -> None:
     assert found["keys"] == ["aaaa-1/0/0"]  # cccc-4, of the group of cccc-3, was never drawn
     assert "belong together" in refused(2, "evict", own, "--max-uses", "3")
     assert "no side index" in refused(4, "evict", own, "--max-uses", "3", "--index", tmp_path / "none")
+    SideIndex(tmp_path / "theirs.sqlite", "another store")
+    (tmp_path / "notes.txt").write_text("years of work")
+    for name in ("theirs.sqlite", "notes.txt"):
+        before = (tmp_path / name).read_bytes()
+        said = refused(1, "evict", own, "--max-uses", "3", "--index", tmp_path / name)
+        assert f"{name} is no side index of store" in said
+        assert (tmp_path / name).read_bytes() == before, "a file that is named by mistake stays what it is"
 
 
 def test_evict_refuses_to_hide_everything_and_what_it_cannot_read(own: Path) -> None:
@@ -150,7 +159,9 @@ def test_labels_rewards_and_hints_come_late(own: Path, tmp_path: Path) -> None:
     ('{"episode_id": "aaaa-1"}', "'label' is missing"), ("[]", "not an object"), ("{", "line 1 is no label"),
     ('{"episode_id": "aaaa-1", "label": 3}', "are texts"), ('{"episode_id": "a", "label": "x", "y": 1}', "it has 'y'"),
     ('{"episode_id": "a", "label": "x"}\n{"episode_id": "a", "label": "y"}', "line 2 is about a"),
-    ('{"episode_id": "a", "branch_id": "zero", "label": "x"}', "line 1 is no label")])
+    ('{"episode_id": "a", "branch_id": "zero", "label": "x"}', "line 1 is no label"),
+    ('{"episode_id": "aaaa-1", "branch_id": 0.9, "label": "x"}', "branch_id and attempt are integers"),
+    ("[" * 100_000, "line 1 is no label")])
 def test_a_line_that_is_no_label_is_named_and_nothing_is_added(line: str, said: str, own: Path, tmp_path: Path) -> None:
     (tmp_path / "notes").write_text(line)
     before = content(own)
@@ -202,3 +213,14 @@ def test_a_group_of_rollouts_leaves_together(tmp_path: Path) -> None:
     store = ReplayStore.open(tmp_path / "s")
     store.append([make_episode(i, episode_id=f"e-{i}", group_id="g", group_size=2, version=i) for i in range(2)])
     assert document("rm", tmp_path / "s", "e-0")["keys"] == ["e-0/0/0", "e-1/0/0"]
+
+
+def test_what_verify_says_about_a_conflict_can_be_done(own: Path) -> None:
+    forge(ReplayStore.open(own), to_rows([make_episode(9, episode_id="dddd-5", group_size=1)]), "other")
+    result = call("verify", own, "--json")
+    (problem,) = json.loads(result.stdout)["problems"]
+    assert (result.exit_code, problem["key"]) == (3, "dddd-5/0/0")
+    program, room, *words = shlex.split(problem["fix"].removeprefix("give both up: "))
+    assert (program, room) == ("agentsdpo", "replay")
+    assert "5 branches are left" in good(*words).stdout
+    good("verify", own)

@@ -11,7 +11,7 @@ from replay_factories import make_episode
 from test_replay_cli import content, document, good, lines, refused
 
 from agentsdpo.errors import CorruptionError, StoreError
-from agentsdpo.replay import Key, ReplayStore, compact
+from agentsdpo.replay import Key, ReplayConfig, ReplayStore, compact
 from agentsdpo.replay.upkeep import combine
 from agentsdpo.types import Hint, StopReason
 
@@ -87,6 +87,13 @@ def test_a_salvaged_row_gives_way_to_the_whole_one(source: Path, tmp_path: Path)
     into.append([part], salvaged=True)
     assert combine.merge(into, ReplayStore.open(source)).copied == 6
     assert into.episode("cccc-4").stop_reason == episode.stop_reason
+    said = ReplayStore.open(tmp_path / "said")
+    said.append([part], salvaged=True)
+    for reward in (0.1, 0.2):
+        said.add_rewards({"cccc-4": reward})
+    ReplayStore.open(source).add_rewards({"cccc-4": 0.9})
+    assert combine.merge(said, ReplayStore.open(source)).late == 1
+    assert said.episode("cccc-4").reward == 0.9, "what was said of the half is not said of the whole"
     worse = ReplayStore.open(tmp_path / "worse")
     worse.append([part], salvaged=True)
     assert combine.merge(into, worse).older == 1
@@ -124,6 +131,18 @@ def test_late_values_come_along_with_their_revisions(source: Path, tmp_path: Pat
     into.add_rewards({"aaaa-1": 0.5})
     assert combine.merge(into, a).late == 0
     assert into.snapshot().read([Key("aaaa-1", 0, 0)])[0].reward == 0.5
+
+
+def test_a_group_that_was_closed_by_name_stays_closed(source: Path, tmp_path: Path) -> None:
+    ReplayStore.open(source).close_group("g-c", ["cccc-3"])
+    closed = ReplayConfig(group_mode="closed")
+    for _ in range(2):
+        good("merge", tmp_path / "into", source)
+        into = ReplayStore.open(tmp_path / "into")
+        assert into.fold().closures == {"g-c": ["cccc-3"]}
+        assert into.sampler(closed).explain(9) == ReplayStore.open(source).sampler(closed).explain(9)
+    assert sum(op["op"] == "group_close" for path in into.root.glob("log/*/*.json")
+               for op in json.loads(path.read_text())["ops"]) == 1, "once is enough"
 
 
 def test_damage_is_never_copied(source: Path, tmp_path: Path) -> None:
@@ -211,7 +230,7 @@ def test_split_refuses_what_is_not_clear(source: Path, tmp_path: Path) -> None:
     to = tmp_path / "out"
     assert "--by or --parts" in refused(2, "split", source, to)
     assert "--by or --parts" in refused(2, "split", source, to, "--by", "env", "--parts", "a=1")
-    for text in ("a", "a=x", "a=0.5", "a=1.5,b=-0.5", ""):
+    for text in ("a", "a=x", "a=0.5", "a=1.5,b=-0.5", "a=nan,b=0.1", ""):
         assert "--parts" in refused(2, "split", source, to, "--parts", text)
     assert "name of a folder" in refused(2, "split", source, to, "--parts", "../x=1")
     assert not to.exists()

@@ -17,6 +17,7 @@ from test_replay_maintain import age, filled, live, same
 from agentsdpo.errors import CorruptionError, StoreError
 from agentsdpo.replay import Key, ReplayStore, compact, evict, fold, gc, unevict, verify
 from agentsdpo.replay.folding import Fold
+from agentsdpo.replay.formats.redact import dropped
 from agentsdpo.replay.log import WriterFenced
 from agentsdpo.replay.schema import SCHEMA
 from agentsdpo.replay.segment import GROUP_TOKENS
@@ -104,6 +105,30 @@ def test_evicted_rows_stay_behind_and_can_come_back(tmp_path: Path) -> None:
     age(store.root, "log/maint/*")
     gc(store)
     assert rows_of(ReplayStore.open(store.root)) == {key: before[key] for key in (keys[0], keys[2], keys[5])}
+
+
+@pytest.mark.parametrize("tokens", [True, False])
+def test_a_purge_leaves_nothing_of_what_was_removed(tmp_path: Path, tokens: bool) -> None:
+    """Neither in a large file of which it is a small part, nor where it has no tokens to be counted by."""
+    store, secret = ReplayStore.open(tmp_path / "s"), "hunter-2-" * 4
+    for i in range(12):
+        store.append([make_episode(i, episode_id=f"e{i:02}", size=40, group_size=1)])
+    leaky = make_episode(12, episode_id="leaky", size=40, group_size=1, task_id=secret)
+    if not tokens:
+        leaky = leaky.model_copy(update={"branches": tuple(map(dropped, leaky.branches))})
+    store.append([leaky])
+    compact(store, target_bytes=1 << 13)
+    evict(store, [Key("leaky", 0, 0)], reason="it held a password")
+    assert compact(store, target_bytes=1 << 13).inputs == (), "it is a small part of a large file"
+    before = rows_of(store)
+    assert compact(store, target_bytes=1 << 13, purge=True).rows == 12
+    assert compact(store, target_bytes=1 << 13, purge=True).inputs == ()
+    gc(store)
+    age(store.root, "log/maint/*", "snap/*.parquet")
+    gc(store)
+    assert rows_of(ReplayStore.open(store.root)) == before
+    assert not [path for path in store.root.glob("data/**/*.parquet") if secret in str(pq.read_table(path)["task_id"])]
+    assert verify(store).problems == ()
 
 
 def test_a_salvaged_row_that_was_moved_gives_way_to_a_whole_one(tmp_path: Path) -> None:

@@ -45,6 +45,13 @@ def journal(folder: Path, **about: Any) -> Journal:
     return Journal.open(folder, "store", "writer", "e-1", ABOUT | about)
 
 
+@pytest.mark.parametrize("name", ["", "half a \ud83d"])
+def test_an_episode_that_could_not_be_stored_does_not_begin(tmp_path: Path, name: str) -> None:
+    with pytest.raises(JournalError, match="no episode can have the id"):
+        Journal.open(tmp_path, "store", "writer", name, ABOUT)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("kept", "forks"), [(False, 0), (True, 0), (False, 2), (True, 3)])
 def test_every_step_is_read_back_as_the_episode_was_then(tmp_path: Path, kept: bool, forks: int) -> None:
     one, builder = journal(tmp_path), BranchBuilder()

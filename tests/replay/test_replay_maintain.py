@@ -243,7 +243,7 @@ def rich(root: Path) -> tuple[ReplayStore, list[Key]]:
 def same(a: Fold, b: Fold) -> bool:
     """Equal in all that a fold says."""
     names = ("rows", "vector", "conflicts", "overlays", "closed", "evicted", "files", "gone", "beaten",
-             "archived", "closures", "epoch", "busy")
+             "outdone", "outlived", "archived", "closures", "epoch", "busy")
     other = [name for name in names if getattr(a, name) != getattr(b, name)]
     assert not other, other
     return {key: row.path for key, row in a.moved.items()} == {key: row.path for key, row in b.moved.items()}

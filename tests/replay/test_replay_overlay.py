@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from replay_factories import make_branch, make_episode
 
 from agentsdpo.errors import ConfigError, CorruptionError, RowError, StoreError
-from agentsdpo.replay import Key, ReplayStore
-from agentsdpo.replay.example import example
+from agentsdpo.replay import Key, ReplayStore, fold, verify
+from agentsdpo.replay.example import branch, episode, example
 from agentsdpo.replay.overlay import Late, Overlays, Slot
 from agentsdpo.types import CriterionResult, Grade, Hint
 
@@ -121,6 +121,31 @@ def test_a_value_for_other_content_is_an_error(kind: str) -> None:
     if kind in ("reward", "label"):
         with pytest.raises(CorruptionError, match="targets content"):
             view.scalars()
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_what_was_said_of_a_salvaged_row_falls_away_with_it(folded: bool) -> None:
+    """A crash left half an episode, somebody graded that, and then the whole episode came after all."""
+    store, whole = example(), episode(2).model_copy(update={"episode_id": "e-9"})
+    other = ReplayStore.open(store.root)
+    store.append([whole.model_copy(update={"branches": (branch(0),)})], salvaged=True)
+    store.add_rewards({"e-9": 0.25, "e-0": 0.75})
+    store.add_labels({"e-9": "half"})
+    store.add_hints({"e-9": Hint(text="late", source="user", author="me")})
+    view, key = store.snapshot(), Key("e-9", 0, 0)
+    assert [(row.reward, row.label) for row in other.snapshot().read([key])] == [(0.25, "half")]
+    store.append([whole])
+    if folded:
+        fold(store)
+    for reader in (store, other, ReplayStore.open(store.root)):
+        row = reader.snapshot().read([key])[0]
+        assert (row.reward, row.label, row.hint) == (1.0, None, whole.hint)
+        assert reader.snapshot().keys("reward == 0.75 or label == 'half'") == [Key("e-0", 0, 0)]
+        assert reader.episode("e-9").reward == 1.0
+    assert [row.label for row in ReplayStore.open(store.root).snapshot(at=view.vector).read([key])] == ["half"]
+    assert not [problem for problem in verify(store, "deep").problems if "never recorded" not in problem.what]
+    store.add_rewards({"e-9": 0.5})
+    assert [row.reward for row in ReplayStore.open(store.root).snapshot().read([key])] == [0.5]
 
 
 def test_log_probs_of_trainers_are_kept_apart() -> None:

@@ -1,5 +1,6 @@
 """Recovery: what dead, stopped and closed writers leave behind, and that nothing acknowledged is among what is lost."""
 
+import errno
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ from agentsdpo.replay import ReplayConfig, ReplayStore, Sampler
 from agentsdpo.replay.ids import Key
 from agentsdpo.replay.salvage import salvage
 from agentsdpo.replay.spool import Spool
+from agentsdpo.replay.upkeep import recover as recovery
 from agentsdpo.replay.upkeep.recover import RecoverReport, _Recovery, recover
 from agentsdpo.types import Episode
 
@@ -57,6 +59,15 @@ def ends(report: RecoverReport) -> dict[str, str]:
 
 def files(root: Path) -> dict[str, int]:
     return {str(path.relative_to(root)): path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["tenant/7", "../../../7", "x" * 300, "7\0", "..", "sé\n"])
+def test_no_id_hides_a_journal_from_recovery(writer: Elsewhere, store: ReplayStore, name: str) -> None:
+    path = writer.play(0, 4, episode_id=name)
+    assert path.parent.name == writer.id, "and nothing is written outside the spool"
+    assert recover(store, close=True).count("salvaged") == 1
+    assert store.episode(name).metadata["salvaged"]["steps"] == 4
+    assert not path.exists()
 
 
 def test_a_cut_episode_is_salvaged_and_gives_way_to_a_whole_one(writer: Elsewhere, store: ReplayStore) -> None:
@@ -127,6 +138,41 @@ def test_what_cannot_be_used_is_set_aside_and_what_says_nothing_goes(writer: Els
     assert any("train_allowed=False" in found.detail for found in report.found)
     assert len(store.episode(about(1, 1)["episode_id"]).branches[0].calls) == calls_after(2)
     assert recover(store).changed == 0
+
+
+def test_journals_of_other_users_are_left_to_them(writer: Elsewhere, store: ReplayStore,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs, ours = writer.play(0, 3), writer.play(1, 3)
+    real = os.open
+
+    def guarded(path: Any, *rest: Any, **named: Any) -> int:
+        if path == theirs:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *rest, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", guarded)
+        patch.setattr(socket, "gethostname", lambda: "elsewhere")
+        patch.setattr(recovery, "_runs", lambda pid: False)
+        patch.setattr(os, "getpid", lambda: 1)
+        report = recover(store)
+    assert ends(report) == {writer.id: "open", theirs.name: "left", ours.name: "salvaged"}
+    assert "Permission denied: recover as the user it belongs to" in {found.detail for found in report.found}
+    assert theirs.exists()
+    assert recover(store).count("salvaged") == 1
+
+
+def test_two_recoveries_at_once_do_not_mind_each_other(writer: Elsewhere, store: ReplayStore,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    path, real = writer.play(0, 3), Path.rmdir
+
+    def beaten(folder: Path) -> None:
+        real(folder)
+        real(folder)
+
+    monkeypatch.setattr(Path, "rmdir", beaten)
+    assert recover(store, close=True).count("salvaged") == 1
+    assert not path.parent.exists()
 
 
 def test_a_recovery_cut_off_behind_its_append_keeps_the_unread_tail(writer: Elsewhere, store: ReplayStore) -> None:

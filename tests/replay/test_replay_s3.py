@@ -521,7 +521,7 @@ def test_maintenance_in_a_bucket(address: str, fresh: Fresh, without_obstore: bo
 @pytest.mark.parametrize(("address", "words"), [
     ("s3://", "no bucket"), ("s3:///x", "no bucket"), ("s3://b/x?colour=red", "the option 'colour'"),
     ("s3://AKIA1:secret@b/x", "AWS_ACCESS_KEY_ID"), ("s3://b/x?access_key=AKIA1&secret_key=secret", "AWS_PROFILE"),
-    ("gs://b/x", "scheme 'gs'")])
+    ("gs://b/x", "scheme 'gs'"), ("s3://b/run#1", "lies in s3://b/run$"), ("s3://b/run#", "holds a '#'")])
 def test_addresses_that_cannot_be_used(address: str, words: str) -> None:
     with pytest.raises(StoreError, match=words) as caught:
         storage_for(address)

@@ -8,18 +8,20 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import independent_reader
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from replay_factories import TOKENIZER, make_branch, make_episode, same_branch, same_episode
 
 from agentsdpo.errors import CorruptionError, RowError, StoreError, TokenizerMismatch, TrainForbidden
-from agentsdpo.replay import Key, ReplayStore, files
+from agentsdpo.replay import Key, ReplayStore, files, fold, verify
 from agentsdpo.replay.canonical import canonical_json
 from agentsdpo.replay.log import make_entry
 from agentsdpo.replay.overlay import Slot
 from agentsdpo.replay.rows import to_rows
 from agentsdpo.replay.segment import GROUP_TOKENS, encode
+from agentsdpo.replay.spool import Spool
 from agentsdpo.types import Hint
 
 LATE = Hint(text="late", source="user", author="me")
@@ -298,6 +300,49 @@ def test_the_best_of_two_rows_wins_and_two_whole_ones_conflict(store: ReplayStor
     assert (len(view), view.conflicts) == (0, {Key("e", 0, 0)})
     with pytest.raises(StoreError, match="is in conflict"):
         view.read([Key("e", 0, 0)])
+
+
+def test_a_store_stays_where_it_is_when_the_process_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    store = ReplayStore.open("runs/store")
+    spool, key = Spool(store, folder="spool"), Key("e", 0, 0)
+    store.append([make_episode(1, episode_id="d")])
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    journal = spool.begin({"episode_id": "e"})
+    assert journal is not None
+    assert journal.path.is_relative_to(tmp_path / "spool")
+    store.append([make_episode(2, episode_id="e")])
+    assert len(store) == 2
+    assert ReplayStore.open(tmp_path / "runs/store", create=False).snapshot().read([key])
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert store.storage.uri == "runs/store", "messages name it as it was named"
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("first", ["whole", "salvaged"])
+@pytest.mark.parametrize("numbers", [(0,), (0, 1), (3,)])
+def test_an_episode_is_never_half_of_one_play_and_half_of_another(store: ReplayStore, numbers: tuple[int, ...],
+                                                                  first: str, folded: bool) -> None:
+    """A crash left three branches; played anew under the same id, the episode had others."""
+    rng, other = np.random.default_rng(0), ReplayStore.open(store.root)
+    cut = make_episode(1, episode_id="e", branches=tuple(make_branch(rng, size=8, branch_id=i) for i in range(3)))
+    whole = make_episode(2, episode_id="e", branches=tuple(make_branch(rng, size=12, branch_id=i) for i in numbers))
+    store.append([make_episode(3, episode_id="another")])
+    for name in sorted(("salvaged", "whole"), key=first.__ne__):
+        try:
+            (store if name == "whole" else other).append([whole if name == "whole" else cut],
+                                                         salvaged=name == "salvaged")
+        except RowError:
+            assert first == "whole", "a crash leaves nothing of what is whole"
+        if folded:
+            fold(store)
+    want = [Key("another", 0, 0), *(Key("e", i, 0) for i in numbers)]
+    for reader in (store, other, ReplayStore.open(store.root)):
+        assert reader.snapshot().keys() == want
+        assert same_episode(reader.episode("e"), whole)
+    assert verify(store).problems == ()
+    assert sorted(independent_reader.read(store.root)) == want
 
 
 def test_late_hints_replace_the_stamped_one(store: ReplayStore) -> None:

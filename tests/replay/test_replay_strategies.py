@@ -370,3 +370,27 @@ def test_a_filter_of_its_own_and_late_rewards(store: ReplayStore, monkeypatch: p
     assert one.refresh() == 1
     assert ids(opened) == ["e9"], "what was filtered before is not read again"
     assert sorted(set(ids(one.draw(9, 0)))) == ["e1", "e2", "e9"]
+
+
+def test_what_is_said_later_changes_no_filtered_draws(store: ReplayStore) -> None:
+    """Not even after a compaction or a resume, where the rows are looked at anew."""
+    store.append([make_episode(i, episode_id=f"e{i}", size=20, group_size=1) for i in range(8)])
+    store.append([make_episode(8, episode_id="e8", size=20)], salvaged=True)
+    store.add_labels({f"e{i}": "bad" for i in (0, 1, 8)})
+    one, two, calm = (store.sampler(ReplayConfig(), seed=3, where="label is None") for _ in range(3))
+    store.add_labels({"e5": "bad"})
+    for other in (one, two, calm):
+        other.refresh()
+    two = store.sampler(ReplayConfig(), seed=3, where="label is None")
+    two.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    compact(store)
+    one.refresh()
+    for _ in range(3):
+        drawn = calm.draw(4, 0)
+        assert one.draw(4, 0) == two.draw(4, 0) == drawn
+    store.append([make_episode(18, episode_id="e8", size=40)])  # the whole of it is another row
+    one.refresh()
+    assert "e8" in ids(one.draw(7, 0))
+    old = {name: value for name, value in two.state_dict().items() if name != "wanted"}
+    two.load_state_dict(old)
+    assert len(two.draw(9, 0)) == 5

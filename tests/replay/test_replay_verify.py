@@ -44,6 +44,22 @@ def file_of(store: ReplayStore, episode: str) -> Path:
     return store.root / store.snapshot().rows[Key(episode, 0, 0)].path
 
 
+def test_a_branch_without_calls_is_no_damage(tmp_path: Path) -> None:
+    """Whatever shares its row group: what failed before its first call is kept like everything else."""
+    bare = make_branch(np.random.default_rng(0), size=8).model_copy(update={
+        "token_ids": np.zeros(0, np.int32), "token_kind": np.zeros(0, np.uint8), "logprobs": np.zeros(0, np.float32),
+        "calls": ()})
+    store = ReplayStore.open(tmp_path / "s")
+    for i in range(2):
+        store.append([make_episode(i, episode_id=f"e{i}", branches=(bare,), group_size=1)])
+    store.record_policy(0, {"weights_id": "w"})
+    assert verify(store, "deep").problems == ()
+    store.append([make_episode(2, episode_id="e2", size=24, group_size=1)])
+    assert compact(store).rows == 3
+    assert verify(store, "deep").problems == ()
+    assert [len(row.branch.calls) for row in store.branches()] == [0, 0, 2]
+
+
 def test_a_good_store_is_good_at_every_level(damaged: ReplayStore) -> None:
     for level in ("fast", "full", "deep"):
         report = verify(ReplayStore.open(damaged.root), level)
