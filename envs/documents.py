@@ -12,6 +12,7 @@ MOST_PAGES = 500
 """Pages of a PDF that are read."""
 _UNPACKED = 32 << 20
 """Bytes of one part of a document that are read."""
+_BREAKS = {"br": "\n", "cr": "\n", "tab": "\t"}
 _OFFICE = {".docx": "word/document.xml", ".xlsx": "xl/worksheets/", ".pptx": "ppt/slides/slide"}
 
 
@@ -25,20 +26,24 @@ def readable(path: str, data: bytes) -> str:
     ('total 5', '[2 bytes that are no text]')
     """
     suffix = "." + path.rpartition(".")[2].lower()
-    try:
-        if suffix in _OFFICE:
+    if suffix in _OFFICE:
+        try:
             return _office(suffix, data)
-        if suffix == ".pdf" or data.startswith(b"%PDF-"):
-            return _pdf(data)
+        except Exception:  # noqa: BLE001 - a damaged or hostile file makes zlib, the codecs and expat raise anything
+            return f"[{len(data)} bytes that cannot be read as {suffix}]"
+    if suffix == ".pdf" or data.startswith(b"%PDF-"):
+        return _pdf(data)
+    try:
         return data.decode("utf-8")
-    except (zipfile.BadZipFile, ElementTree.ParseError, KeyError, NotImplementedError, RuntimeError):
-        return f"[{len(data)} bytes that cannot be read as {suffix}]"
     except UnicodeDecodeError:
         return f"[{len(data)} bytes that are no text]"
 
 
 def _office(suffix: str, data: bytes) -> str:
-    """Text of an Office Open XML file. Entities of its XML are never followed; formulas show their stored values."""
+    """Text of an Office Open XML file. Entities of its XML are never followed.
+
+    Formulas show their stored values, and themselves where the library that wrote them has stored none.
+    """
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         inside, shared = archive.namelist(), []
         names = sorted(name for name in inside if name.startswith(_OFFICE[suffix]) and name.endswith(".xml"))
@@ -84,8 +89,17 @@ def _tag(element: ElementTree.Element) -> str:
 
 
 def _paragraphs(root: ElementTree.Element) -> str:
-    lines = ("".join(t.text or "" for t in p.iter() if _tag(t) == "t") for p in root.iter() if _tag(p) == "p")
-    return "\n".join(line for line in lines if line)
+    """One line per paragraph that says something, in one pass: paragraphs stand in paragraphs, however deep."""
+    lines: list[str] = []
+    for element in root.iter():
+        name = _tag(element)
+        if name == "p":
+            lines.append("")
+        elif name == "t" and lines:
+            lines[-1] += element.text or ""
+        elif name in _BREAKS and lines and not (name == "tab" and element.attrib):  # those define where tabs stop
+            lines[-1] += _BREAKS[name]
+    return "\n".join(line for line in lines if line.strip())
 
 
 def _cells(root: ElementTree.Element, shared: list[str]) -> str:
@@ -103,4 +117,5 @@ def _value(cell: ElementTree.Element, shared: list[str]) -> str:
     raw = next((v.text or "" for v in cell if _tag(v) == "v"), "")
     if cell.get("t") == "s" and raw.isdecimal() and int(raw) < len(shared):
         return shared[int(raw)]
-    return raw
+    formula = next((f.text for f in cell if _tag(f) == "f" and f.text), "")
+    return raw if raw or not formula else f"={formula}"
