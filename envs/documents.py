@@ -1,8 +1,11 @@
 """Documents as text: what agents read and what judges are shown. Nothing inside a document is ever run or followed."""
 
+import email.policy
 import io
 import logging
 import zipfile
+from email.message import EmailMessage
+from email.parser import BytesParser
 from functools import lru_cache
 from xml.etree import ElementTree
 
@@ -17,7 +20,7 @@ _OFFICE = {".docx": "word/document.xml", ".xlsx": "xl/worksheets/", ".pptx": "pp
 
 
 def readable(path: str, data: bytes) -> str:
-    """What a file says: text as it is, paragraphs of a document, cells of a sheet, slides, pages; else what it is.
+    """What a file says: text as it is, paragraphs of a document, cells, slides, pages, mails; else what it is.
 
     Raises:
         ConfigError: the file is a PDF and pypdf is not installed. What a file says must not depend on the machine.
@@ -26,9 +29,9 @@ def readable(path: str, data: bytes) -> str:
     ('total 5', '[2 bytes that are no text]')
     """
     suffix = "." + path.rpartition(".")[2].lower()
-    if suffix in _OFFICE:
+    if suffix in (*_OFFICE, ".eml"):
         try:
-            return _office(suffix, data)
+            return _eml(data) if suffix == ".eml" else _office(suffix, data)
         except Exception:  # noqa: BLE001 - a damaged or hostile file makes zlib, the codecs and expat raise anything
             return f"[{len(data)} bytes that cannot be read as {suffix}]"
     if suffix == ".pdf" or data.startswith(b"%PDF-"):
@@ -37,6 +40,42 @@ def readable(path: str, data: bytes) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError:
         return f"[{len(data)} bytes that are no text]"
+
+
+def parsed_mail(data: bytes) -> EmailMessage:
+    """A mail; :func:`headers` and :func:`body` read it whatever it holds."""
+    return BytesParser(_class=EmailMessage, policy=email.policy.default).parsebytes(data)
+
+
+def headers(mail: EmailMessage) -> dict[str, str]:
+    """The first value of each of a mail's headers, by name in lower case; as it stands where nobody can read it."""
+    found: dict[str, str] = {}
+    for name, raw in mail.raw_items():
+        try:
+            value = str(mail.policy.header_fetch_parse(name, raw))
+        except Exception:  # noqa: BLE001 - the library's parser of addresses raises IndexError, AttributeError and more
+            value = " ".join(str(raw).split())
+        found.setdefault(name.lower(), value.encode("utf-8", "replace").decode())
+    return found
+
+
+def body(mail: EmailMessage) -> str:
+    """Text of a mail; of one in an encoding that nobody knows, what UTF-8 makes of it."""
+    part = None
+    try:
+        part = mail.get_body(("plain", "html"))
+        return "" if part is None else part.get_content()  # one without headers has length 0
+    except Exception:  # noqa: BLE001 - an encoding that nobody knows, a form that is none
+        payload = (mail if part is None else part).get_payload(decode=True)
+        return payload.decode("utf-8", "replace") if isinstance(payload, bytes) else ""
+
+
+def _eml(data: bytes) -> str:
+    """Headers and text of a mail, decoded: what was sent in base64 is as plain to a reader as to its addressee."""
+    mail = parsed_mail(data)
+    head = "\n".join(f"{name}: {value}" for name, value in headers(mail).items())
+    files = [f"[attachment {name}]" for part in mail.walk() if (name := part.get_filename())]
+    return "\n".join([head, "", body(mail), *files]).strip()
 
 
 def _office(suffix: str, data: bytes) -> str:
