@@ -282,6 +282,15 @@ def test_long_work_is_cut_and_says_so() -> None:
     assert len(made.changes) == 20
 
 
+def test_what_apps_keep_takes_no_room_from_the_files() -> None:
+    apps = {f".apps_data/db/{i:02}.json": b"y" * 50_000 for i in range(12)}
+    changes = gather(Outcome(answer="done", initial=zipped({}), final=zipped(
+        {**apps, "filesystem/report.txt": b"Revenue was 512 million"}))).changes
+    assert [change.path for change in changes] == [*apps, "report.txt"]
+    assert changes[-1].text == "Revenue was 512 million"
+    assert changes[-2].text == "[50000 bytes left out]", "a judge must not take it for an empty file"
+
+
 def test_office_documents_are_read() -> None:
     space = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
     docx = zipped({"word/document.xml": f'<w:document xmlns:w="{space}"><w:body><w:p><w:r><w:t>Total </w:t></w:r><w:r>'
