@@ -170,7 +170,7 @@ class RubricGrader:
 def _hopeless(task: Task, criterion: Criterion, evidence: Evidence) -> str:
     """Why no judge need be asked about a criterion, empty when one must be."""
     made = any(change.kind != "removed" for change in evidence.changes)
-    if criterion.target == "files":
+    if criterion.target == "files" and not criterion.negative:  # to have changed nothing may be what is asked for
         return "" if made else "no file was added or changed"
     return "" if made and criterion.target != "answer" else says_nothing(task, evidence.answer)
 

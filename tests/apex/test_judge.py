@@ -291,6 +291,19 @@ def test_what_apps_keep_takes_no_room_from_the_files() -> None:
     assert changes[-2].text == "[50000 bytes left out]", "a judge must not take it for an empty file"
 
 
+def test_to_have_changed_nothing_may_be_what_is_asked_for() -> None:
+    task = TASK.model_copy(update={"rubric": (
+        RUBRIC[0], Criterion(id="n", text="No file was changed", target="files", negative=True))})
+
+    def strict(criterion: Json, work: Json, last: str) -> str:
+        if "No file" in criterion["criterion"]:
+            return verdict(criterion, not work["files"])
+        return honest(criterion, work, last)
+    assert grade(strict, GOOD, task=task).passed
+    assert [r.score for r in grade(strict, GOOD, task=task, files={"filesystem/a": b"x"}).results] == [1.0, 0.0]
+    assert [r.score for r in grade(captured, ":", task=task).results] == [0.0, 0.0], "nobody is asked about silence"
+
+
 def test_office_documents_are_read() -> None:
     space = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
     docx = zipped({"word/document.xml": f'<w:document xmlns:w="{space}"><w:body><w:p><w:r><w:t>Total </w:t></w:r><w:r>'
