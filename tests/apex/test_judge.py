@@ -401,3 +401,28 @@ def test_grading_again_asks_nobody(chat_server: Any, tmp_path: Path) -> None:
     assert len(chat_server.seen) == 3
     asyncio.run(once(outcome.model_copy(update={"answer": GOOD + " Really."})))
     assert len(chat_server.seen) == 6
+
+
+def test_kept_rubbish_is_asked_about_again(chat_server: Any, tmp_path: Path) -> None:
+    """Else an attempt whose judge once babbled could be resumed for ever and never be scored."""
+    rubbish = True
+
+    def say(body: Json) -> Any:
+        return chat_server.say("Well..." if rubbish else honest(*read(body["messages"][1]["content"]), ""))
+    chat_server.answer = say
+    outcome = Outcome(answer=GOOD, initial=zipped({}), final=zipped({}))
+
+    async def once() -> Grade:
+        model = HostedModel(HostedConfig(model="openai/j", api_base=chat_server.url, cache=tmp_path, retries=0))
+        try:
+            return await RubricGrader(model).grade(TASK, outcome)
+        finally:
+            await model.aclose()
+    first = asyncio.run(once())
+    assert (first.passed, len(chat_server.seen)) == (None, 9)
+    assert first.results[0].rationale.startswith("the judge gave no readable verdict in 3 replies")
+    rubbish = False
+    assert asyncio.run(once()).passed
+    assert len(chat_server.seen) == 12
+    assert asyncio.run(once()).passed
+    assert len(chat_server.seen) == 12, "what could be read is kept"
