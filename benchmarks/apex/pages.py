@@ -64,7 +64,7 @@ def money(value: Any) -> str:
 
 
 METHODS = {"cluster": "whole worlds are redrawn.", "task": "tasks are redrawn, since there is one world.",
-           "wilson": "of Wilson, since every task has the same rate.", "none": "none."}
+           "wilson": "of Wilson, since redrawing finds no spread.", "none": "none."}
 
 
 @cache

@@ -54,8 +54,8 @@ class Estimate(Frozen):
 
     ``value`` is None when some task has too few attempts; ``partial`` is then the mean over the ``n_tasks`` that have
     enough, of ``of_tasks``. The interval is that of ``partial``. ``error`` is its standard error.
-    ``method``: ``cluster`` redraws worlds, ``task`` redraws tasks, ``wilson`` stands in where every task has the same
-    rate of 0 or 1, for which redrawing finds no spread.
+    ``method``: ``cluster`` redraws worlds, ``task`` redraws tasks, ``wilson`` stands in where all of those have one and
+    the same mean, for which redrawing finds no spread.
     """
 
     value: float | None
@@ -136,8 +136,8 @@ def estimate(tasks: Sequence[TaskScores], of: Callable[[TaskScores], float | Non
     mean, means = float(np.mean(numbers)), cluster_draws(numbers, groups, draws=draws)
     (low, high), error = map(float, np.quantile(means, [0.025, 0.975])), float(means.std())
     method = "task" if one_world else "cluster"
-    if set(numbers) in ({0.0}, {1.0}):
-        _, low, high = wilson(numbers[0] * len(set(groups)), len(set(groups)))
+    if error < 1e-9:
+        _, low, high = wilson(min(1.0, mean) * len(set(groups)), len(set(groups)))
         error, method = (high - low) / (2 * 1.96), "wilson"
     whole = mean if len(values) == len(tasks) else None
     return Estimate(value=whole, partial=mean, low=low, high=high, error=error, method=method, **sizes)
