@@ -21,6 +21,8 @@ from agentsdpo.types import ErrorKind, Json, Outcome, Task, ToolCall, ToolResult
 
 MOST_CHARS = 1_000_000
 """Characters of one answer that go on; profiles cut further."""
+_TOLD = 300
+"""Characters of what is wrong with a tool's answer that the agent is told."""
 _CLOSED, _LATE = -32000, (-32001, 408)
 """Codes with which the SDK says that the connection is gone, and that an answer took too long."""
 
@@ -109,6 +111,8 @@ class McpSession:
             return f"Error: {fault.error.message}", "tool"
         except (OSError, BrokenResourceError, ClosedResourceError) as fault:
             raise self._dead(fault) from fault
+        except (RuntimeError, ValueError) as fault:  # so the SDK says that an answer breaks the tool's own schema
+            return f"Error: the tool's answer cannot be used: {' '.join(str(fault).split())[:_TOLD]}", "tool"
         return shown(result), "tool" if result.is_error else "none"
 
     async def close(self) -> None:
