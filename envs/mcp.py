@@ -140,7 +140,8 @@ class McpEnv:
         server: where the tools are.
         system: the system message; none is sent when empty.
 
-    ``tools`` are those the server listed when the episode began, and ``final_answer`` unless it has one itself.
+    ``tools`` are those the server listed when the episode began, and ``final_answer`` unless it has one itself: either
+    ends the episode with its ``answer``.
     """
 
     env_id = "mcp"
@@ -194,7 +195,10 @@ class McpEnv:
             return "final answer taken", "none"
         if call.name not in {spec.name for spec in self._session.specs}:
             return f"Error: no tool {call.name!r}", "unknown_tool"
-        return await self._session.call(call.name, call.arguments)
+        said, kind = await self._session.call(call.name, call.arguments)
+        if call.name == FINAL.name and kind == "none" and "answer" in call.arguments:
+            self._answer = str(call.arguments["answer"])
+        return said, kind
 
     def done(self) -> bool:
         """Whether the final answer was given."""

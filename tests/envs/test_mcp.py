@@ -134,6 +134,11 @@ def test_what_is_wrong_with_a_tool_is_told_to_the_agent(name: str, words: str) -
     assert run.messages[2]["content"].startswith(words)
 
 
+def test_a_final_answer_of_the_servers_own_is_the_answer() -> None:
+    run = odd("final_answer", answer="512")
+    assert (run.stop_reason, run.counts["turns"], run.outcome.answer) == (StopReason.COMPLETED, 1, "512")
+
+
 @pytest.mark.slow
 def test_a_slow_tool_and_one_more_after_it() -> None:
     env = local(timeout_s=20.0)
