@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from agentsdpo.envs.desk import PRESETS, SPLITS, DeskEnv, DeskGrader, DeskSuite, Firm, agents, families, text, world
-from agentsdpo.envs.desk.calc import evaluate
+from agentsdpo.envs.desk.calc import BadExpression, evaluate
 from agentsdpo.envs.desk.firm import SLOTS, hint, slots_of
 from agentsdpo.envs.desk.tools import SPECS, TOOLS
 from agentsdpo.types import Grade, Task, ToolCall
@@ -251,6 +251,14 @@ def test_random_agents_never_crash_the_desk() -> None:
                      for k in spec.parameters["properties"]}
         assert isinstance(env.apply(ToolCall(id=str(i), name=spec.name, arguments=arguments)).content, str)
     json.loads(env.snapshot())
+
+
+def test_a_sum_too_long_to_compute_is_refused_not_cut() -> None:
+    """Cut in the middle of a figure it came to another sum, and nothing said so."""
+    assert evaluate("482" + "+4821" * 39) == 482 + 4821 * 39
+    for many in (40, 48):
+        with pytest.raises(BadExpression, match=f"cannot compute {3 + 5 * many} characters, only 200"):
+            evaluate("482" + "+4821" * many)
 
 
 def test_calc_agrees_with_python_on_random_expressions() -> None:
