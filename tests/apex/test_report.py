@@ -125,6 +125,10 @@ def test_a_run_that_was_stopped_says_what_is_missing(tmp_path: Path, sums: SumTa
     assert found["n_missing"] == 5
     assert "5 of 8 attempts were never made" in found["warnings"]
     assert found["overall"]["conditional"]["pass^2"]["value"] is None
+    for column in ("conditional", "strict"):
+        for name in ("pass@1", "mean_score"):
+            one = found["overall"][column][name]
+            assert (one["value"], one["partial"], one["n_tasks"], one["of_tasks"]) == (None, 1.0, 3, 4)
     assert "never made" in (tmp_path / "r" / "report.html").read_text()
     assert "null" in markdown(found)
 
