@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from agentsdpo.envs.desk import PRESETS, SPLITS, DeskEnv, DeskGrader, DeskSuite,
 from agentsdpo.envs.desk.calc import BadExpression, evaluate
 from agentsdpo.envs.desk.firm import SLOTS, hint, slots_of
 from agentsdpo.envs.desk.tools import SPECS, TOOLS
+from agentsdpo.errors import ConfigError
 from agentsdpo.types import Grade, Task, ToolCall
 
 
@@ -251,6 +253,14 @@ def test_random_agents_never_crash_the_desk() -> None:
                      for k in spec.parameters["properties"]}
         assert isinstance(env.apply(ToolCall(id=str(i), name=spec.name, arguments=arguments)).content, str)
     json.loads(env.snapshot())
+
+
+@pytest.mark.parametrize(("knobs", "words"), [
+    ({"families": ("nope",)}, "there is no family 'nope'; choose of lookup, correct"), ({"families": ()}, "is empty"),
+    ({"n": (4, 0)}, r"n is \[4, 0\]; give"), ({"n": (100,)}, "each 1 to 48"), ({"n": ()}, r"n is \[\]")])
+def test_knobs_that_make_no_task_are_refused(knobs: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        DeskSuite("desk", **knobs)
 
 
 def test_a_sum_too_long_to_compute_is_refused_not_cut() -> None:
