@@ -245,7 +245,9 @@ def test_an_episode_in_a_container() -> None:
     (ArchipelagoEnv(WORLD, ContainerConfig(start=("echo", "hello"))), "printed no address but 'hello'"),
     (ArchipelagoEnv(WORLD, ContainerConfig(start=("sh", "-c", "echo no >&2; exit 4"))), "ended with 4: no"),
     (ArchipelagoEnv(WORLD, ContainerConfig(start=("echo", "http://127.0.0.1:9"), startup_s=0.2)), "does not answer"),
-], ids=["stale", "sick", "no program", "no address", "failing", "nobody there"])
+    (ArchipelagoEnv(WORLD, ContainerConfig(start=("sh", "-c", "sleep 10 & echo http://127.0.0.1:9"), timeout_s=0.5)),
+     "has not ended in 0.5 s; run it by hand"),
+], ids=["stale", "sick", "no program", "no address", "failing", "nobody there", "for ever"])
 def test_containers_that_cannot_be_used(env: ArchipelagoEnv, words: str) -> None:
     with pytest.raises(EnvError, match=words):
         within(env, lambda: env.reset(TASK, seed=0, episode_id="e"))
