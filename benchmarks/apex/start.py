@@ -32,16 +32,21 @@ def start(config: BenchConfig, out: Path | str) -> Bench:
         ConfigError, ModelError, FormatError: see suites and agents.
     """
     folder = BenchFolder(Path(out))
-    if (folder.path / "run.json").exists():
-        raise RunError(f"{folder.path} holds a benchmark run", fix=f"choose another --out, or go on with it: agentsdpo "
-                       f"bench resume {folder.path}")
+    _check_free(folder)
     taskset = open_suite(config)
     agent = make_agent(config, taskset)
     folder.path.mkdir(parents=True, exist_ok=True)
     hold(folder.path)
+    _check_free(folder)  # again: while the model was loaded, another process may have begun, and ended
     about = describe(config, taskset, agent, folder.path.resolve().name)
     folder.write_about(about)
     return Bench(config, taskset, agent, folder, about)
+
+
+def _check_free(folder: BenchFolder) -> None:
+    if (folder.path / "run.json").exists():
+        raise RunError(f"{folder.path} holds a benchmark run", fix=f"choose another --out, or go on with it: agentsdpo "
+                       f"bench resume {folder.path}")
 
 
 def reopen(path: Path | str, changes: Mapping[str, Any] | None = None) -> Bench:

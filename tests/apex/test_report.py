@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from agentsdpo.benchmarks.apex import start
 from agentsdpo.benchmarks.apex.agents import Agent
 from agentsdpo.benchmarks.apex.compare import NotComparable, compare_runs
+from agentsdpo.benchmarks.apex.config import BenchConfig
 from agentsdpo.benchmarks.apex.exports.saved import saved
 from agentsdpo.benchmarks.apex.grading import regrade
 from agentsdpo.benchmarks.apex.pages import visible
@@ -18,6 +20,7 @@ from agentsdpo.benchmarks.apex.report import make_report, markdown
 from agentsdpo.benchmarks.apex.runfolder import BenchFolder
 from agentsdpo.benchmarks.apex.show import one_attempt, print_attempt
 from agentsdpo.benchmarks.apex.summary import summarise
+from agentsdpo.errors import RunError
 from agentsdpo.types import Criterion, Grade, ModelTurn, Outcome, Task
 from tests.apex.conftest import Adder, SumGrader, SumTasks, make
 
@@ -131,6 +134,18 @@ def test_a_run_that_was_stopped_says_what_is_missing(tmp_path: Path, sums: SumTa
             assert (one["value"], one["partial"], one["n_tasks"], one["of_tasks"]) == (None, 1.0, 3, 4)
     assert "never made" in (tmp_path / "r" / "report.html").read_text()
     assert "null" in markdown(found)
+
+
+def test_a_run_that_began_and_ended_meanwhile_is_not_overwritten(tmp_path: Path, sums: SumTasks,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(config: BenchConfig, taskset: SumTasks) -> Agent:
+        BenchFolder(tmp_path).write_about({"run_id": "of another process"})
+        return Agent("mine", "script", lambda task, seed: Adder())
+
+    monkeypatch.setattr(start, "make_agent", slow)
+    with pytest.raises(RunError, match="holds a benchmark run"):
+        make(tmp_path)
+    assert BenchFolder(tmp_path).about() == {"run_id": "of another process"}
 
 
 def test_a_run_without_any_attempt_has_a_report_too(tmp_path: Path, sums: SumTasks) -> None:
