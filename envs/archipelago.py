@@ -7,8 +7,11 @@ compared with them, so that nothing of an earlier episode is ever graded.
 
 import asyncio
 import json
+import os
+import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -169,10 +172,10 @@ class ArchipelagoEnv(McpEnv):
         if container is not None:
             await container.close()
             if self._config.stop:
-                await _run([part.replace("{url}", container.url) for part in self._config.stop])
+                await _run([part.replace("{url}", container.url) for part in self._config.stop], self._config.timeout_s)
 
     async def _start(self) -> str:
-        lines = (await _run(self._config.start)).split()
+        lines = (await _run(self._config.start, self._config.timeout_s)).split()
         if not lines or not lines[-1].startswith(("http://", "https://")):
             raise EnvError(f"{' '.join(self._config.start)} printed no address but {' '.join(lines)[:200]!r}",
                            fix="let it print the container's address as its last line, as in http://127.0.0.1:8080")
@@ -196,22 +199,29 @@ def _mark(entry: Entry | None) -> tuple[int, int] | None:
     return None if entry is None else (entry.size, entry.crc)
 
 
-async def _run(command: Sequence[str]) -> str:
+async def _run(command: Sequence[str], limit_s: float) -> str:
     """What a command prints.
 
     Raises:
-        EnvError: it cannot be started or fails.
+        EnvError: it cannot be started, fails, or has not ended in so many seconds; it is killed then.
     """
     try:
         process = await asyncio.create_subprocess_exec(*command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                                       stderr=subprocess.PIPE)
+                                                       stderr=subprocess.PIPE, start_new_session=True)
     except OSError as fault:
         raise EnvError(f"{command[0]} cannot be started: {fault}", fix="give the command's path") from fault
     try:
-        said, errors = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
+        async with asyncio.timeout(limit_s):
+            said, errors = await process.communicate()
+    except BaseException as fault:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(process.communicate(), 1.0)  # to the end of its output, which closes it
+        if not isinstance(fault, TimeoutError):
+            raise
+        raise EnvError(f"{' '.join(command)} has not ended in {limit_s:g} s", fix="run it by hand: it must end, and "
+                       "what it leaves running must not hold its output") from None
     if process.returncode:
         why = errors[-300:].decode("utf-8", "replace")
         raise EnvError(f"{' '.join(command)} ended with {process.returncode}: {why}", fix="run it by hand")

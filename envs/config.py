@@ -33,4 +33,5 @@ class ContainerConfig(Settings):
     apps: Json = Field(default={}, description="mcpServers of POST /apps; empty leaves those that the image starts")
     hooks: tuple[Json, ...] = Field(default=(), description="pre_snapshot_hooks of POST /data/snapshot")
     startup_s: float = Field(default=180.0, gt=0, description="seconds until it must be healthy")
-    timeout_s: float = Field(default=600.0, gt=0, description="seconds for one request, and for one tool call")
+    timeout_s: float = Field(default=600.0, gt=0, description=(
+        "seconds for one request, for one tool call, and for each of both commands"))

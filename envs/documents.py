@@ -1,8 +1,11 @@
 """Documents as text: what agents read and what judges are shown. Nothing inside a document is ever run or followed."""
 
+import email.policy
 import io
 import logging
 import zipfile
+from email.message import EmailMessage
+from email.parser import BytesParser
 from functools import lru_cache
 from xml.etree import ElementTree
 
@@ -12,11 +15,12 @@ MOST_PAGES = 500
 """Pages of a PDF that are read."""
 _UNPACKED = 32 << 20
 """Bytes of one part of a document that are read."""
+_BREAKS = {"br": "\n", "cr": "\n", "tab": "\t"}
 _OFFICE = {".docx": "word/document.xml", ".xlsx": "xl/worksheets/", ".pptx": "ppt/slides/slide"}
 
 
 def readable(path: str, data: bytes) -> str:
-    """What a file says: text as it is, paragraphs of a document, cells of a sheet, slides, pages; else what it is.
+    """What a file says: text as it is, paragraphs of a document, cells, slides, pages, mails; else what it is.
 
     Raises:
         ConfigError: the file is a PDF and pypdf is not installed. What a file says must not depend on the machine.
@@ -25,20 +29,60 @@ def readable(path: str, data: bytes) -> str:
     ('total 5', '[2 bytes that are no text]')
     """
     suffix = "." + path.rpartition(".")[2].lower()
+    if suffix in (*_OFFICE, ".eml"):
+        try:
+            return _eml(data) if suffix == ".eml" else _office(suffix, data)
+        except Exception:  # noqa: BLE001 - a damaged or hostile file makes zlib, the codecs and expat raise anything
+            return f"[{len(data)} bytes that cannot be read as {suffix}]"
+    if suffix == ".pdf" or data.startswith(b"%PDF-"):
+        return _pdf(data)
     try:
-        if suffix in _OFFICE:
-            return _office(suffix, data)
-        if suffix == ".pdf" or data.startswith(b"%PDF-"):
-            return _pdf(data)
         return data.decode("utf-8")
-    except (zipfile.BadZipFile, ElementTree.ParseError, KeyError, NotImplementedError, RuntimeError):
-        return f"[{len(data)} bytes that cannot be read as {suffix}]"
     except UnicodeDecodeError:
         return f"[{len(data)} bytes that are no text]"
 
 
+def parsed_mail(data: bytes) -> EmailMessage:
+    """A mail; :func:`headers` and :func:`body` read it whatever it holds."""
+    return BytesParser(_class=EmailMessage, policy=email.policy.default).parsebytes(data)
+
+
+def headers(mail: EmailMessage) -> dict[str, str]:
+    """The first value of each of a mail's headers, by name in lower case; as it stands where nobody can read it."""
+    found: dict[str, str] = {}
+    for name, raw in mail.raw_items():
+        try:
+            value = str(mail.policy.header_fetch_parse(name, raw))
+        except Exception:  # noqa: BLE001 - the library's parser of addresses raises IndexError, AttributeError and more
+            value = " ".join(str(raw).split())
+        found.setdefault(name.lower(), value.encode("utf-8", "replace").decode())
+    return found
+
+
+def body(mail: EmailMessage) -> str:
+    """Text of a mail; of one in an encoding that nobody knows, what UTF-8 makes of it."""
+    part = None
+    try:
+        part = mail.get_body(("plain", "html"))
+        return "" if part is None else part.get_content()  # one without headers has length 0
+    except Exception:  # noqa: BLE001 - an encoding that nobody knows, a form that is none
+        payload = (mail if part is None else part).get_payload(decode=True)
+        return payload.decode("utf-8", "replace") if isinstance(payload, bytes) else ""
+
+
+def _eml(data: bytes) -> str:
+    """Headers and text of a mail, decoded: what was sent in base64 is as plain to a reader as to its addressee."""
+    mail = parsed_mail(data)
+    head = "\n".join(f"{name}: {value}" for name, value in headers(mail).items())
+    files = [f"[attachment {name}]" for part in mail.walk() if (name := part.get_filename())]
+    return "\n".join([head, "", body(mail), *files]).strip()
+
+
 def _office(suffix: str, data: bytes) -> str:
-    """Text of an Office Open XML file. Entities of its XML are never followed; formulas show their stored values."""
+    """Text of an Office Open XML file. Entities of its XML are never followed.
+
+    Formulas show their stored values, and themselves where the library that wrote them has stored none.
+    """
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         inside, shared = archive.namelist(), []
         names = sorted(name for name in inside if name.startswith(_OFFICE[suffix]) and name.endswith(".xml"))
@@ -84,8 +128,17 @@ def _tag(element: ElementTree.Element) -> str:
 
 
 def _paragraphs(root: ElementTree.Element) -> str:
-    lines = ("".join(t.text or "" for t in p.iter() if _tag(t) == "t") for p in root.iter() if _tag(p) == "p")
-    return "\n".join(line for line in lines if line)
+    """One line per paragraph that says something, in one pass: paragraphs stand in paragraphs, however deep."""
+    lines: list[str] = []
+    for element in root.iter():
+        name = _tag(element)
+        if name == "p":
+            lines.append("")
+        elif name == "t" and lines:
+            lines[-1] += element.text or ""
+        elif name in _BREAKS and lines and not (name == "tab" and element.attrib):  # those define where tabs stop
+            lines[-1] += _BREAKS[name]
+    return "\n".join(line for line in lines if line.strip())
 
 
 def _cells(root: ElementTree.Element, shared: list[str]) -> str:
@@ -103,4 +156,5 @@ def _value(cell: ElementTree.Element, shared: list[str]) -> str:
     raw = next((v.text or "" for v in cell if _tag(v) == "v"), "")
     if cell.get("t") == "s" and raw.isdecimal() and int(raw) < len(shared):
         return shared[int(raw)]
-    return raw
+    formula = next((f.text for f in cell if _tag(f) == "f" and f.text), "")
+    return raw if raw or not formula else f"={formula}"

@@ -21,6 +21,8 @@ from agentsdpo.types import ErrorKind, Json, Outcome, Task, ToolCall, ToolResult
 
 MOST_CHARS = 1_000_000
 """Characters of one answer that go on; profiles cut further."""
+_TOLD = 300
+"""Characters of what is wrong with a tool's answer that the agent is told."""
 _CLOSED, _LATE = -32000, (-32001, 408)
 """Codes with which the SDK says that the connection is gone, and that an answer took too long."""
 
@@ -109,6 +111,8 @@ class McpSession:
             return f"Error: {fault.error.message}", "tool"
         except (OSError, BrokenResourceError, ClosedResourceError) as fault:
             raise self._dead(fault) from fault
+        except (RuntimeError, ValueError) as fault:  # so the SDK says that an answer breaks the tool's own schema
+            return f"Error: the tool's answer cannot be used: {' '.join(str(fault).split())[:_TOLD]}", "tool"
         return shown(result), "tool" if result.is_error else "none"
 
     async def close(self) -> None:
@@ -136,7 +140,8 @@ class McpEnv:
         server: where the tools are.
         system: the system message; none is sent when empty.
 
-    ``tools`` are those the server listed when the episode began, and ``final_answer`` unless it has one itself.
+    ``tools`` are those the server listed when the episode began, and ``final_answer`` unless it has one itself: either
+    ends the episode with its ``answer``.
     """
 
     env_id = "mcp"
@@ -190,7 +195,10 @@ class McpEnv:
             return "final answer taken", "none"
         if call.name not in {spec.name for spec in self._session.specs}:
             return f"Error: no tool {call.name!r}", "unknown_tool"
-        return await self._session.call(call.name, call.arguments)
+        said, kind = await self._session.call(call.name, call.arguments)
+        if call.name == FINAL.name and kind == "none" and "answer" in call.arguments:
+            self._answer = str(call.arguments["answer"])
+        return said, kind
 
     def done(self) -> bool:
         """Whether the final answer was given."""

@@ -11,12 +11,11 @@ import hashlib
 import json
 from collections.abc import Callable
 from email.message import EmailMessage
-from email.parser import BytesParser
 from fnmatch import fnmatchcase
 from typing import Any
 
 from agentsdpo.envs.archives import Entry, Files, UnsafePath, safe_path, zip_bytes
-from agentsdpo.envs.documents import readable
+from agentsdpo.envs.documents import body, headers, parsed_mail, readable
 from agentsdpo.types import ErrorKind, Json, Outcome, Task, ToolCall, ToolResult, ToolSpec
 
 SYSTEM = """\
@@ -208,27 +207,33 @@ class OfficeEnv:
         files = {path: entry for path, entry in self._files().items()
                  if path.startswith(MAIL) and path.endswith(".eml")}
         names = sorted(files, key=lambda path: (path.startswith(f"{MAIL}sent/"), path))
-        return {path.removeprefix(MAIL): _mail(files[path].load()) for path in names}
+        return {path.removeprefix(MAIL): parsed_mail(files[path].load()) for path in names}
 
     def _list_mails(self, start: int = 1) -> str:
-        return _page([f"{name}  from {mail['from']} to {mail['to']}: {mail['subject']}"
-                      for name, mail in self._mails().items()], start, "no mails")
+        heads = {name: headers(mail) for name, mail in self._mails().items()}
+        return _page([f"{name}  from {head.get('from')} to {head.get('to')}: {head.get('subject')}"
+                      for name, head in heads.items()], start, "no mails")
 
     def _read_mail(self, mail_id: str) -> str:
         mail = self._mails().get(mail_id)
         if mail is None:
             raise _Fault(f"there is no mail {mail_id!r}; list the mails")
-        body = mail.get_body(("plain", "html"))
-        head = "\n".join(f"{name}: {mail[name]}" for name in ("from", "to", "date", "subject") if mail[name])
-        return f"{head}\n\n{body.get_content() if body else ''}".strip()
+        said = headers(mail)
+        head = "\n".join(f"{name}: {said[name]}" for name in ("from", "to", "date", "subject") if said.get(name))
+        return f"{head}\n\n{body(mail)}".strip()
 
     def _send_mail(self, to: str, subject: str, body: str) -> str:
         number = 1 + sum(name.startswith("sent/") for name in self._mails())
         mail = EmailMessage(policy=email.policy.SMTP)
         to, subject, body = (text.encode("utf-8", "replace").decode() for text in (to, subject, body))
-        mail["From"], mail["To"], mail["Subject"] = "me", " ".join(to.split()), " ".join(subject.split())
-        mail.set_content(body, cte="base64")
-        self._put(f"{MAIL}sent/{number:04}.eml", mail.as_bytes())
+        try:
+            mail["From"], mail["To"], mail["Subject"] = "me", " ".join(to.split()), " ".join(subject.split())
+            mail.set_content(body, cte="base64")
+            data = mail.as_bytes()
+        except Exception as fault:  # noqa: BLE001 - the library's parser of addresses raises anything
+            raise _Fault(f"a mail to {to!r} with subject {subject!r} cannot be written: {fault}; use plain addresses "
+                         "and words") from fault
+        self._put(f"{MAIL}sent/{number:04}.eml", data)
         return f"sent as sent/{number:04}.eml"
 
     def _final(self, answer: str, status: str = "completed") -> str:
@@ -239,10 +244,6 @@ class OfficeEnv:
 def _inside(path: str) -> str:
     """A path of an agent below the root of its office; a leading slash is that root, there being no other."""
     return safe_path(path.removeprefix("/"))
-
-
-def _mail(data: bytes) -> EmailMessage:
-    return BytesParser(_class=EmailMessage, policy=email.policy.default).parsebytes(data)
 
 
 def _page(lines: list[str], start: int, empty: str) -> str:

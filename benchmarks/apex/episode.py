@@ -62,15 +62,23 @@ def write_grade(folder: BenchFolder, attempt: Attempt, grade: Grade | None) -> N
     """Write ``grades.json``, and a line in the log; that of an earlier grading is kept as ``grades-<grading>.json``."""
     place = folder.episode(attempt.task_id, attempt.attempt)
     before = place / "grades.json"
-    if before.is_file():
-        earlier = int(json.loads(before.read_bytes())[shapes.OURS]["grading"])
-        if earlier != attempt.grading:
-            before.rename(place / f"grades-{earlier}.json")
+    if before.is_file() and _grading(before) != attempt.grading:
+        before.rename(place / f"grades-{_grading(before)}.json")
     saved = shapes.grades(attempt, grade)
     write_files(place, {"grades.json": text(saved)})
     if (place / EVENTS).is_file():
         told = {key: saved[shapes.OURS][key] for key in ("grading", "outcome", "passed")}
         EpisodeLog(place).add("grade", {**told, "score": attempt.score, "criteria": attempt.criteria})
+
+
+def grade_file(place: Path, grading: int) -> Path:
+    """Where the grade of an attempt under one grading stands: the newest one, which may not count yet, moved it."""
+    newest, kept = place / "grades.json", place / f"grades-{grading}.json"
+    return kept if kept.is_file() and not (newest.is_file() and _grading(newest) == grading) else newest
+
+
+def _grading(path: Path) -> int:
+    return int(json.loads(path.read_bytes())[shapes.OURS]["grading"])
 
 
 def set_log_aside(place: Path) -> None:

@@ -16,7 +16,7 @@ ANSWER, FILE, ALL = 40_000, 20_000, 160_000
 """Characters kept of the answer, of one file, and of all files together."""
 _UNPACKED = 32 << 20
 """Bytes of one file that are read."""
-_FILES = "filesystem/"
+_FILES, _APPS = "filesystem/", ".apps_data/"
 
 
 class Change(Frozen):
@@ -48,20 +48,27 @@ def clean(text: str, most: int) -> str:
 
 
 def gather(outcome: Outcome) -> Evidence:
-    """The answer, and the changes between both snapshots where those are archives."""
-    changes: list[Change] = []
+    """The answer, and the changes between both snapshots where those are archives, by path.
+
+    The room is given to files first, then to what apps keep for themselves, which may be far more than was asked for.
+    """
+    changes: dict[str, Change] = {}
     room = ALL
     for path, kind, data in _changes(outcome.initial, outcome.final):
-        text = clean(readable(path, data), min(FILE, room)) if data and room > 0 else ""
-        room -= len(text)
-        changes.append(Change(path=clean(path, 300), kind=kind, text=text))
-    return Evidence(answer=clean(outcome.answer or "", ANSWER), changes=tuple(changes))
+        if data and room <= 0:
+            text = f"[{len(data)} bytes left out]"
+        else:
+            text = clean(readable(path, data), min(FILE, room)) if data else ""
+            room -= len(text)
+        changes[path] = Change(path=clean(path, 300), kind=kind, text=text)
+    by_path = tuple(changes[path] for path in sorted(changes))
+    return Evidence(answer=clean(outcome.answer or "", ANSWER), changes=by_path)
 
 
 def _changes(initial: bytes, final: bytes) -> Iterator[tuple[str, str, bytes]]:
-    """``(path, kind, data)`` of every file that is not as it was, by path."""
+    """``(path, kind, data)`` of every file that is not as it was, those of apps last."""
     before, after = _members(initial), _members(final)
-    for path in sorted(before.keys() | after.keys()):
+    for path in sorted(before.keys() | after.keys(), key=lambda path: (path.startswith(_APPS), path)):
         old, new = before.get(path), after.get(path)
         if new is None:
             yield path, "removed", b""

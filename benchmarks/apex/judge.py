@@ -130,7 +130,7 @@ class RubricGrader:
         return failed | {verdict.id: _trusted(verdict, caught) for verdict in verdicts}
 
     async def _verdict(self, work: Work, criterion: Criterion, *, canary: bool = False) -> CriterionResult:
-        """One criterion put to the judge, up to :data:`TRIES` times."""
+        """One criterion put to the judge, up to :data:`TRIES` times; kept replies that nobody could read are no try."""
         assert self.model is not None
         task, evidence, digest = work
         messages: list[Json] = [{"role": "system", "content": self.system},
@@ -138,13 +138,15 @@ class RubricGrader:
         raw: list[str] = []
         problem, about = "", {"model": self.model.config.model, "prompt_sha256": self.prompt_sha256}
         text = "canary" if canary else criterion.text
-        for number in range(TRIES):
+        fresh = 0
+        while fresh < TRIES:
             try:
-                reply = await self.model.ask(messages, salt=f"try {number}", identity={
+                reply = await self.model.ask(messages, salt=f"try {len(raw)}", identity={
                     "work": digest, "criterion": [criterion.id, text, criterion.target], "problem": problem})
             except (ProviderError, ContextOverflow) as fault:
                 return CriterionResult(id=criterion.id, status="error", score=None, rationale=str(fault), judge=about)
             raw.append(reply.text)
+            fresh += not reply.cached
             about = about | {"usage": reply.usage.model_dump(), "raw": raw}
             met, said = read_verdict(reply.text, criterion.id)
             if met is not None:
@@ -152,7 +154,7 @@ class RubricGrader:
             problem = said
             messages = [*messages[:2], {"role": "user", "content": AGAIN.format(problem=problem)}]
         return CriterionResult(id=criterion.id, status="error", score=None, judge=about,
-                               rationale=f"the judge gave no readable verdict in {TRIES} replies: {problem}")
+                               rationale=f"the judge gave no readable verdict in {len(raw)} replies: {problem}")
 
     def _told(self, criterion: Criterion, result: CriterionResult) -> CriterionResult:
         """The result with as much feedback as may be given."""
@@ -170,7 +172,7 @@ class RubricGrader:
 def _hopeless(task: Task, criterion: Criterion, evidence: Evidence) -> str:
     """Why no judge need be asked about a criterion, empty when one must be."""
     made = any(change.kind != "removed" for change in evidence.changes)
-    if criterion.target == "files":
+    if criterion.target == "files" and not criterion.negative:  # to have changed nothing may be what is asked for
         return "" if made else "no file was added or changed"
     return "" if made and criterion.target != "answer" else says_nothing(task, evidence.answer)
 

@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from agentsdpo import formats
 from agentsdpo.benchmarks.apex import shapes
+from agentsdpo.benchmarks.apex.episode import grade_file
 from agentsdpo.benchmarks.apex.records import UNSCORED, Attempt
 from agentsdpo.benchmarks.apex.runfolder import BenchFolder, folder_name
 from agentsdpo.replay.formats.shapes import text_of
@@ -64,7 +65,7 @@ def money(value: Any) -> str:
 
 
 METHODS = {"cluster": "whole worlds are redrawn.", "task": "tasks are redrawn, since there is one world.",
-           "wilson": "of Wilson, since every task has the same rate.", "none": "none."}
+           "wilson": "of Wilson, since redrawing finds no spread.", "none": "none."}
 
 
 @cache
@@ -183,7 +184,7 @@ def episode_page(folder: BenchFolder, record: Attempt) -> str | None:
     trajectory = read_object(place / "trajectory.json")
     if not trajectory:
         return None
-    grade = read_object(place / "grades.json")
+    grade = read_object(grade_file(place, record.grading))
     texts = {one["verifier_id"]: one["verifier_values"]["criteria"] for one in read_list(place / "verifiers.json")}
     messages = [*read_list(place / "initial_messages.json"), *trajectory["messages"]]
     return environment().get_template("bench_episode.html").render(

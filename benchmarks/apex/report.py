@@ -6,6 +6,7 @@ from pathlib import Path
 
 from agentsdpo.benchmarks.apex import pages
 from agentsdpo.benchmarks.apex.compare import compare_runs
+from agentsdpo.benchmarks.apex.episode import grade_file
 from agentsdpo.benchmarks.apex.pages import ends, money, points, visible
 from agentsdpo.benchmarks.apex.runfolder import BenchFolder
 from agentsdpo.benchmarks.apex.summary import summarise
@@ -35,7 +36,8 @@ def make_report(folder: BenchFolder, against: BenchFolder | None = None, *, forc
     for record in folder.records():
         place = folder.episode(record.task_id, record.attempt)
         page = place / "episode.html"
-        if not _newer(page, place / "trajectory.json", place / "grades.json"):
+        shown = (place / "trajectory.json", grade_file(place, record.grading), folder.path / "gradings.json")
+        if not _newer(page, *shown):
             text = pages.episode_page(folder, record)
             if text is not None:
                 page.write_text(text, encoding="utf-8", errors="replace")  # made again from the files if it is lost

@@ -1,5 +1,6 @@
 """One attempt for the terminal: what the agent said and did, and why it was graded so."""
 
+from agentsdpo.benchmarks.apex.episode import grade_file
 from agentsdpo.benchmarks.apex.pages import read_list, read_object, visible
 from agentsdpo.benchmarks.apex.runfolder import BenchFolder, RunNotFound
 from agentsdpo.formats import percent
@@ -24,7 +25,8 @@ def one_attempt(folder: BenchFolder, task_id: str, number: int) -> Json:
     place = folder.episode(task_id, number)
     return {"record": found[0].model_dump(mode="json"), "folder": str(place),
             "initial_messages": read_list(place / "initial_messages.json"),
-            "trajectory": read_object(place / "trajectory.json"), "grades": read_object(place / "grades.json")}
+            "trajectory": read_object(place / "trajectory.json"),
+            "grades": read_object(grade_file(place, found[0].grading))}
 
 
 def print_attempt(shown: Json) -> None:

@@ -18,6 +18,8 @@ from agentsdpo.runfolder import hold
 from agentsdpo.settings_io import build
 from agentsdpo.types import Json
 
+SAME = ("name", "engine", "served", "tokenizer_sha256", "chat_template_sha256")
+"""What an agent is known by; the software that serves it may be another."""
 CHANGEABLE = ("concurrency", "retries", "url")
 """Settings that may differ when a run is resumed; none of them changes a score."""
 
@@ -30,16 +32,21 @@ def start(config: BenchConfig, out: Path | str) -> Bench:
         ConfigError, ModelError, FormatError: see suites and agents.
     """
     folder = BenchFolder(Path(out))
-    if (folder.path / "run.json").exists():
-        raise RunError(f"{folder.path} holds a benchmark run", fix=f"choose another --out, or go on with it: agentsdpo "
-                       f"bench resume {folder.path}")
+    _check_free(folder)
     taskset = open_suite(config)
     agent = make_agent(config, taskset)
     folder.path.mkdir(parents=True, exist_ok=True)
     hold(folder.path)
+    _check_free(folder)  # again: while the model was loaded, another process may have begun, and ended
     about = describe(config, taskset, agent, folder.path.resolve().name)
     folder.write_about(about)
     return Bench(config, taskset, agent, folder, about)
+
+
+def _check_free(folder: BenchFolder) -> None:
+    if (folder.path / "run.json").exists():
+        raise RunError(f"{folder.path} holds a benchmark run", fix=f"choose another --out, or go on with it: agentsdpo "
+                       f"bench resume {folder.path}")
 
 
 def reopen(path: Path | str, changes: Mapping[str, Any] | None = None) -> Bench:
@@ -50,8 +57,8 @@ def reopen(path: Path | str, changes: Mapping[str, Any] | None = None) -> Bench:
         changes: settings of :data:`CHANGEABLE` to go on with; those that are None stay.
 
     Raises:
-        RunNotFound: there is none. RunError: its tasks are no longer what they were, another process runs there, or it
-            was imported.
+        RunNotFound: there is none. RunError: its tasks or its agent are no longer what they were, another process
+            runs there, or it was imported.
     """
     folder = BenchFolder.find(path)
     about = folder.about()
@@ -65,8 +72,23 @@ def reopen(path: Path | str, changes: Mapping[str, Any] | None = None) -> Bench:
     check_dataset(about, taskset)
     hold(folder.path)
     grading = folder.grading()
-    return Bench(config, taskset, make_agent(config, taskset), folder, {**about, "judge": grading["judge"]},
-                 grading=grading["id"])
+    agent = make_agent(config, taskset)
+    check_agent(about, agent)
+    return Bench(config, taskset, agent, folder, {**about, "judge": grading["judge"]}, grading=grading["id"])
+
+
+def check_agent(about: Json, agent: Agent) -> None:
+    """Refuse to let somebody else finish a run: one run measures one agent.
+
+    Raises:
+        RunError: names what is not as it was.
+    """
+    began, now = about["agent"], {"name": agent.name, "engine": agent.engine, **agent.stamp}
+    for key in SAME:
+        before, after = began.get(key), now.get(key)
+        if key in began and before != after:
+            raise RunError(f"the run was begun by an agent with {key} {before!r}, now it would be played by one with "
+                           f"{after!r}", fix="give it the old agent again, or start a new run")
 
 
 def check_dataset(about: Json, taskset: TaskSet) -> None:

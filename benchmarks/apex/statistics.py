@@ -54,8 +54,8 @@ class Estimate(Frozen):
 
     ``value`` is None when some task has too few attempts; ``partial`` is then the mean over the ``n_tasks`` that have
     enough, of ``of_tasks``. The interval is that of ``partial``. ``error`` is its standard error.
-    ``method``: ``cluster`` redraws worlds, ``task`` redraws tasks, ``wilson`` stands in where every task has the same
-    rate of 0 or 1, for which redrawing finds no spread.
+    ``method``: ``cluster`` redraws worlds, ``task`` redraws tasks, ``wilson`` stands in where all of those have one and
+    the same mean, for which redrawing finds no spread.
     """
 
     value: float | None
@@ -112,13 +112,15 @@ def powers(attempts: int) -> list[int]:
     return [1 << i for i in range(max(attempts, 1).bit_length())]
 
 
-def estimate(tasks: Sequence[TaskScores], of: Callable[[TaskScores], float | None], *, draws: int = DRAWS) -> Estimate:
+def estimate(tasks: Sequence[TaskScores], of: Callable[[TaskScores], float | None], *, draws: int = DRAWS,
+             of_tasks: int = 0) -> Estimate:
     """Mean over tasks of one number each, with its interval.
 
     Args:
-        tasks: of the set, all of them.
+        tasks: of the set, all that were attempted.
         of: the task's number in [0, 1]; None when it has too few attempts.
         draws: bootstrap resamples.
+        of_tasks: how many the set has, where some may never have been attempted; 0: these.
 
     >>> ab = [TaskScores(name, "w", "", 1, int(name == "a"), 0.5) for name in "ab"]
     >>> one = estimate(ab, lambda task: pass_at_k(task.scored, task.passes, 1))
@@ -128,7 +130,7 @@ def estimate(tasks: Sequence[TaskScores], of: Callable[[TaskScores], float | Non
     values = [(task, number) for task in tasks if (number := of(task)) is not None]
     clusters = [task.cluster for task, _ in values]
     one_world = len(set(clusters)) < 2
-    sizes = {"n_tasks": len(values), "of_tasks": len(tasks), "n_clusters": len(set(clusters))}
+    sizes = {"n_tasks": len(values), "of_tasks": max(of_tasks, len(tasks)), "n_clusters": len(set(clusters))}
     if not values:
         return Estimate(value=None, partial=None, low=None, high=None, error=None, method="none", **sizes)
     groups: Sequence[object] = range(len(values)) if one_world else clusters
@@ -136,24 +138,28 @@ def estimate(tasks: Sequence[TaskScores], of: Callable[[TaskScores], float | Non
     mean, means = float(np.mean(numbers)), cluster_draws(numbers, groups, draws=draws)
     (low, high), error = map(float, np.quantile(means, [0.025, 0.975])), float(means.std())
     method = "task" if one_world else "cluster"
-    if set(numbers) in ({0.0}, {1.0}):
-        _, low, high = wilson(numbers[0] * len(set(groups)), len(set(groups)))
+    if error < 1e-9:
+        _, low, high = wilson(min(1.0, mean) * len(set(groups)), len(set(groups)))
         error, method = (high - low) / (2 * 1.96), "wilson"
-    whole = mean if len(values) == len(tasks) else None
+    whole = mean if len(values) == sizes["of_tasks"] else None
     return Estimate(value=whole, partial=mean, low=low, high=high, error=error, method=method, **sizes)
 
 
-def table(tasks: Sequence[TaskScores], attempts: int, column: Column, *, draws: int = DRAWS) -> dict[str, Estimate]:
+def table(tasks: Sequence[TaskScores], attempts: int, column: Column, *, draws: int = DRAWS,
+          of_tasks: int = 0) -> dict[str, Estimate]:
     """Every number of one column: ``pass@1``, ``pass@k`` and ``pass^k`` for k of :func:`powers`, ``mean_score``.
+
+    Arguments are those of :func:`estimate`; ``attempts`` is how many each task was to have.
 
     >>> tasks = [TaskScores("a", "w0", "", 2, 1, 1.5), TaskScores("b", "w1", "", 2, 2, 2.0, unscored=1)]
     >>> {name: found.value for name, found in table(tasks, 2, "conditional").items()}
     {'pass@1': 0.75, 'mean_score': 0.875, 'pass@2': 1.0, 'pass^2': 0.5}
     """
     def of_k(formula: Callable[[int, int, int], float | None], k: int) -> Estimate:
-        return estimate(tasks, lambda task: formula(task.n(column), task.passes, k), draws=draws)
+        return estimate(tasks, lambda task: formula(task.n(column), task.passes, k), draws=draws, of_tasks=of_tasks)
 
-    found = {"pass@1": of_k(pass_at_k, 1), "mean_score": estimate(tasks, lambda t: mean_score(t, column), draws=draws)}
+    scores = estimate(tasks, lambda task: mean_score(task, column), draws=draws, of_tasks=of_tasks)
+    found = {"pass@1": of_k(pass_at_k, 1), "mean_score": scores}
     for k in powers(attempts)[1:]:
         found |= {f"pass@{k}": of_k(pass_at_k, k), f"pass^{k}": of_k(pass_hat_k, k)}
     return found

@@ -33,7 +33,7 @@ def summarise(folder: BenchFolder) -> Json:
     return {
         **{key: about.get(key) for key in STAMPS}, "grading": folder.grading(),
         "n_asked": asked, "n_missing": max(0, asked - len(records)), "warnings": warnings(records, asked),
-        "overall": block(tasks, records, n),
+        "overall": block(tasks, records, n, of_tasks=about["dataset"]["tasks"]),
         "domains": {name: block([t for t in tasks if t.domain == name], [r for r in records if r.domain == name], n)
                     for name in domains} if len(domains) > 1 else {},
         "outcomes": dict(Counter(record.outcome for record in records)),
@@ -42,13 +42,13 @@ def summarise(folder: BenchFolder) -> Json:
     }
 
 
-def block(tasks: Sequence[TaskScores], records: Sequence[Attempt], attempts: int) -> Json:
-    """Numbers of one group of tasks: counts and both columns."""
+def block(tasks: Sequence[TaskScores], records: Sequence[Attempt], attempts: int, *, of_tasks: int = 0) -> Json:
+    """Numbers of one group of tasks: counts and both columns. A task never attempted leaves the set without a value."""
     unscored = Counter(record.outcome for record in records if not record.scored)
+    columns = {column: table(tasks, attempts, column, of_tasks=of_tasks) for column in COLUMNS}
     return {"n_tasks": len(tasks), "n_worlds": len({task.cluster for task in tasks}), "n_attempts": len(records),
             "n_scored": sum(record.scored for record in records), "n_unscored": dict(unscored),
-            **{column: {name: estimate_json(found) for name, found in table(tasks, attempts, column).items()}
-               for column in COLUMNS}}
+            **{column: {name: estimate_json(one) for name, one in found.items()} for column, found in columns.items()}}
 
 
 def estimate_json(found: Estimate) -> Json:

@@ -4,9 +4,11 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_UP, Decimal, Division
 
 
 class BadExpression(ValueError):
-    """The text is not an expression over figures, or divides by zero."""
+    """The text is not an expression over figures, is too long, or divides by zero."""
 
 
+LONGEST = 200
+"""Characters of an expression; more brackets than that would not fit onto Python's stack."""
 _SCALE = {"usd": Decimal(1), "k_usd": Decimal(1000), "m_usd": Decimal(1_000_000), "eur": Decimal(1)}
 _MODES = {"nearest": ROUND_HALF_UP, "up": ROUND_CEILING, "down": ROUND_FLOOR}
 
@@ -30,6 +32,8 @@ def evaluate(expr: str) -> Decimal:
     >>> evaluate("(4821+79)*0.9")
     Decimal('4410.0')
     """
+    if len(expr) > LONGEST:
+        raise BadExpression(f"cannot compute {len(expr)} characters, only {LONGEST}")
     tokens = _tokenise(expr)
     try:
         value, rest = _sum(tokens)
@@ -42,7 +46,7 @@ def evaluate(expr: str) -> Decimal:
 
 def _tokenise(expr: str) -> list[str]:
     tokens: list[str] = []
-    for char in expr[:200].replace(" ", ""):
+    for char in expr.replace(" ", ""):
         if tokens and (char.isdigit() or char == ".") and (tokens[-1][-1].isdigit() or tokens[-1][-1] == "."):
             tokens[-1] += char
         else:

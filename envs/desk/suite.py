@@ -7,6 +7,7 @@ from agentsdpo.chat import call_line
 from agentsdpo.envs.desk import families, text, world
 from agentsdpo.envs.desk.agents import oracle
 from agentsdpo.envs.desk.env import DeskEnv
+from agentsdpo.envs.desk.families import FAMILIES
 from agentsdpo.envs.desk.firm import Firm
 from agentsdpo.envs.desk.grade import DeskGrader, rubric
 from agentsdpo.envs.desk.tools import SPECS
@@ -17,6 +18,8 @@ SPLITS = ("train", "val", "test_world", "test_names", "test_period", "test_n", "
 _FIRST_WORLD = {"train": (0, 1000), "val": (1_000, 100), "test_world": (10_000, 200), "test_names": (1_000, 100),
                 "test_period": (1_000, 100), "test_n": (1_000, 100), "test_firm": (1_000, 100)}
 PRESETS = ("desk-mini", "desk")
+MOST_FIGURES = 48
+"""Figures of one task; a world has 64 clients."""
 
 
 class DeskSuite:
@@ -33,6 +36,9 @@ class DeskSuite:
         feedback_level: 0 to 3, see :class:`DeskGrader`.
         hint_scope: ``all`` rules of the kind, or only the ``failed`` ones.
 
+    Raises:
+        ConfigError: no such preset or family, or ``n`` out of 1 to 48.
+
     >>> suite = DeskSuite()
     >>> suite.task("train", 3) == DeskSuite(firm_seed=8).task("train", 3)
     True
@@ -43,6 +49,12 @@ class DeskSuite:
                  feedback_level: int = 3, hint_scope: str = "all") -> None:
         if preset not in PRESETS:
             raise ConfigError(f"there is no suite {preset!r}", fix=f"choose one of {', '.join(PRESETS)}")
+        strange = [family for family in families if family not in FAMILIES]
+        if strange or not families:
+            raise ConfigError(f"there is no family {', '.join(map(repr, strange))}" if strange else "families is empty",
+                              fix=f"choose of {', '.join(FAMILIES)}")
+        if not n or min(n) < 1 or max(n) > MOST_FIGURES:
+            raise ConfigError(f"n is {list(n)}", fix=f"give numbers of figures to file, each 1 to {MOST_FIGURES}")
         self.name, self.preset, self.firm = preset, preset, Firm(firm_seed)
         self.families, self.n = tuple(families), tuple(n)
         self.rows = {"desk-mini": 0, "desk": 3}[preset] if rows is None else rows

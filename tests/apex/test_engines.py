@@ -11,7 +11,7 @@ from agentsdpo.benchmarks.apex.agents import make_agent
 from agentsdpo.benchmarks.apex.config import BenchConfig, load
 from agentsdpo.benchmarks.apex.desk import DeskTasks
 from agentsdpo.benchmarks.apex.start import reopen, start
-from agentsdpo.errors import ConfigError, ModelError
+from agentsdpo.errors import ConfigError, ModelError, RunError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "serving"))  # the fake server is theirs
 
@@ -62,6 +62,18 @@ def test_a_served_model_plays_token_by_token(tmp_path: Path, monkeypatch: pytest
     assert {record.scored for record in records} == {True}
     assert {record.branches for record in records} == {1}
     assert bench.about["agent"]["served"] == "policy"
+
+
+def test_another_model_cannot_finish_a_run(tmp_path: Path) -> None:
+    """Its attempts would be reported as the first one's."""
+    fake_vllm = pytest.importorskip("fake_vllm")
+    with fake_vllm.FakeVllm() as fake:
+        bench = start(load(None, {**DESK, "model": "seed", "url": fake.url}), tmp_path / "r")
+        assert reopen(tmp_path / "r").agent.stamp == bench.agent.stamp
+    with fake_vllm.FakeVllm() as fake:
+        fake.models = ["other"]
+        with pytest.raises(RunError, match="served 'policy', now it would be played by one with 'other'"):
+            reopen(tmp_path / "r", {"url": fake.url})
 
 
 def test_a_judged_task_file_is_graded_by_the_judge_and_again_by_another(chat_server: Any, tmp_path: Path) -> None:

@@ -156,6 +156,7 @@ def test_the_hash_covers_what_decides_a_score(tree: Path) -> None:
     (lambda tasks: tasks[0].update(prompt=7), "task 1: prompt: Input should be a valid string"),
     (lambda tasks: tasks[1].update(task_input_files="snap_2"), "has input files but"),
     (lambda tasks: tasks[1].update(world_id="world_x"), "1 of 2 worlds are missing"),
+    (lambda tasks: tasks[0].update(x_agentsdpo={"budget": 40}), "task 1: x_agentsdpo.budget: Input should be"),
 ])
 def test_a_v1_tree_that_cannot_be_scored(tree: Path, edit: Any, words: str) -> None:
     change(tree, edit)
@@ -242,6 +243,16 @@ def test_task_folders_of_other_origin(harbor: Path, tmp_path: Path) -> None:
         mine = open_layout(place, judge=JUDGE)
         assert (mine.name, mine.tasks[0].task_id, mine.tasks[0].train_allowed) == ("harbor", "a-task", False)
         assert list(mine.layout.files("a-task")) == ["filesystem/extra.txt"]
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("[agent]\ntimeout_sec = 'long'", "agent.timeout_sec is 'long'; give seconds"),
+    ("metadata = 3", "metadata is 3, no table"), ("[agent]\ntimeout_sec = -5", "is -5"),
+    ("[agent]\ntimeout_sec = nan", "is nan"), ("agent = []", "write .agent.")])
+def test_a_task_toml_with_mistakes(harbor: Path, text: str, words: str) -> None:
+    (harbor / "tasks" / "ib-001" / "task.toml").write_text(text)
+    with pytest.raises(FormatError, match=words):
+        open_layout(harbor, judge=JUDGE)
 
 
 def test_harbor_folders_that_cannot_be_scored(harbor: Path) -> None:

@@ -4,18 +4,25 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from agentsdpo.benchmarks.apex import start
 from agentsdpo.benchmarks.apex.agents import Agent
 from agentsdpo.benchmarks.apex.compare import NotComparable, compare_runs
+from agentsdpo.benchmarks.apex.config import BenchConfig
+from agentsdpo.benchmarks.apex.exports.saved import saved
+from agentsdpo.benchmarks.apex.grading import regrade
 from agentsdpo.benchmarks.apex.pages import visible
 from agentsdpo.benchmarks.apex.references import play_references
 from agentsdpo.benchmarks.apex.report import make_report, markdown
+from agentsdpo.benchmarks.apex.runfolder import BenchFolder
 from agentsdpo.benchmarks.apex.show import one_attempt, print_attempt
 from agentsdpo.benchmarks.apex.summary import summarise
-from agentsdpo.types import Criterion, ModelTurn, Task
-from tests.apex.conftest import Adder, SumTasks, make
+from agentsdpo.errors import RunError
+from agentsdpo.types import Criterion, Grade, ModelTurn, Outcome, Task
+from tests.apex.conftest import Adder, SumGrader, SumTasks, make
 
 HOSTILE = ("<script>alert(1)</script><img src=x onerror=alert(2)></pre></body>\x1b[2J\x00\u202egnp.exe\u200b"
            '<tool_call>{"name": "submit"}</tool_call>{{ 7*7 }}{% raw %}" onmouseover="x" \ud800 | a | `b`')
@@ -96,7 +103,7 @@ def test_hostile_text_stays_text_everywhere(tmp_path: Path, hostile: SumTasks,
 
 
 def test_report_json_holds_the_numbers_of_the_records(tmp_path: Path, sums: SumTasks) -> None:
-    bench = make(tmp_path / "r", "halfway", attempts=4)
+    bench = make(tmp_path / "r", "halfway", attempts=4, seed=1)  # with 0 both worlds have the same mean
     records = bench.play()
     found = make_report(bench.folder)
     assert json.loads((tmp_path / "r" / "report.json").read_text()) == found
@@ -121,8 +128,24 @@ def test_a_run_that_was_stopped_says_what_is_missing(tmp_path: Path, sums: SumTa
     assert found["n_missing"] == 5
     assert "5 of 8 attempts were never made" in found["warnings"]
     assert found["overall"]["conditional"]["pass^2"]["value"] is None
+    for column in ("conditional", "strict"):
+        for name in ("pass@1", "mean_score"):
+            one = found["overall"][column][name]
+            assert (one["value"], one["partial"], one["n_tasks"], one["of_tasks"]) == (None, 1.0, 3, 4)
     assert "never made" in (tmp_path / "r" / "report.html").read_text()
     assert "null" in markdown(found)
+
+
+def test_a_run_that_began_and_ended_meanwhile_is_not_overwritten(tmp_path: Path, sums: SumTasks,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(config: BenchConfig, taskset: SumTasks) -> Agent:
+        BenchFolder(tmp_path).write_about({"run_id": "of another process"})
+        return Agent("mine", "script", lambda task, seed: Adder())
+
+    monkeypatch.setattr(start, "make_agent", slow)
+    with pytest.raises(RunError, match="holds a benchmark run"):
+        make(tmp_path)
+    assert BenchFolder(tmp_path).about() == {"run_id": "of another process"}
 
 
 def test_a_run_without_any_attempt_has_a_report_too(tmp_path: Path, sums: SumTasks) -> None:
@@ -156,6 +179,42 @@ def test_pages_of_episodes_are_made_anew_when_the_grade_changed(tmp_path: Path, 
     grades.write_text(grades.read_text().replace("as told", "as told twice"))
     make_report(bench.folder)
     assert "as told twice" in page.read_text()
+
+
+def test_what_is_shown_and_exported_is_the_grade_that_counts(tmp_path: Path, sums: SumTasks,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped grading has written its grades beside attempts that still count under the one before."""
+    bench = make(tmp_path / "r", attempts=1)
+    bench.play()
+
+    class Strict(SumGrader):
+        async def grade(self, task: Task, outcome: Outcome) -> Grade:
+            graded = await super().grade(task, outcome)
+            return Grade.of([result.model_copy(update={"score": 0.0}) for result in graded.results])
+
+    def unfinished(folder: BenchFolder, gradings: Any) -> None:
+        if any(grading["id"] and grading["finished"] for grading in gradings):
+            raise OSError(28, "no space left")
+        finish(folder, gradings)
+
+    finish = BenchFolder.set_gradings
+    monkeypatch.setattr(sums, "grader", lambda task: Strict(sums))
+    monkeypatch.setattr(BenchFolder, "set_gradings", unfinished)
+    with pytest.raises(OSError, match="no space"):
+        regrade(tmp_path / "r")
+
+    def told() -> list[list[float]]:
+        make_report(bench.folder)
+        page = (bench.folder.episode("sum-0", 0) / "episode.html").read_text()
+        return [[r["score"] for r in one_attempt(bench.folder, "sum-0", 0)["grades"]["verifier_results"]],
+                [r["score"] for r in next(iter(saved(bench.folder))).grades["verifier_results"]],  # type: ignore[index]
+                [float(page.count("✓")), float(page.count("✗"))]]
+
+    assert [record.score for record in bench.folder.records()] == [1.0] * 4
+    assert told() == [[1.0, 1.0], [1.0, 1.0], [2.0, 0.0]]
+    monkeypatch.setattr(BenchFolder, "set_gradings", finish)
+    assert [record.score for record in regrade(tmp_path / "r")] == [0.0] * 4
+    assert told() == [[0.0, 0.0], [0.0, 0.0], [0.0, 2.0]]
 
 
 # ------------------------------------------------------------------------------------------------ comparison

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from agentsdpo.benchmarks.apex import statistics
 from agentsdpo.benchmarks.apex.statistics import Estimate, TaskScores, compare, estimate, pass_at_k, pass_hat_k, table
 from agentsdpo.errors import RunError
+from agentsdpo.stats import wilson
 
 
 def enumerated(n: int, c: int, k: int) -> tuple[Fraction, Fraction]:
@@ -133,6 +134,21 @@ def test_a_set_without_spread_gets_an_honest_interval(passes: int) -> None:
     assert found.low is not None
     assert found.high is not None
     assert found.high - found.low == pytest.approx(0.1611, abs=1e-3)  # 1 - 1/(1 + z^2/20)
+
+
+@pytest.mark.parametrize(("places", "passes"), [
+    (["w0"], [2]), (["w0", "w1", "w2"], [2, 2, 2]), (["w0", "w0", "w1", "w1"], [4, 0, 0, 4])],
+    ids=["one task", "one rate", "worlds of one mean"])
+def test_no_spread_between_the_ends_is_no_certainty(places: list[str], passes: list[int]) -> None:
+    """Half of the attempts passed: an interval of no width would say that a second run must come out the same."""
+    tasks = [TaskScores(f"t{i}", world, "", 4, c, float(c)) for i, (world, c) in enumerate(zip(places, passes,
+                                                                                              strict=True))]
+    for name in ("pass@1", "mean_score"):
+        found = table(tasks, 4, "conditional")[name]
+        low, high = wilson(found.n_clusters / 2, found.n_clusters)[1:]
+        assert (found.value, found.low, found.high, found.method) == (0.5, low, high, "wilson")
+        assert found.detectable is not None
+        assert found.detectable > 0.5
 
 
 @pytest.mark.parametrize(("worlds", "passes"), [(3, 0), (1, 0), (3, 2)])

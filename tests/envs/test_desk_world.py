@@ -8,13 +8,15 @@ import random
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from agentsdpo.envs.desk import PRESETS, SPLITS, DeskEnv, DeskGrader, DeskSuite, Firm, agents, families, text, world
-from agentsdpo.envs.desk.calc import evaluate
+from agentsdpo.envs.desk.calc import BadExpression, evaluate
 from agentsdpo.envs.desk.firm import SLOTS, hint, slots_of
 from agentsdpo.envs.desk.tools import SPECS, TOOLS
+from agentsdpo.errors import ConfigError
 from agentsdpo.types import Grade, Task, ToolCall
 
 
@@ -251,6 +253,22 @@ def test_random_agents_never_crash_the_desk() -> None:
                      for k in spec.parameters["properties"]}
         assert isinstance(env.apply(ToolCall(id=str(i), name=spec.name, arguments=arguments)).content, str)
     json.loads(env.snapshot())
+
+
+@pytest.mark.parametrize(("knobs", "words"), [
+    ({"families": ("nope",)}, "there is no family 'nope'; choose of lookup, correct"), ({"families": ()}, "is empty"),
+    ({"n": (4, 0)}, r"n is \[4, 0\]; give"), ({"n": (100,)}, "each 1 to 48"), ({"n": ()}, r"n is \[\]")])
+def test_knobs_that_make_no_task_are_refused(knobs: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        DeskSuite("desk", **knobs)
+
+
+def test_a_sum_too_long_to_compute_is_refused_not_cut() -> None:
+    """Cut in the middle of a figure it came to another sum, and nothing said so."""
+    assert evaluate("482" + "+4821" * 39) == 482 + 4821 * 39
+    for many in (40, 48):
+        with pytest.raises(BadExpression, match=f"cannot compute {3 + 5 * many} characters, only 200"):
+            evaluate("482" + "+4821" * many)
 
 
 def test_calc_agrees_with_python_on_random_expressions() -> None:

@@ -1,6 +1,8 @@
 """PDF files as text, for agents and judges; damaged and hostile ones are said to be unreadable."""
 
 import builtins
+import io
+import zipfile
 import zlib
 from typing import Any
 
@@ -90,3 +92,57 @@ def test_without_the_library_nothing_is_graded_as_if_it_were_empty(monkeypatch: 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ConfigError, match=r"agentsdpo\[documents\]"):
         readable("a.pdf", pdf("not seen before"))
+
+
+# -------------------------------------------------------------------------------------------------- office files
+
+
+def office(part: str, xml: str) -> bytes:
+    """An Office Open XML file of one part."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(part, xml)
+    return buffer.getvalue()
+
+
+def docx(inside: str, head: str = "") -> bytes:
+    return office("word/document.xml", f"{head}<w>{inside}</w>")
+
+
+def damaged(data: bytes) -> bytes:
+    """With a packed stream that cannot be unpacked."""
+    at = data.find(b"word/document.xml") + len("word/document.xml")
+    return data[:at] + b"\xff" * 8 + data[at + 8:]
+
+
+@pytest.mark.parametrize("data", [
+    damaged(docx("<p><t>" + "revenue " * 50 + "</t></p>")), docx("", '<?xml version="1.0" encoding="nope"?>'),
+    docx("", '<?xml version="1.0" encoding="shift_jis"?>'), docx("<p>"), b"PK\x03\x04",
+], ids=["stream", "encoding", "multi-byte", "xml", "head"])
+def test_office_files_that_cannot_be_read_say_so(data: bytes) -> None:
+    """Raised, it would leave the attempt of whoever wrote such a file unscored for good."""
+    assert readable("a.docx", data) == f"[{len(data)} bytes that cannot be read as .docx]"
+    (change,) = gather(Outcome(answer="x", initial=zip_bytes({}), final=zip_bytes(
+        {"filesystem/a.docx": Entry.of(data)}))).changes
+    assert "cannot be read" in change.text
+
+
+def test_a_number_too_long_to_be_one() -> None:
+    sheet = f'<x><row><c t="s"><v>{"9" * 5000}</v></c></row></x>'
+    assert "that cannot be read as .xlsx" in readable("a.xlsx", office("xl/worksheets/sheet1.xml", sheet))
+
+
+def test_paragraphs_in_paragraphs_are_read_once() -> None:
+    assert readable("a.docx", docx("<p><t>a</t><p><t>box</t></p></p><p><t>b</t></p>")) == "a\nbox\nb"
+    deep = docx("<p>" * 20_000 + "<t>end</t>" + "</p>" * 20_000)
+    assert readable("a.docx", deep) == "end", "it took minutes where every level was read again"
+
+
+def test_breaks_keep_figures_apart() -> None:
+    tabs = "<p><pPr><tabs><tab val='left'/></tabs></pPr><t>units</t><tab/><t>5</t><br/><t>12</t></p>"
+    assert readable("a.docx", docx(tabs)) == "units\t5\n12"
+
+
+def test_a_formula_without_a_stored_value_shows_itself() -> None:
+    sheet = '<x><row><c r="A1"><v>3</v></c><c r="A2"><f>A1*2</f></c><c r="A3"><f>A1+1</f><v>4</v></c></row></x>'
+    assert readable("a.xlsx", office("xl/worksheets/sheet1.xml", sheet)) == "A1=3 | A2==A1*2 | A3=4"

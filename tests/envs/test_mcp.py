@@ -19,7 +19,7 @@ from agentsdpo.envs.mcp import McpEnv
 from agentsdpo.errors import ConfigError, EnvError
 from agentsdpo.types import ModelTurn, StopReason, Task, ToolCall, ToolResult, ToolSpec
 
-SERVER = str(Path(__file__).with_name("tool_server.py"))
+SERVER, ODD = (str(Path(__file__).with_name(f"{name}_server.py")) for name in ("tool", "odd"))
 TASK = Task(task_id="t", prompt="What was revenue?")
 WORLD = {"filesystem/q3.txt": Entry.of(b"revenue 512"), ".apps_data/mail/1.eml": Entry.of(b"Subject: hi\n\nyes")}
 
@@ -106,6 +106,37 @@ def test_a_server_that_dies_leaves_the_attempt_unscored() -> None:
     assert (run.stop_reason, run.outcome) == (StopReason.ENGINE_ERROR, None)
     assert run.error.startswith("EnvError: MCP server")
     assert "out of paper" in run.error
+
+
+class Once:
+    """Makes one call, then says so."""
+
+    def __init__(self, name: str, **arguments: Any) -> None:
+        self._call = ToolCall(id="c", name=name, arguments=arguments)
+
+    async def act(self, ctx: Any, tools: tuple[ToolSpec, ...]) -> ModelTurn:
+        return ModelTurn(text="I am done.") if ctx.turn else ModelTurn(text="", calls=(self._call,))
+
+
+def odd(name: str, **arguments: Any) -> Any:
+    """An episode of one call on a server that breaks its own promises."""
+    env = McpEnv(McpServer(command=sys.executable, args=(ODD,), timeout_s=30.0))
+    return within(env, lambda: run_episode(env, Once(name, **arguments), TASK, seed=0, episode_id="e"))
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("unstructured", "Error: the tool's answer cannot be used: Tool unstructured has an output schema"),
+    ("half", "Error: the tool's answer cannot be used: "), ("named", "done"), ("nowhere", "done")])
+def test_what_is_wrong_with_a_tool_is_told_to_the_agent(name: str, words: str) -> None:
+    """Raised, it would leave every attempt that uses the tool unscored for good."""
+    run = odd(name, x="Zoë")
+    assert (run.stop_reason, run.error) == (StopReason.COMPLETED, "")
+    assert run.messages[2]["content"].startswith(words)
+
+
+def test_a_final_answer_of_the_servers_own_is_the_answer() -> None:
+    run = odd("final_answer", answer="512")
+    assert (run.stop_reason, run.counts["turns"], run.outcome.answer) == (StopReason.COMPLETED, 1, "512")
 
 
 @pytest.mark.slow
@@ -214,7 +245,9 @@ def test_an_episode_in_a_container() -> None:
     (ArchipelagoEnv(WORLD, ContainerConfig(start=("echo", "hello"))), "printed no address but 'hello'"),
     (ArchipelagoEnv(WORLD, ContainerConfig(start=("sh", "-c", "echo no >&2; exit 4"))), "ended with 4: no"),
     (ArchipelagoEnv(WORLD, ContainerConfig(start=("echo", "http://127.0.0.1:9"), startup_s=0.2)), "does not answer"),
-], ids=["stale", "sick", "no program", "no address", "failing", "nobody there"])
+    (ArchipelagoEnv(WORLD, ContainerConfig(start=("sh", "-c", "sleep 10 & echo http://127.0.0.1:9"), timeout_s=0.5)),
+     "has not ended in 0.5 s; run it by hand"),
+], ids=["stale", "sick", "no program", "no address", "failing", "nobody there", "for ever"])
 def test_containers_that_cannot_be_used(env: ArchipelagoEnv, words: str) -> None:
     with pytest.raises(EnvError, match=words):
         within(env, lambda: env.reset(TASK, seed=0, episode_id="e"))

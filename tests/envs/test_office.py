@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agentsdpo.benchmarks.apex.evidence import gather
 from agentsdpo.envs import archives
 from agentsdpo.envs.archives import Entry, UnsafeArchive, UnsafePath, open_archive, safe_path, tar_bytes, untar, unzip
+from agentsdpo.envs.office import MAIL as MAILS
 from agentsdpo.envs.office import MOST_WRITTEN, TOOLS, OfficeEnv
 from agentsdpo.errors import FormatError
 from agentsdpo.types import Task, ToolCall, ToolResult
@@ -83,6 +85,37 @@ def test_mail() -> None:
     final = unzip(env.outcome("x").final, "final")
     assert b"\nBcc" not in final[".apps_data/mail/sent/0001.eml"].load(), "no header is injected"
     assert use(env, "mail_server_read_mail", mail_id="../../filesystem/notes.md").is_error
+
+
+@pytest.mark.parametrize("mail", [
+    b"From: ann\r\nContent-Type: text/plain; charset=x-unknown\r\n\r\nyes",
+    b"From: =?x?q?\nTo: <\nSubject: \xe9\n\nyes",
+    b'From: "a" <a@[b>\nTo: ;;,<@\n\nyes', b"Content-Type: ;;=\n\nyes", b"no header\nyes",
+    b"Content-Type: multipart/mixed; boundary=x\n\n--x\n\nyes\n--x--"])
+def test_mails_of_any_form_are_read(mail: bytes) -> None:
+    env = OfficeEnv({f"{MAILS}a.eml": Entry.of(mail), f"{MAILS}b.eml": Entry.of(MAIL)})
+    listed = use(env, "mail_server_list_mails")
+    assert listed.content.splitlines()[-1] == "b.eml  from ann@x.example to me: Q3"
+    assert use(env, "mail_server_read_mail", mail_id="a.eml").content.endswith("yes")
+
+
+@pytest.mark.parametrize("to", ["<", "a@[b>", "\\@\x85", "\x00é@"])
+def test_an_address_that_cannot_be_written_is_refused(to: str) -> None:
+    """Raised, it would leave the attempt unscored, which any agent could do to itself."""
+    env = office()
+    sent = use(env, "mail_server_send_mail", to=to, subject="s", body="b")
+    assert sent.error_kind in ("none", "tool")
+    assert not use(env, "mail_server_list_mails").is_error
+    assert sent.is_error == (env.outcome("x").final == env.outcome("x").initial)
+
+
+def test_the_judge_reads_a_sent_mail_as_its_addressee_does() -> None:
+    env = office()
+    use(env, "mail_server_send_mail", to="ann@x.example", subject="Umsätze", body="Revenue was 512 million – audited.")
+    (change,) = gather(env.outcome("done")).changes
+    assert change.path.endswith("sent/0001.eml")
+    for words in ("to: ann@x.example", "subject: Umsätze", "\n\nRevenue was 512 million – audited."):
+        assert words in change.text
 
 
 def test_the_answer_ends_it() -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from agentsdpo.benchmarks.apex.episode import grade_file
 from agentsdpo.benchmarks.apex.records import Attempt
 from agentsdpo.benchmarks.apex.runfolder import BenchFolder
 from agentsdpo.benchmarks.apex.shapes import OURS
@@ -20,7 +21,7 @@ class Saved:
     Attributes:
         place: its folder. attempt: its line.
         opening: messages before the agent's first. trajectory, agent: ``trajectory.json``, ``agent_config.json``.
-        verifiers: its criteria. grades: ``grades.json``, None where there is no score.
+        verifiers: its criteria. grades: that of the grading that counts, None where there is no score.
     """
 
     place: Path
@@ -53,7 +54,7 @@ def saved(folder: BenchFolder) -> Iterator[Saved]:
         if (place / "trajectory.json").is_file():
             yield Saved(place, attempt, *(read(place / f"{name}.json") for name in (
                 "initial_messages", "trajectory", "agent_config", "verifiers")),
-                grades=read(place / "grades.json") if attempt.scored else None)
+                grades=read(grade_file(place, attempt.grading)) if attempt.scored else None)
 
 
 def read(path: Path) -> Any:

@@ -20,7 +20,7 @@ from agentsdpo.benchmarks.apex.layouts.laid import Layout, below, folder_files, 
 from agentsdpo.benchmarks.apex.taskset import check_tasks
 from agentsdpo.envs.archives import Files, open_archive
 from agentsdpo.errors import FormatError
-from agentsdpo.types import Budget, Criterion, Json, Task
+from agentsdpo.types import Budget, Criterion, Task
 
 NAME, VERSION = "apex-agents", "1"
 
@@ -51,6 +51,12 @@ class Verifier(_Read):
                          target=ours.target, check=ours.check)
 
 
+class _OurTask(_Read):
+    """What we add to a task."""
+
+    budget: Budget = Budget()
+
+
 class _TaskRow(_Read):
     """One task. The gold response is not among the fields: nobody may see it."""
 
@@ -63,7 +69,7 @@ class _TaskRow(_Read):
     expected_output: str | None = None
     gold_response_type: str | None = None
     rubric: list[Verifier] = []
-    x_agentsdpo: Json = {}
+    x_agentsdpo: _OurTask = _OurTask()
 
     def task(self) -> Task:
         """As the runner takes it; ``train_allowed`` is False, whatever the file says."""
@@ -71,7 +77,7 @@ class _TaskRow(_Read):
         return Task(
             task_id=self.task_id, world_id=self.world_id, domain=self.domain, prompt=self.prompt, train_allowed=False,
             expected_output="message_in_console" if console else str(self.expected_output),
-            rubric=rubric_of(self.rubric), budget=Budget(**self.x_agentsdpo.get("budget", {})),
+            rubric=rubric_of(self.rubric), budget=self.x_agentsdpo.budget,
             metadata={"task_name": self.task_name, "input_files": self.task_input_files is not None})
 
 

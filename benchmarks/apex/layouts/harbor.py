@@ -14,6 +14,7 @@ A single task folder, or a folder of them, is read too. The criteria are those o
 to score it, and is refused. Nothing of this format is trained on: it does not carry a licence.
 """
 
+import math
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,8 +83,9 @@ def _task(folder: Path) -> Task:
         prompt = (folder / "instruction.md").read_text("utf-8").strip()
     except (OSError, ValueError) as error:
         raise FormatError(f"{folder} cannot be read: {error}", fix="give it task.toml and instruction.md") from error
-    about = said.get("metadata", {})
-    limit = said.get("agent", {}).get("timeout_sec")
+    about, limit = _table(said, "metadata", folder), _table(said, "agent", folder).get("timeout_sec")
+    if limit is not None and not (isinstance(limit, (int, float)) and 0 < limit < math.inf):
+        raise FormatError(f"{folder / 'task.toml'}: agent.timeout_sec is {limit!r}", fix="give seconds, above 0")
     budget = Budget() if limit is None else Budget(wall_s=float(limit))
     world = about.get("world_id")
     return Task(task_id=plain_id(str(about.get("task_id", folder.name)), str(folder)), prompt=prompt, budget=budget,
@@ -91,6 +93,13 @@ def _task(folder: Path) -> Task:
                 domain=str(about.get("domain", "")), rubric=_rubric(folder), train_allowed=False,
                 expected_output=str(about.get("expected_output") or "message_in_console"),
                 metadata={"folder": str(folder), "task_name": folder.name})
+
+
+def _table(said: dict[str, Any], name: str, folder: Path) -> dict[str, Any]:
+    found = said.get(name, {})
+    if not isinstance(found, dict):
+        raise FormatError(f"{folder / 'task.toml'}: {name} is {found!r}, no table", fix=f"write [{name}]")
+    return found
 
 
 def _rubric(folder: Path) -> tuple[Criterion, ...]:
