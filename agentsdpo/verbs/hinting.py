@@ -49,6 +49,7 @@ def audit(
 
     resolved = settings.load(config, sets or ())
     prepare()
+    say(f"loading torch and {resolved.model}, to read {store}")
     from agentsdpo.audit import audit_store
 
     with kept("the store is only read"):
