@@ -56,15 +56,19 @@ class Arm:
         replay: fill each step up with older attempts. earlier: share of each batch that is work from before the stream.
         newest: read older attempts with the newest word on their topic (fine-tuning leaves out those whose word no
             longer holds).
+        updates: optimiser steps in each step of the stream; those behind the first are on older attempts alone.
     """
 
     learns: str
     replay: bool = True
     earlier: float = 0.0
     newest: bool = True
+    updates: int = 1
 
 
 ARMS = {"sdpo-earlier": Arm("sdpo", earlier=0.3), "sdpo-earlier-half": Arm("sdpo", earlier=0.5),
+        "sdpo-earlier-half-x4": Arm("sdpo", earlier=0.5, updates=4),
+        "sft-retries-earlier-half-x4": Arm("retries", earlier=0.5, updates=4),
         "sdpo-replay": Arm("sdpo"), "sdpo-fresh": Arm("sdpo", replay=False),
         "sft-retries-earlier": Arm("retries", earlier=0.3), "sft-retries": Arm("retries"),
         "sdpo-as-said": Arm("sdpo", newest=False), "sft-words": Arm("words")}
@@ -88,6 +92,10 @@ def run(arm: Arm, seed: int, plan: Plan, say: Callable[[str], None]) -> list[Jso
                 break
             played = stream.play(step)
             learnt = student.learn(stream.arriving(step))
+            version = student.version
+            for _ in range(arm.updates - 1):
+                learnt = student.learn(())
+                student.version = version  # ages are counted in versions that were published
             spent = {"episodes": spent["episodes"] + len(played), "staleness": learnt.get("staleness", 0),
                      "env_steps": spent["env_steps"] + sum(e.metadata["calls"] for e in played)}
             rows.append({"split": "stream", **scores(played), **acts(played), **spent, **learnt, "step": step,
