@@ -49,10 +49,11 @@ class ForeignFirms(DeskSuite):
         return Hint(text=hint(kind, Firm(task.seed).rules(kind, self.preset)), source="criteria", author=self.name)
 
 
-def play(engine: InProcessEngine, chat: ChatFormat, *, n: int, split: str, hinted: bool, greedy: bool, tasks: int
-         ) -> list[Episode]:
+def play(engine: InProcessEngine, chat: ChatFormat, *, n: int, split: str, hinted: bool, greedy: bool, tasks: int,
+         config: CollectConfig = CONFIG) -> list[Episode]:
     """Free runs of the model, with or without the hint."""
-    suite, config = ForeignFirms(n=(n,)), CONFIG.model_copy(update={"temperature": 0.0 if greedy else 1.0})
+    suite = ForeignFirms(n=(n,))
+    config = config.model_copy(update={"temperature": 0.0 if greedy else 1.0})
 
     def policy(task: Task, seed: int) -> Policy:
         reads = HintedChat(chat, suite.told(task)) if hinted else chat

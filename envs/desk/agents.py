@@ -36,12 +36,14 @@ class ScriptedAgent(Scripted):
         rules: slot -> option, true or guessed.
         epsilon: chance of a slip before each call, 0 to 1.
         seed: of the slips.
+        notes: whether it writes down what is done.
 
     ``slipped`` tells whether the last step was a slip.
     """
 
-    def __init__(self, task: Task, rules: dict[str, str], *, epsilon: float = 0.0, seed: int = 0) -> None:
-        self._plan = families.plan(task.metadata, rules)
+    def __init__(self, task: Task, rules: dict[str, str], *, epsilon: float = 0.0, seed: int = 0,
+                 notes: bool = False) -> None:
+        self._plan = families.plan(task.metadata, rules, notes=notes)
         self._next: families.Step | None = next(self._plan)
         self._rng, self._epsilon, self.slipped, self._turn = random.Random(seed), epsilon, False, 0
         self._meta = task.metadata

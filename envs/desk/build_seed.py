@@ -106,7 +106,7 @@ class Stage:
 
     steps: int
     decay: bool
-    mix: corpus.Mix
+    mix: corpus.Mix = corpus.MIXES[0]
 
     def factor(self, step: int, seen: int) -> float:
         """Learning-rate factor in [0, 1] after ``step`` steps and ``seen`` tokens."""
@@ -120,9 +120,8 @@ STAGES = (Stage(2000, decay=False, mix=corpus.MIXES[0]), Stage(1300, decay=True,
 class Batches:
     """Batches of about ``tokens`` tokens, of near equal length, from a seeded stream; hashes what it read."""
 
-    def __init__(self, tokenizer: Any, seed: int, tokens: int, mix: corpus.Mix) -> None:
-        self.stream = corpus.traces(corpus.Frame(ChatFormat(tokenizer)), seed, mix)
-        self.tokenizer, self.tokens, self.rng = tokenizer, tokens, random.Random(seed)
+    def __init__(self, tokenizer: Any, stream: Iterator[corpus.Trace], tokens: int, seed: int) -> None:
+        self.stream, self.tokenizer, self.tokens, self.rng = stream, tokenizer, tokens, random.Random(seed)
         self.hash = hashlib.sha256()
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
@@ -211,13 +210,15 @@ def train(tokenizer: Any, out: Path, batch_tokens: int, stages: Sequence[Stage] 
     model = Qwen3ForCausalLM.from_pretrained(out) if first else Qwen3ForCausalLM(seed_config())
     log = out / "training.json"
     figures: list[dict[str, Any]] = json.loads(log.read_text())[:first] if first and log.exists() else []
+    frame = corpus.Frame(ChatFormat(tokenizer))
     for number, stage in enumerate(stages[first:], first):
-        figures.append(_stage(model, stage, Batches(tokenizer, SEED + number, batch_tokens, stage.mix), out))
+        stream = corpus.traces(frame, SEED + number, stage.mix)
+        figures.append(train_stage(model, stage, Batches(tokenizer, stream, batch_tokens, SEED + number), out))
         log.write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def _stage(model: Qwen3ForCausalLM, stage: Stage, batches: Batches, out: Path) -> dict[str, Any]:
-    """One stage with fresh optimisers."""
+def train_stage(model: Qwen3ForCausalLM, stage: Stage, batches: Batches, out: Path) -> dict[str, Any]:
+    """One stage with fresh optimisers; weights go to ``out``, its figures are returned."""
     opts, seen, started, recent = optimisers(model), 0, time.time(), []
     for step, (ids, mask, floor) in enumerate(islice(batches, stage.steps), 1):
         for opt in opts:

@@ -115,9 +115,15 @@ def close_day(state: State) -> str:
 # ------------------------------------------------------------------------------------------------- how it is done
 
 
-def plan(meta: Meta, rules: Rules) -> Plan:
-    """The calls of a skilled agent that believes ``rules``, ending with ``submit``."""
-    work = _Work(meta, rules)
+def plan(meta: Meta, rules: Rules, *, notes: bool = False) -> Plan:
+    """The calls of a skilled agent that believes ``rules``, ending with ``submit``.
+
+    Args:
+        meta: of the task.
+        rules: slot -> option.
+        notes: whether it writes down what is done, so that it knows where it was once its history is cut (``lookup``).
+    """
+    work = _Work(meta, rules, notes)
     if rules.get("before") == "mail":
         yield from work.notify()
     yield from work.prepare()
@@ -134,8 +140,8 @@ def plan(meta: Meta, rules: Rules) -> Plan:
 class _Work:
     """State of one plan: what was read, what was filed."""
 
-    def __init__(self, meta: Meta, rules: Rules) -> None:
-        self.meta, self.rules = meta, rules
+    def __init__(self, meta: Meta, rules: Rules, notes: bool = False) -> None:
+        self.meta, self.rules, self.notes = meta, rules, notes
         self.kind, self.when = meta["kinds"][0], meta["period"]
         self.newest: dict[tuple[str, str], str] = {}
         self.shown: list[str] = []
@@ -184,7 +190,7 @@ class _Work:
     def report(self) -> Plan:
         for client in self.meta["clients"]:
             value = yield from self.read(self.rules["source"], client, self.kind)
-            yield from self.file(client, self.kind, value, remember=self.meta["family"] == "correct")
+            yield from self.file(client, self.kind, value, remember=self.notes or self.meta["family"] == "correct")
 
     def reconcile(self) -> Plan:
         for client in self.meta["clients"]:

@@ -1,0 +1,1 @@
+"""Does it hold at long horizons? ``python -m agentsdpo.benchmarks.horizon``."""

@@ -1,0 +1,121 @@
+"""Training text of long episodes: each is cut by compaction where a collector would cut it, one row a branch.
+
+The shipped seed model has read no episode of more than four clients and none that was cut. These have up to 48; a
+branch begins as the collector's ``notes`` manager begins one: system, task, one answer that lists all notes, and the
+last turns. The agent notes each figure before it files it, so that it can tell later what is left to do. House rules
+are redrawn for every episode, as in :mod:`agentsdpo.envs.desk.corpus`, so no rule can be learned here either.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from agentsdpo.chat import ChatFormat, write_call
+from agentsdpo.collect.compaction import NOTE_READ, NOTE_WRITE
+from agentsdpo.envs.desk.agents import ScriptedAgent, guess
+from agentsdpo.envs.desk.corpus import HINTED, PARTIAL, Frame, Trace, any_year
+from agentsdpo.envs.desk.env import DeskEnv
+from agentsdpo.envs.desk.firm import hint
+from agentsdpo.envs.desk.suite import DeskSuite
+from agentsdpo.types import Task, ToolCall
+
+WINDOW, COMPACT_AT, KEEP = 1536, 0.7, 4
+"""The collector's defaults: a prompt may fill 70 % of 1,536 tokens; at most the newest four turns stay."""
+MIX: tuple[tuple[float, tuple[int, ...]], ...] = ((0.25, (1, 2, 4)), (0.3, (8,)), (0.25, (16,)), (0.2, (32, 48)))
+"""Share of episodes, clients."""
+BRANCHES = 3
+"""Of an episode with more branches the first, the last and one between them are kept: the others are like that one."""
+
+
+@dataclass
+class Cut:
+    """The text of one episode as it grows, branch by branch."""
+
+    frame: Frame
+    chat: ChatFormat
+    prompt: str
+    hint: str
+    unstated: int
+    branches: list[Trace] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.opening = self.frame.head + self.prompt + self.frame.tail
+        self.notes, self.listing = dict[str, str](), ""
+        self.turns, self.spans = list[tuple[str, int]](), list[tuple[int, int]]()
+
+    def add(self, call: ToolCall, answer: str | None, slipped: bool) -> None:
+        """One turn; its tokens carry loss unless it was a slip. ``answer`` is None where the episode ends with it."""
+        self._make_room()
+        said = write_call(call.name, call.arguments) + self.frame.end
+        start = len(self._text())
+        self.end = start + len(said)
+        if not slipped:
+            self.spans.append((start, self.end))
+        turn = said + (self.frame.before + answer + self.frame.after if answer is not None else "")
+        self.turns.append((turn, len(self.chat.encode(turn))))
+        if call.name == NOTE_WRITE and isinstance(call.arguments, dict):
+            self.notes[call.arguments["key"]] = call.arguments["text"]
+
+    def _text(self) -> str:
+        return self.hint + self.opening + self.listing + "".join(turn for turn, _ in self.turns)
+
+    def _fits(self, kept: list[tuple[str, int]]) -> bool:
+        """Whether a prompt leaves enough room; the hint is the teacher's and takes none of the agent's."""
+        least = len(self.chat.encode(self.opening + self.listing))
+        return least + sum(size for _, size in kept) <= COMPACT_AT * WINDOW
+
+    def _listed(self) -> str:
+        """All notes, as if the agent had just read them."""
+        lines = "\n".join(f"{key} {text}" for key, text in sorted(self.notes.items()))
+        asked = write_call(NOTE_READ, {"key": ""}) + self.frame.end
+        return asked + self.frame.before + lines + self.frame.after if lines else ""
+
+    def _make_room(self) -> None:
+        if self._fits(self.turns):
+            return
+        self.close()
+        self.listing = self._listed()
+        kept = range(min(KEEP, len(self.turns) - 1), 0, -1)
+        self.turns = self.turns[-next((keep for keep in kept if self._fits(self.turns[-keep:])), 1):]
+
+    def close(self) -> None:
+        """The branch is complete; an answer that only the next one reads is no part of it."""
+        self.branches.append(Trace(self._text()[:self.end], tuple(self.spans), 0 if self.branches else self.unstated,
+                                   bool(self.hint)))
+        self.spans = []
+
+
+def cut_trace(chat: ChatFormat, frame: Frame, task: Task, rng: random.Random, *, stated: list[str] | None = None,
+              epsilon: float = 0.0) -> list[Trace]:
+    """The branches of one noisy-oracle episode under random rules; arguments as in :func:`corpus.trace`."""
+    rules = guess(task.metadata["preset"], rng)
+    agent = ScriptedAgent(task, rules, epsilon=epsilon, seed=rng.getrandbits(32), notes=True)
+    words = hint(task.metadata["kinds"][0], rules, stated)
+    env, observation = DeskEnv(), None
+    env.start(task)
+    cut = Cut(frame, chat, task.prompt, frame.hint_before + words + frame.hint_after if words else "",
+              len(rules) - len(rules if stated is None else stated))
+    while not env.done():
+        name, arguments = agent.step(observation)
+        call = ToolCall(id="c", name=name, arguments=arguments)
+        observation = env.apply(call).content
+        cut.add(call, None if env.done() else observation, agent.slipped)
+    cut.close()
+    return cut.branches
+
+
+def cut_traces(chat: ChatFormat, seed: int) -> Iterator[Trace]:
+    """An endless, seeded stream of branches of :data:`MIX`."""
+    rng, index, frame = random.Random(seed), 0, Frame(chat)
+    suites = [DeskSuite(n=n) for _, n in MIX]
+    while True:
+        suite = rng.choices(suites, [share for share, _ in MIX])[0]
+        task = any_year(suite.task("train", seed * 10_000_000 + index), rng)
+        slots = list(guess(suite.preset, rng))
+        stated = None if rng.random() > PARTIAL else rng.sample(slots, rng.randint(1, len(slots) - 1))
+        branches = cut_trace(chat, frame, task, rng, stated=stated if rng.random() < HINTED else [],
+                             epsilon=rng.choice((0.0, 0.05, 0.2)))
+        if len(branches) > BRANCHES:
+            branches = [branches[0], rng.choice(branches[1:-1]), branches[-1]]
+        yield from branches
+        index += 1

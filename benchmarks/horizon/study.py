@@ -1,0 +1,35 @@
+"""Settings of the horizon study: how long its episodes are, how they are collected, learned from and judged."""
+
+from pathlib import Path
+
+from agentsdpo.benchmarks.study import Arm
+from agentsdpo.learn.presets import TOY
+from agentsdpo.types import Json
+
+MODEL = Path("runs/horizon-model")
+"""The shipped seed model, taught long episodes by ``python -m agentsdpo.benchmarks.horizon.build``."""
+LENGTHS = (4, 16, 48)
+"""Clients of a task: 14, 50 and 146 calls of an agent that takes notes and makes no mistake."""
+COLLECT: Json = {"window": 1536, "concurrency": 64, "max_tokens": 96, "compaction": {"manager": "notes"}}
+"""What the model was taught with: a prompt is cut at 70 % of the window, and notes survive."""
+SPLITS = ("test_names", "test_world", "test_period", "test_firm")
+COMMON: Json = {
+    "preset": "robust", "staleness": 16, "checkpoint_every": 20, "checkpoint_keep": 1,
+    "collect": COLLECT, "replay": {"durability": "episode", "max_uses": 1},
+    "eval": {"final_splits": list(SPLITS)}, "tripwire": {"on": False},
+    "learn": {**TOY["robust"], "max_staleness": 16, "control_every": 0}}
+"""As ``robust-16`` of the staleness study, of which this is the longer one: single episodes, each learned from once,
+sixteen policy versions after the one that played it. A model that is named by its folder would learn at a large model's
+rate: this one has that of the seed model."""
+QUICK = ("steps=2", "episodes_per_step=4", "learn.batch=4", "eval.every=1", "eval.episodes=4", "eval.final_episodes=4",
+         "eval.final_splits=[\"test_names\"]")
+
+
+def _arm(n: int, steps: int, episodes: int, evaluated: int) -> Arm:
+    return Arm(f"robust-n{n}", (f"desk.n=[{n}]", f"steps={steps}", f"episodes_per_step={episodes}",
+                                f"learn.batch={episodes}", f"eval.episodes={evaluated}",
+                                f"eval.final_episodes={evaluated}", "eval.every=10"))
+
+
+ARMS = {arm.name: arm for arm in (_arm(4, 100, 16, 64), _arm(16, 60, 16, 32), _arm(48, 40, 8, 16))}
+"""1,600 episodes, 960 and 320: the longer ones say the same rule more often, and cost more."""
