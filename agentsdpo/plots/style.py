@@ -30,7 +30,7 @@ STYLE: Any = {
     "grid.alpha": 0.18, "grid.linewidth": 0.8, "axes.facecolor": "none", "figure.facecolor": "none",
     "savefig.facecolor": "none", "legend.frameon": False, "legend.fontsize": 9, "lines.linewidth": 2.0,
     "lines.solid_capstyle": "round", "text.parse_math": False, "axes.formatter.use_mathtext": False,
-    "svg.fonttype": "none", "svg.hashsalt": "agentsdpo",
+    "axes.formatter.useoffset": False, "svg.fonttype": "none", "svg.hashsalt": "agentsdpo",
 }
 """The house style; ``text.parse_math`` is off because arm and split names come from files."""
 AXES = {"episodes": "episodes collected", "env_steps": "environment steps", "wall_s": "wall clock",
