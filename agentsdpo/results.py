@@ -229,3 +229,29 @@ def _split(rows: list[Json], steps: int) -> Json:
         found |= {f"{name}_pass": row["pass"], f"{name}_score": row["score"], "n": row["n"],
                   f"{name}_pass_ci95": [rate.low, rate.high]}
     return found
+
+
+# -------------------------------------------------------------------------------------- criteria of a benchmark run
+
+
+MOST_COLUMNS = 16
+"""Criteria that get a column each; sets with more of them number the criteria of each task."""
+
+
+def criteria_names(report: Json) -> list[str]:
+    """Criteria that the tasks of a benchmark report share, by name; empty where every task has its own.
+
+    >>> criteria_names({"tasks": [{"criteria": {f"{task}-{i}": [1, 1] for i in range(6)}} for task in "abc"]})
+    []
+    """
+    names = list(dict.fromkeys(name for task in report["tasks"] for name in task["criteria"]))
+    return names if len(names) <= max(MOST_COLUMNS, _most_criteria(report)) else []
+
+
+def criteria_columns(report: Json) -> list[str]:
+    """Names of the columns in a table of tasks and criteria: :func:`criteria_names`, else places in the task from 1."""
+    return criteria_names(report) or [str(place + 1) for place in range(_most_criteria(report))]
+
+
+def _most_criteria(report: Json) -> int:
+    return max((len(task["criteria"]) for task in report["tasks"]), default=0)

@@ -5,10 +5,11 @@ so a study may be stopped at any time and continued with more seeds, on another 
 before arms: after each round of seeds every arm has as many. The table has one row per evaluation: :data:`COLUMNS`.
 """
 
+import argparse
 import shutil
 import sys
 import time
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -134,3 +135,61 @@ def write_table(found: pa.Table, path: Path) -> None:
     buffer = BytesIO()
     pq.write_table(found, buffer, compression="zstd")
     write_bytes(path, buffer.getvalue())
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study as a command: :func:`options` reads what is asked for, :func:`carry_out` does it.
+
+    Attributes:
+        name: of its run folders and in the table.
+        arms: by name; those of ``main`` run when none are named.
+        common: settings of all arms. quick: overrides for a look at whether it runs.
+        lines: what a table of results says, for people.
+    """
+
+    name: str
+    arms: Mapping[str, Arm]
+    main: tuple[str, ...]
+    common: Json
+    quick: tuple[str, ...]
+    lines: Callable[[pa.Table], Iterator[str]]
+
+    @property
+    def results(self) -> Path:
+        """Where its results are kept in the repository."""
+        return Path(f"docs/results/{self.name}.parquet")
+
+
+def options(study: Study, about: str | None) -> argparse.ArgumentParser:
+    """The command line of a study; ``about`` is the docstring of its module."""
+    parser = argparse.ArgumentParser(description=(about or "").splitlines()[0])
+    parser.add_argument("--arms", nargs="+", choices=list(study.arms), default=list(study.main),
+                        help=f"these; {', '.join(study.main)} if not given")
+    parser.add_argument("--seeds", type=int, help="0 to this, exclusive; 5, or 1 when quick")
+    parser.add_argument("--quick", action="store_true", help="a few steps and episodes: a look, not a result")
+    parser.add_argument("--out", type=Path, help=f"run folders; runs/{study.name}, or that with -quick")
+    parser.add_argument("--table", type=Path, help=f"results; {study.results}, or OUT/results.parquet when quick. Runs "
+                                                   "it holds are not made again")
+    parser.add_argument("--no-run", action="store_true", help="only read what is there")
+    return parser
+
+
+def carry_out(study: Study, args: argparse.Namespace, sets: tuple[str, ...] = ()) -> None:
+    """Train what is missing, write the table after each round of seeds, and print what it says.
+
+    Args:
+        study: what to do. args: from its :func:`options`. sets: more overrides of every arm.
+    """
+    out = args.out or Path("runs") / (study.name + "-quick" * args.quick)
+    path = args.table or (out / "results.parquet" if args.quick else study.results)
+    sets += study.quick if args.quick else ()
+    arms = [Arm(name, (*study.arms[name].sets, *sets)) for name in args.arms]
+    for seed in range(0 if args.no_run else args.seeds or (1 if args.quick else 5)):
+        run_study(arms, study.common, [seed], out, in_table(path))
+        write_table(table(study.name, out), path)
+    for line in study.lines(pq.read_table(path)):
+        print(line)  # noqa: T201

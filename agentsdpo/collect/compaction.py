@@ -116,7 +116,7 @@ def _fitting(run: Progress, policy: Windowed, starts: Sequence[int], inserted: t
 
 
 def _noted(run: Progress) -> tuple[Json, ...]:
-    """All notes the agent has written, as if it had just read them; nothing where it has none."""
+    """All notes the agent has written, oldest first, as if it had just read them; nothing where it has none."""
     notes = {}
     for message in run.history:
         for call in message.get("tool_calls", ()):
@@ -126,7 +126,7 @@ def _noted(run: Progress) -> tuple[Json, ...]:
     if not notes or NOTE_READ not in run.tools:
         return ()
     call = ToolCall(id=f"notes_{run.counts['compactions']}", name=NOTE_READ, arguments={"key": ""})
-    listing = "\n".join(f"{key} {text}" for key, text in sorted(notes.items()))
+    listing = "\n".join(f"{key} {text}" for key, text in notes.items())
     return ({"role": "assistant", "content": "", "tool_calls": [call.openai()]},
             {"role": "tool", "tool_call_id": call.id, "content": listing})
 

@@ -17,10 +17,9 @@ from matplotlib.figure import Figure
 from agentsdpo.errors import RunError
 from agentsdpo.formats import is_number
 from agentsdpo.plots.style import DARK, ROLES, STYLE, canvas, finish, tint
+from agentsdpo.results import criteria_columns, criteria_names
 from agentsdpo.types import Json
 
-MOST_COLUMNS = 16
-"""Criteria that get a column each, as in the benchmark's own report; sets with more number those of each task."""
 _SHADES = LinearSegmentedColormap.from_list("met", [tint("student", strength) for strength in (0.08, 1.0)])
 
 
@@ -113,21 +112,9 @@ def criteria_table(report: Json) -> tuple[np.ndarray, list[str], list[str]]:
     (array([[0.25,  nan]]), ['t'], ['file', 'mail'])
     """
     tasks: Sequence[Json] = report["tasks"]
-    names, longest = criteria_names(report), max((len(task["criteria"]) for task in tasks), default=0)
-    columns = names or [str(place + 1) for place in range(longest)]
+    names, columns = criteria_names(report), criteria_columns(report)
     table = np.full((len(tasks), len(columns)), np.nan)
     for i, task in enumerate(tasks):
         for place, (name, (met, judged)) in enumerate(task["criteria"].items()):
             table[i, names.index(name) if names else place] = met / judged if judged else np.nan
     return table, [task["task_id"] for task in tasks], columns
-
-
-def criteria_names(report: Json) -> list[str]:
-    """Criteria that tasks share, by name; empty where every task has its own.
-
-    >>> criteria_names({"tasks": [{"criteria": {f"{task}-{i}": [1, 1] for i in range(6)}} for task in "abc"]})
-    []
-    """
-    names = list(dict.fromkeys(name for task in report["tasks"] for name in task["criteria"]))
-    longest = max((len(task["criteria"]) for task in report["tasks"]), default=0)
-    return names if len(names) <= max(MOST_COLUMNS, longest) else []

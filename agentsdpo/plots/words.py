@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from agentsdpo.formats import interval, is_number, number, percent
-from agentsdpo.plots.card import criteria_names
 from agentsdpo.plots.curves import by_seed
 from agentsdpo.plots.tables import NEVER, arms_of, final, held_out, judged, kind_of, main_kind, records
 from agentsdpo.plots.tokens import PARTS, by_hint, corrections_kept, episode_means, part_shares
-from agentsdpo.results import CONTROL_SPLIT, HELD_OUT, POOLED_WORDS, SPLIT_WORDS, evals
+from agentsdpo.results import CONTROL_SPLIT, HELD_OUT, POOLED_WORDS, SPLIT_WORDS, criteria_names, evals
 from agentsdpo.stats import Interval, difference
 from agentsdpo.types import Json
 

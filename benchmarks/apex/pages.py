@@ -18,11 +18,10 @@ from agentsdpo.benchmarks.apex.episode import grade_file
 from agentsdpo.benchmarks.apex.records import UNSCORED, Attempt
 from agentsdpo.benchmarks.apex.runfolder import BenchFolder, folder_name
 from agentsdpo.replay.formats.shapes import text_of
+from agentsdpo.results import criteria_columns
 from agentsdpo.show import pages
 from agentsdpo.types import Json
 
-MOST_COLUMNS = 16
-"""Criteria that get a column each; sets with more of them number the criteria of each task."""
 MOST_SHOWN = 20_000
 """Characters of one message on an episode's page."""
 _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
@@ -77,7 +76,7 @@ def environment() -> Any:
 def report_page(folder: BenchFolder, run: Json, comparison: Json | None) -> str:
     """``report.html`` from ``report.json``."""
     titles, overall = criterion_texts(folder, run), run["overall"]
-    columns = _columns(run)
+    columns = criteria_columns(run)
     return environment().get_template("bench_report.html").render(
         title=visible(run["run_id"]), run=run, overall=overall, first=overall["conditional"],
         method_words=METHODS[overall["conditional"]["pass@1"]["method"]], rows=_rows(run), comparison=comparison,
@@ -94,13 +93,6 @@ def _rows(run: Json) -> list[Json]:
     rows += [row(name or "–", one["conditional"]["pass@1"], "student") for name, one in run["domains"].items()]
     rows += [row(name, one["pass@1"], "behaviour") for name, one in run["references"].items()]
     return [one for one in rows if one["value"] is not None]
-
-
-def _columns(run: Json) -> list[str]:
-    """Names of the matrix's columns: criteria where tasks share them, else numbers."""
-    ids = list(dict.fromkeys(name for task in run["tasks"] for name in task["criteria"]))
-    longest = max((len(task["criteria"]) for task in run["tasks"]), default=0)
-    return ids if len(ids) <= max(MOST_COLUMNS, longest) else [str(i + 1) for i in range(longest)]
 
 
 def _matrix_row(task: Json, columns: Sequence[str], titles: Json) -> Json:

@@ -9,24 +9,22 @@
 these weights do when they read the hint (``python -m agentsdpo.benchmarks.horizon.gates``); the oracle passes all.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
+from math import nan
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from agentsdpo.benchmarks.horizon.study import ARMS, COMMON, MODEL, QUICK
-from agentsdpo.benchmarks.study import in_table, run_study, table, write_table
+from agentsdpo.benchmarks.horizon.study import ARMS, COMMON, MODEL, QUICK, existing
+from agentsdpo.benchmarks.study import Study, carry_out, options
 from agentsdpo.formats import interval, percent
+from agentsdpo.plots.tables import final, held_out
 from agentsdpo.results import HELD_OUT
-from agentsdpo.stats import Interval, over_seeds
+from agentsdpo.stats import Interval
 from agentsdpo.types import Json
 
-TABLE = Path("docs/results/horizon.parquet")
 CONTROL = ("test_firm",)
 
 
@@ -61,24 +59,22 @@ def results(found: pa.Table) -> list[Result]:
 
 
 def _result(arm: str, rows: list[Json]) -> Result:
-    ends = {seed: max(row["step"] for row in rows if row["seed"] == seed) for seed in {row["seed"] for row in rows}}
-    last = [row for row in rows if row["step"] == ends[row["seed"]]]
-    first = [row for row in rows if row["step"] == 0]
+    ends = final(rows)
+    last = [row for row in rows if row["step"] == ends[row["seed"]][0]["step"]]
 
     def mean(decoding: str, splits: tuple[str, ...]) -> float:
-        rates = [row["pass"] for row in last if row["decoding"] == decoding and row["split"] in splits]
+        rates = [row["pass"] for own in final(rows, "pass", splits, decoding).values() for row in own]
         return float(np.mean(rates)) if rates else float("nan")
-
-    def of(chosen: list[Json], value: str) -> Interval:
-        sampled = [row for row in chosen if row["decoding"] == "sampled" and row["split"] in HELD_OUT]
-        by_seed = [[row[value] for row in sampled if row["seed"] == seed] for seed in sorted(ends)]
-        n = sum(row["n"] for row in sampled if row["seed"] == min(ends))
-        return over_seeds(by_seed, n if value == "pass" else 0)
 
     return Result(arm=arm, seeds=len(ends), episodes=max(row["episodes"] for row in last),
                   calls=float(np.mean([row["env_steps"] / row["episodes"] for row in last])),
-                  before=of(first, "pass"), passed=of(last, "pass"), score_before=of(first, "score"),
-                  score=of(last, "score"), greedy=mean("greedy", HELD_OUT), control=mean("sampled", CONTROL))
+                  before=_held_out(rows, "pass", 0), passed=_held_out(rows, "pass"),
+                  score_before=_held_out(rows, "score", 0), score=_held_out(rows, "score"),
+                  greedy=mean("greedy", HELD_OUT), control=mean("sampled", CONTROL))
+
+
+def _held_out(rows: list[Json], value: str, step: int | None = None) -> Interval:
+    return held_out(rows, value, step, HELD_OUT) or Interval(nan, nan, nan)
 
 
 def lines(found: pa.Table) -> Iterator[str]:
@@ -93,29 +89,15 @@ def _of(found: Interval) -> str:
     return f"{percent(found.estimate)} {interval(found)}".strip()
 
 
+STUDY = Study("horizon", ARMS, tuple(ARMS), COMMON, QUICK, lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train what is missing, then write the table and print what it says."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="these; all if not given")
-    parser.add_argument("--model", type=Path, default=MODEL, help=f"folder of the model to train; {MODEL}")
-    parser.add_argument("--seeds", type=int, help="0 to this, exclusive; 5, or 1 when quick")
-    parser.add_argument("--quick", action="store_true", help="two steps and four episodes: a look, not a result")
-    parser.add_argument("--out", type=Path, help="run folders; runs/horizon, or that with -quick")
-    parser.add_argument("--table", type=Path, help=f"results; {TABLE}, or OUT/results.parquet when quick")
-    parser.add_argument("--no-run", action="store_true", help="only read what is there")
+    parser = options(STUDY, __doc__)
+    parser.add_argument("--model", type=existing, default=str(MODEL), help=f"folder of the model to train; {MODEL}")
     args = parser.parse_args(arguments)
-    out = args.out or Path("runs/horizon-quick" if args.quick else "runs/horizon")
-    path = args.table or (out / "results.parquet" if args.quick else TABLE)
-    if not args.no_run:
-        if not args.model.is_dir():
-            parser.error(f"there is no model at {args.model}: python -m agentsdpo.benchmarks.horizon.build makes it")
-        more = (f"model={args.model}", *(QUICK if args.quick else ()))
-        arms = [replace(ARMS[name], sets=(*ARMS[name].sets, *more)) for name in args.arms]
-        for seed in range(args.seeds or (1 if args.quick else 5)):
-            run_study(arms, COMMON, [seed], out, in_table(path))
-            write_table(table("horizon", out), path)
-    for line in lines(pq.read_table(path)):
-        print(line)  # noqa: T201
+    carry_out(STUDY, args, (f"model={args.model}",))
 
 
 if __name__ == "__main__":

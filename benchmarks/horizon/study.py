@@ -1,5 +1,6 @@
 """Settings of the horizon study: how long its episodes are, how they are collected, learned from and judged."""
 
+import argparse
 from pathlib import Path
 
 from agentsdpo.benchmarks.study import Arm
@@ -23,6 +24,18 @@ sixteen policy versions after the one that played it. A model that is named by i
 rate: this one has that of the seed model."""
 QUICK = ("steps=2", "episodes_per_step=4", "learn.batch=4", "eval.every=1", "eval.episodes=4", "eval.final_episodes=4",
          "eval.final_splits=[\"test_names\"]")
+
+
+def existing(text: str) -> Path:
+    """A folder of a model, from a command line.
+
+    Raises:
+        argparse.ArgumentTypeError: there is none.
+    """
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(
+            f"there is no model at {text}: python -m agentsdpo.benchmarks.horizon.build makes it")
+    return Path(text)
 
 
 def _arm(n: int, steps: int, episodes: int, evaluated: int) -> Arm:

@@ -12,17 +12,13 @@ credit, without which there would be nothing to learn from where one attempt in 
 the best of those tried.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from agentsdpo.benchmarks.study import Arm, in_table, run_study, table, write_table
+from agentsdpo.benchmarks.study import Arm, Study, carry_out, options
 from agentsdpo.formats import interval, percent
 from agentsdpo.stats import Interval, over_seeds
 from agentsdpo.types import Json
@@ -48,7 +44,6 @@ TUNING = tuple(Arm(f"grpo-{lr}", ("preset=grpo", *_GROUPS, "learn.batch=4", f"le
                for lr in ("1e-4", "6e-4", "1e-3"))
 """``grpo`` at other learning rates, for whoever doubts that its own is the best one."""
 ARMS = {arm.name: arm for arm in (*MAIN, *MORE, *TUNING)}
-TABLE = Path("docs/results/methods-episodes.parquet")
 
 
 def reached(rows: Sequence[Json], goal: float = GOAL) -> int | None:
@@ -105,27 +100,12 @@ def _percent(found: Interval) -> str:
     return f"{percent(found.estimate)} {interval(found)}".strip()
 
 
+STUDY = Study("methods-episodes", ARMS, tuple(arm.name for arm in MAIN), COMMON, QUICK, lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train what is missing, then write the table and print what it says."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=[arm.name for arm in MAIN],
-                        help="robust and grpo if not given")
-    parser.add_argument("--seeds", type=int, help="0 to this, exclusive; 5, or 1 when quick")
-    parser.add_argument("--quick", action="store_true", help="two steps and eight episodes: a look, not a result")
-    parser.add_argument("--out", type=Path, help="run folders; runs/methods-episodes, or that with -quick")
-    parser.add_argument("--table", type=Path, help=f"results; {TABLE}, or OUT/results.parquet when quick")
-    parser.add_argument("--no-run", action="store_true", help="only read what is there")
-    args = parser.parse_args(arguments)
-    out = args.out or Path("runs/methods-episodes-quick" if args.quick else "runs/methods-episodes")
-    path = args.table or (out / "results.parquet" if args.quick else TABLE)
-    seeds = range(args.seeds or (1 if args.quick else 5))
-    if not args.no_run:
-        arms = [replace(ARMS[name], sets=(*ARMS[name].sets, *(QUICK if args.quick else ()))) for name in args.arms]
-        for seed in seeds:  # the table after each: a study that is stopped leaves what it has
-            run_study(arms, COMMON, [seed], out, in_table(path))
-            write_table(table("methods-episodes", out), path)
-    for line in lines(pq.read_table(path)):
-        print(line)  # noqa: T201
+    carry_out(STUDY, options(STUDY, __doc__).parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -71,9 +71,12 @@ def episodes_figure(rows: Sequence[Json]) -> Figure:
     return finish(figure, axes, columns=len({row["arm"] for row in known}) + 1)  # each band below its curve
 
 
+FIGURES = {attempts.TABLE: discovery_figure, episodes.STUDY.results: episodes_figure}
+
+
 def main() -> None:
     """Draw what there is a table for."""
-    for path, draw in ((attempts.TABLE, discovery_figure), (episodes.TABLE, episodes_figure)):
+    for path, draw in FIGURES.items():
         if path.exists():
             image = IMAGES / f"{path.stem}.svg"
             write_text(image, svg(draw(pq.read_table(path).to_pylist()), path.stem) + "\n")

@@ -10,15 +10,11 @@ differ in the objective and its learning rate (the preset's for the seed model),
 after. The tripwire is off: a collapse is to be seen, not to be mended. ``-off`` collects with the first policy alone.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-import pyarrow.parquet as pq
 
 from agentsdpo.benchmarks.staleness.report import lines
-from agentsdpo.benchmarks.study import Arm, in_table, run_study, table, write_table
+from agentsdpo.benchmarks.study import Arm, Study, carry_out, options
 from agentsdpo.types import Json
 
 COMMON: Json = {
@@ -29,7 +25,7 @@ COMMON: Json = {
              "final_splits": ["test_names", "test_world", "test_period", "test_firm"]},
     "tripwire": {"on": False}, "learn": {"batch": 16, "control_every": 0}}
 """1,600 single episodes; each is learned from once, ``staleness`` policy versions after the one that played it."""
-QUICK: Json = {"steps": 4, "eval": {"every": 2, "episodes": 8, "final_episodes": 8, "final_splits": ["test_names"]}}
+QUICK = ("steps=4", "eval.every=2", "eval.episodes=8", "eval.final_episodes=8", "eval.final_splits=[\"test_names\"]")
 
 
 def _arm(name: str, preset: str, staleness: int | None, *sets: str) -> Arm:
@@ -58,24 +54,12 @@ and four clients), as many as the shipped model has learnt to make."""
 ARMS = {arm.name: arm for arm in (*MAIN, *MORE)}
 
 
+STUDY = Study("staleness", ARMS, tuple(ARMS), COMMON, QUICK, lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train what is missing, then write the table and print what it says."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="these; all if not given")
-    parser.add_argument("--seeds", type=int, default=5, help="0 to this, exclusive; 5")
-    parser.add_argument("--quick", action="store_true", help="four steps and eight episodes: a look, not a result")
-    parser.add_argument("--out", type=Path, help="run folders; runs/staleness, or runs/staleness-quick")
-    parser.add_argument("--table", type=Path, help="results; OUT/results.parquet. Runs it holds are not made again")
-    parser.add_argument("--no-run", action="store_true", help="only read what is there")
-    args = parser.parse_args(arguments)
-    out = args.out or Path("runs/staleness-quick" if args.quick else "runs/staleness")
-    path = args.table or out / "results.parquet"
-    if not args.no_run:
-        common = COMMON | QUICK if args.quick else COMMON
-        run_study([ARMS[name] for name in args.arms], common, range(args.seeds), out, in_table(path))
-    write_table(table("staleness", out), path)
-    for line in lines(pq.read_table(path)):
-        print(line)  # noqa: T201
+    carry_out(STUDY, options(STUDY, __doc__).parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -106,7 +106,6 @@ class Stage:
 
     steps: int
     decay: bool
-    mix: corpus.Mix = corpus.MIXES[0]
 
     def factor(self, step: int, seen: int) -> float:
         """Learning-rate factor in [0, 1] after ``step`` steps and ``seen`` tokens."""
@@ -114,7 +113,8 @@ class Stage:
 
 
 LEARNING_RATE, WARM_UP_TOKENS = 2e-3, 320_000
-STAGES = (Stage(2000, decay=False, mix=corpus.MIXES[0]), Stage(1300, decay=True, mix=corpus.MIXES[1]))
+STAGES = (Stage(2000, decay=False), Stage(1300, decay=True))
+"""Each reads its own of :data:`corpus.MIXES`."""
 
 
 class Batches:
@@ -211,8 +211,8 @@ def train(tokenizer: Any, out: Path, batch_tokens: int, stages: Sequence[Stage] 
     log = out / "training.json"
     figures: list[dict[str, Any]] = json.loads(log.read_text())[:first] if first and log.exists() else []
     frame = corpus.Frame(ChatFormat(tokenizer))
-    for number, stage in enumerate(stages[first:], first):
-        stream = corpus.traces(frame, SEED + number, stage.mix)
+    for number, (stage, mix) in list(enumerate(zip(stages, corpus.MIXES, strict=False)))[first:]:
+        stream = corpus.traces(frame, SEED + number, mix)
         figures.append(train_stage(model, stage, Batches(tokenizer, stream, batch_tokens, SEED + number), out))
         log.write_text(json.dumps(figures, indent=2) + "\n")
 

@@ -102,9 +102,9 @@ def note_add(state: State, key: str, text: str) -> str:
 
 
 def note_get(state: State, key: str) -> str:
-    """Read a note; an empty key lists all."""
+    """Read a note; an empty key lists all, in the order in which they were first written."""
     if not key:
-        return "\n".join(f"{k} {v}" for k, v in sorted(state["notes"].items())) or "empty"
+        return "\n".join(f"{k} {v}" for k, v in state["notes"].items()) or "empty"
     if key not in state["notes"]:
         raise ToolFault("no such note")
     return state["notes"][key]

@@ -99,9 +99,10 @@ def test_figures_show_every_arm_of_the_tables(tmp_path: Path, monkeypatch: pytes
               "episodes": curve("robust", 0, {0: 0.0, 800: 0.9}) + curve("grpo", 0, {0: 0.0, 800: 0.1})
               + curve("robust", 1, {0: 0.0, 800: 0.8})}
     monkeypatch.setattr(figures, "IMAGES", tmp_path)
-    for module, rows in tables.items():
-        pq.write_table(made(rows), tmp_path / f"methods-{module}.parquet")
-        monkeypatch.setattr(getattr(figures, module), "TABLE", tmp_path / f"methods-{module}.parquet")
+    paths = [tmp_path / f"methods-{name}.parquet" for name in tables]
+    for path, rows in zip(paths, tables.values(), strict=True):
+        pq.write_table(made(rows), path)
+    monkeypatch.setattr(figures, "FIGURES", dict(zip(paths, figures.FIGURES.values(), strict=True)))
     figures.main()
     found = {name: (tmp_path / f"methods-{name}.svg").read_text() for name in tables}
     assert all(text.startswith("<svg") for text in found.values())

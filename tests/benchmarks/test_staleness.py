@@ -116,9 +116,9 @@ def test_results_of_other_seeds_stay_in_the_file(tmp_path: Path) -> None:
 
 def test_a_run_in_which_every_row_is_gated_away_ends_early_and_is_a_result(tmp_path: Path) -> None:
     wild = Arm("wild", ("preset=naive", "learn.lr=1.0", "learn.grad_clip=1e6", "learn.veto=0.999",
-                        "staleness=1000000", "learn.max_staleness=none", "steps=30", "episodes_per_step=2",
-                        "learn.batch=2", "collect.max_tokens=8"))
-    run_study([wild], staleness.COMMON | staleness.QUICK | {"steps": 30}, [0], tmp_path)
+                        "staleness=1000000", "learn.max_staleness=none", "episodes_per_step=2", "learn.batch=2",
+                        "collect.max_tokens=8", *staleness.QUICK, "steps=30"))
+    run_study([wild], staleness.COMMON, [0], tmp_path)
     folder = tmp_path / "wild" / "0"
     assert "8 steps in a row had nothing to train on" in (folder / ENDED).read_text()
     assert is_done(folder)

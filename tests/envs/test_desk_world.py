@@ -243,6 +243,14 @@ def test_faults_are_observations_and_change_nothing(call: families.Step, says: s
     assert world.state_hash(env.state) == before == result.state_hash
 
 
+def test_all_notes_are_listed_in_the_order_in_which_they_were_written() -> None:
+    env = DeskEnv()
+    env.start(DeskSuite().task("train", 0))
+    for key, words in (("b", "1"), ("a", "2"), ("b", "3")):
+        env.apply(ToolCall(id="c", name="note_add", arguments={"key": key, "text": words}))
+    assert env.apply(ToolCall(id="c", name="note_get", arguments={"key": ""})).content == "b 3\na 2"
+
+
 def test_random_agents_never_crash_the_desk() -> None:
     rng = random.Random(0)
     env = DeskEnv()
