@@ -10,8 +10,10 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from agentsdpo.benchmarks.horizon.study import COLLECT
 from agentsdpo.chat import ChatFormat, write_call
 from agentsdpo.collect.compaction import NOTE_READ, NOTE_WRITE
+from agentsdpo.collect.config import CollectConfig
 from agentsdpo.envs.desk.agents import ScriptedAgent, guess
 from agentsdpo.envs.desk.corpus import HINTED, PARTIAL, Frame, Trace, any_year
 from agentsdpo.envs.desk.env import DeskEnv
@@ -19,10 +21,11 @@ from agentsdpo.envs.desk.firm import hint
 from agentsdpo.envs.desk.suite import DeskSuite
 from agentsdpo.types import Task, ToolCall
 
-WINDOW, COMPACT_AT, KEEP = 1536, 0.7, 4
-"""The collector's defaults: a prompt may fill 70 % of 1,536 tokens; at most the newest four turns stay."""
-MIX: tuple[tuple[float, tuple[int, ...]], ...] = ((0.25, (1, 2, 4)), (0.3, (8,)), (0.25, (16,)), (0.2, (32, 48)))
-"""Share of episodes, clients."""
+CONFIG = CollectConfig.model_validate(COLLECT)
+LIMIT, KEEP = CONFIG.compaction.compact_at * CONFIG.window, CONFIG.compaction.keep_turns
+"""Tokens that a prompt may have; newest turns that stay at most."""
+SHORT, LONG = (1, 2, 4), ((0.4, (8,)), (1 / 3, (16,)), (4 / 15, (32, 48)))
+"""Clients of short episodes; share of long ones, clients."""
 DRILLS, DRILLED = 0.5, 16
 """Share of episodes after which a :func:`drill` follows; reads of one."""
 BRANCHES = 3
@@ -64,7 +67,7 @@ class Cut:
     def _fits(self, kept: list[tuple[str, int]]) -> bool:
         """Whether a prompt leaves enough room; the hint is the teacher's and takes none of the agent's."""
         least = len(self.chat.encode(self.opening + self.listing))
-        return least + sum(size for _, size in kept) <= COMPACT_AT * WINDOW
+        return least + sum(size for _, size in kept) <= LIMIT
 
     def listed(self) -> str:
         """All notes, oldest first, as if the agent had just read them."""
@@ -106,14 +109,19 @@ def cut_trace(chat: ChatFormat, frame: Frame, task: Task, rng: random.Random, *,
     return cut.branches
 
 
-def drill(chat: ChatFormat, frame: Frame, task: Task, rng: random.Random) -> Trace:
+def drill(chat: ChatFormat, frame: Frame, task: Task, rng: random.Random, reading: float = 0.5) -> Trace:
     """Who is next? Asked to read or to list instead of to report, the agent goes on where its notes end.
 
     In an episode that question comes once in 150 tokens, and in a first branch a model can answer it by counting turns,
     which a cut undoes: 1.7 nats a token were left there after 1,200 steps without drills.
+
+    Args:
+        chat: of the model. frame: of the template. task: of whom.
+        rng: of the hint, the place, and all else.
+        reading: chance that it is asked to read; a list says the same in a tenth of the tokens.
     """
     clients, env, source = task.metadata["clients"], DeskEnv(), guess(task.metadata["preset"], rng)["source"]
-    told, reads, place = rng.random() < HINTED, rng.random() < 0.5, rng.randrange(len(clients))
+    told, reads, place = rng.random() < HINTED, rng.random() < reading, rng.randrange(len(clients))
     words = hint(task.metadata["kinds"][0], {"source": source}, None if told else [])
     env.start(task)
     cut = Cut(frame, chat, task.prompt.replace("Report", "Read" if reads else "List", 1),
@@ -130,12 +138,26 @@ def drill(chat: ChatFormat, frame: Frame, task: Task, rng: random.Random) -> Tra
     return cut.branches[0]
 
 
-def cut_traces(chat: ChatFormat, seed: int) -> Iterator[Trace]:
-    """An endless, seeded stream of branches of :data:`MIX`."""
-    rng, index, frame = random.Random(seed), 0, Frame(chat)
-    suites = [DeskSuite(n=n) for _, n in MIX]
+def drills(chat: ChatFormat, seed: int, lengths: tuple[int, ...], reading: float) -> Iterator[Trace]:
+    """An endless, seeded stream of drills, for tasks of so many clients."""
+    rng, frame, index = random.Random(seed), Frame(chat), 0
+    suites = [DeskSuite(n=(n,)) for n in lengths]
     while True:
-        suite = rng.choices(suites, [share for share, _ in MIX])[0]
+        task = any_year(rng.choice(suites).task("train", seed * 10_000_000 + index), rng)
+        yield drill(chat, frame, task, rng, reading)
+        index += 1
+
+
+def cut_traces(chat: ChatFormat, seed: int, short: float = 0.25) -> Iterator[Trace]:
+    """An endless, seeded stream of branches, and of drills after some; ``short`` is the share of short episodes.
+
+    Long ones hardly teach to read a hint: after the first client its rules stand in the history.
+    """
+    rng, index, frame = random.Random(seed), 0, Frame(chat)
+    suites = [DeskSuite(n=n) for n in (SHORT, *(n for _, n in LONG))]
+    shares = [short, *((1 - short) * share for share, _ in LONG)]
+    while True:
+        suite = rng.choices(suites, shares)[0]
         task = any_year(suite.task("train", seed * 10_000_000 + index), rng)
         slots = list(guess(suite.preset, rng))
         stated = None if rng.random() > PARTIAL else rng.sample(slots, rng.randint(1, len(slots) - 1))

@@ -102,14 +102,16 @@ def seed_config() -> Qwen3Config:
 
 @dataclass(frozen=True)
 class Stage:
-    """Optimiser steps with one shape of learning rate: warm up and hold, or fall to zero."""
+    """Optimiser steps with one shape of learning rate, up to ``peak`` of the common one: warm up and hold, or fall to
+    zero."""
 
     steps: int
     decay: bool
+    peak: float = 1.0
 
     def factor(self, step: int, seen: int) -> float:
         """Learning-rate factor in [0, 1] after ``step`` steps and ``seen`` tokens."""
-        return 1.0 - step / self.steps if self.decay else min(1.0, seen / WARM_UP_TOKENS)
+        return self.peak * (1.0 - step / self.steps if self.decay else min(1.0, seen / WARM_UP_TOKENS))
 
 
 LEARNING_RATE, WARM_UP_TOKENS = 2e-3, 320_000

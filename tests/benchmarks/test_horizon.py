@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import re
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from agentsdpo.benchmarks.horizon import __main__ as horizon
-from agentsdpo.benchmarks.horizon.corpus import COMPACT_AT, WINDOW, cut_trace, cut_traces
-from agentsdpo.benchmarks.horizon.study import ARMS, COLLECT, COMMON
+from agentsdpo.benchmarks.horizon.corpus import CONFIG, cut_trace, cut_traces, drill
+from agentsdpo.benchmarks.horizon.study import ARMS, COMMON
 from agentsdpo.benchmarks.study import COLUMNS
 from agentsdpo.chat import ChatFormat, write_call
 from agentsdpo.collect.compaction import compactor
-from agentsdpo.collect.config import CollectConfig
 from agentsdpo.collect.policy import EnginePolicy
 from agentsdpo.collect.rollout import run_episode
 from agentsdpo.envs.desk import DeskEnv, DeskSuite
@@ -53,7 +53,7 @@ def said_of(call: ToolCall, chat: ChatFormat) -> str:
 class Reciter:
     """An engine that says one prepared turn after the other."""
 
-    name, records_kept, version, context_window = "reciter", False, 0, WINDOW
+    name, records_kept, version, context_window = "reciter", False, 0, CONFIG.window
 
     def __init__(self, chat: ChatFormat, said: list[str]) -> None:
         self.chat, self.left = chat, list(said)
@@ -74,16 +74,14 @@ def test_the_text_is_what_a_collector_records_of_the_same_episode(chat: ChatForm
     branches = cut_trace(chat, Frame(chat), task, random.Random(5), stated=[])
     rules = guess("desk-mini", random.Random(5))
     said = [said_of(call, chat) for call in calls(task, rules)]
-    config = CollectConfig.model_validate(COLLECT)
-    assert (config.window, config.compaction.compact_at) == (WINDOW, COMPACT_AT)
-    policy = EnginePolicy(Reciter(chat, said), chat, config)
+    policy = EnginePolicy(Reciter(chat, said), chat, CONFIG)
     run = asyncio.run(run_episode(DeskEnv(), policy, task, seed=0, episode_id="e",
-                                  compaction=compactor(config.compaction)))
+                                  compaction=compactor(CONFIG.compaction)))
     recorded = [chat.decode(branch.token_ids.tolist()) for branch in run.branches]
     assert [branch.text for branch in branches] == recorded
     assert sum(len(branch.spans) for branch in branches) == len(said), "a turn carries loss once"
     assert (len(branches) > 2) == (n > 2)
-    assert max(len(chat.encode(piece)) for piece in said) <= config.max_tokens
+    assert max(len(chat.encode(piece)) for piece in said) <= CONFIG.max_tokens
 
 
 def test_the_stream_is_seeded_and_marks_what_the_agent_wrote(chat: ChatFormat) -> None:
@@ -93,6 +91,19 @@ def test_the_stream_is_seeded_and_marks_what_the_agent_wrote(chat: ChatFormat) -
     for trace in one:
         assert all(trace.text[start:end].endswith(chat.tokenizer.eos_token) for start, end in trace.spans)
         assert all(trace.text[start:end].startswith("<tool_call>") for start, end in trace.spans)
+
+
+def test_a_drill_goes_on_where_the_notes_end(chat: ChatFormat) -> None:
+    task, asked = DeskSuite(n=(16,)).task("train", 3), set[str]()
+    for seed in range(12):
+        trace = drill(chat, Frame(chat), task, random.Random(seed))
+        said = "".join(trace.text[start:end] for start, end in trace.spans)
+        left = re.findall("[a-z]{6}", "".join(re.findall(r'"(?:text|path)": "(?:[a-z]+/)?([a-z ]+)"', said)))
+        noted = re.findall(r"(?m)^([a-z]{6}) \d+$", trace.text)
+        assert left
+        assert noted + left == task.metadata["clients"][:len(noted + left)]
+        asked.add(trace.text.partition("<|im_start|>user\n")[2].split()[0])
+    assert asked == {"Read", "List"}
 
 
 def row(seed: int, step: int, rate: float, *, split: str = "test_names", decoding: str = "sampled") -> dict[str, Any]:
