@@ -73,8 +73,12 @@ def metrics() -> str:
 def results() -> str:
     """Every stored summary, by arm and split."""
     parts = ["# Results", MADE, (
-        "Each table is a `summary.json` as a run wrote it, kept in `docs/results/`. Pass: every criterion of an "
-        "episode met. 95 % intervals are Wilson's. Sampled decoding at temperature 1 unless it says greedy. One seed.")]
+        "What runs and measurements wrote, kept in `docs/results/`: the `summary.json` of `agentsdpo demo`, then what "
+        "was measured of time, memory and room on the disk. The studies of many runs have pages of their own: [how "
+        "old the data may be](staleness.md), [the methods](methods/README.md), [two "
+        "tenants](proxy.md#two-tenants-end-to-end). Pass: every criterion of an episode met. 95 % intervals are "
+        "Wilson's. Sampled decoding at temperature 1 unless it says greedy. One seed. A commit with a + was measured "
+        "with changes that were not committed yet.")]
     for path in sorted((DOCS / "results").glob("*.json")):
         if not path.name.startswith("perf-"):
             summary = json.loads(path.read_text(encoding="utf-8"))
@@ -126,7 +130,7 @@ def horizon() -> str:
 
 
 def _made_on(found: pa.Table) -> str:
-    commits = ", ".join(sorted({commit[:7] for commit in found["commit"].to_pylist()}))
+    commits = ", ".join(sorted({_commit(commit) for commit in found["commit"].to_pylist()}))
     return f"{', '.join(sorted(set(found['hardware'].to_pylist())))}; commit {commits}."
 
 
@@ -155,7 +159,7 @@ def _command(summary: Json) -> str:
 
 
 def _provenance(summary: Json) -> str:
-    commits = ", ".join(one[:7] for one in summary["commit"].split(", "))
+    commits = ", ".join(map(_commit, summary["commit"].split(", ")))
     return (f"Staleness {summary['staleness']}, {summary['steps']} steps, {number(summary['episodes'])} single "
             f"episodes an arm, seed {summary['seed']}, {summary['n']} held-out episodes; "
             f"{duration(summary['wall_s'])} in all, {number(summary['peak_rss_mib'])} MiB, {summary['hardware']}; "
@@ -178,10 +182,15 @@ def _machine(measured: Json) -> str:
 def figures_table(measured: Json) -> str:
     """A row for every figure of a benchmark."""
     rows = [(f"`{one['name']}`", number(one["value"]), one["unit"], one["peer"] or "–",
-             ", ".join(f"{key} {_shown(value)}" for key, value in one["detail"].items()), one["commit"][:7],
+             ", ".join(f"{key} {_shown(value)}" for key, value in one["detail"].items()), _commit(one["commit"]),
              str(one["load"]))
             for one in measured["figures"]]
     return _table(("figure", "value", "unit", "beside", "detail", "commit", "load"), rows)
+
+
+def _commit(whole: str) -> str:
+    """In short; a + says that the tree held changes beside it."""
+    return whole[:7] + "+" * whole.endswith("+changes")
 
 
 def _shown(value: Any) -> str:

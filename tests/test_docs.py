@@ -83,7 +83,7 @@ def toml(example: Example, run: bool) -> None:
     data = tomllib.loads(example.parsed)
     if "task" in data:
         assert set(data["task"][0]) <= {"id", "prompt", "files", "rubric"}
-    elif example.path.endswith("benchmark.md"):
+    elif example.path.endswith("benchmark.md") or "attempts" in data:
         from agentsdpo.benchmarks.apex.config import BenchConfig
         from agentsdpo.settings_io import build
 

@@ -23,8 +23,8 @@ def serve(
     name: Annotated[str, typer.Option(help="What requests call the model.")] = "policy",
     gpu: Annotated[bool, typer.Option("--gpu", help="Serve from GPUs; without it float32 on the CPU.")] = False,
     window: Annotated[int | None, typer.Option(min=2, help="Longest prompt plus completion, tokens.")] = 4096,
-    adapters: Annotated[int, typer.Option(min=0, help="LoRA adapters loaded at once; 0 serves none. At least "
-                                                      "max_staleness + 2.")] = 8,
+    adapters: Annotated[int, typer.Option(min=0, help="LoRA adapters loaded at once; 0 serves none. More than "
+                                                      "--keep of publish.")] = 8,
     max_rank: Annotated[int, typer.Option(min=1, help="Rank of the largest adapter.")] = 32,
     kept_sets: Annotated[bool, typer.Option("--kept-sets", help="Return what top-k kept; needs --gpu.")] = False,
     version: Annotated[int, typer.Option(min=0, help="Policy version of these weights.")] = 0,
