@@ -133,7 +133,7 @@ class LearnConfig(Settings):
     batch: int = Field(default=32, ge=1, le=65_536, description="units of replay.unit, episodes unless told otherwise, "
                                                                 "drawn per optimiser step")
     forward_tokens: int = Field(default=8192, ge=1, le=100_000_000, description=(
-        "packed tokens per forward, hints included; a longer branch is an error, never cut"))
+        "packed tokens per forward, hints included; a longer branch is refused and counted, never cut"))
     recompute: Literal["off", "layers", "offload"] = Field(default="off", description=(
         "layers: a layer's inside is computed again in the backward, about 25 % more time; offload: what is kept of it "
         "waits in the host's memory"))

@@ -80,7 +80,7 @@ class Learner:
             add_adapter(self.model, config.adapter)
         save_memory(self.model, config)
         shape = model.config.get_text_config()
-        self.window: int = getattr(shape, "max_position_embeddings", None) or 2**31
+        self.window: int = min(getattr(shape, "max_position_embeddings", None) or 2**31, config.forward_tokens)
         self.vocab_size: int = shape.vocab_size
         self.config, self.device, self.step_count = config, device, 0
         if config.parity:
@@ -136,7 +136,12 @@ class Learner:
 
     def admit(self, rows: list[TrainRow], version: int) -> Admission:
         """Rows this learner may train on at this version, and why not the others."""
-        return admit(rows, version, self.config, window=self.window, vocab_size=self.vocab_size)
+        found = admit(rows, version, self.config, window=self.window, vocab_size=self.vocab_size)
+        if found.refused["window"]:
+            _log.warning("%d of %d branches are not learnt from: with their hint they are longer than the %d tokens of "
+                         "learn.forward_tokens or of the model's window", found.refused["window"], len(rows),
+                         self.window)
+        return found
 
     def restrain(self, *, lr_factor: float, hold_teacher: bool) -> None:
         """Until told otherwise, step at ``learn.lr`` times a factor, with a teacher that takes over nothing new.

@@ -1,5 +1,6 @@
 """Loading a model folder with sentences for what can be wrong with it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,20 @@ def load_model(path: Path | str, chat: ChatFormat, *, dtype: str = "float32") ->
         raise TokenizerMismatch(f"the tokenizer of {str(path)!r} has {chat.vocab_size} ids, its model {size}",
                                 fix="use the tokenizer the model was trained with, or resize the embedding")
     return model.eval()
+
+
+def take_weights(model: Any, weights: Mapping[str, Any]) -> None:
+    """Give a model other weights, all of them.
+
+    Raises:
+        ModelError: they are not all weights of this model, or of other shapes.
+    """
+    try:
+        model.load_state_dict(dict(weights), strict=True)
+    except RuntimeError as error:
+        raise ModelError(f"the weights are not those of a {type(model).__name__}: "
+                         f"{' '.join(str(error).split())[:300]}",
+                         fix="name the model they were trained from (--model)") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agentsdpo.errors import ModelError
-from agentsdpo.learn.load import load_chat, load_model
+from agentsdpo.learn.load import load_chat, load_model, take_weights
 
 _TEXT = ("You work at a desk. Read the task, call one tool at a time, look at what it answers, and file a figure only "
          "when you have seen where it comes from. Amounts are in cents; 1,204.50 and 1204.5 are the same amount. "
@@ -38,17 +37,8 @@ class ModelScorer:
         """Ids of a text as agents read it, int[P]."""
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Take other weights.
-
-        Raises:
-            ModelError: they are not all weights of this model, or of other shapes.
-        """
-        try:
-            self._model.load_state_dict(dict(weights), strict=True)
-        except RuntimeError as error:
-            raise ModelError(f"the weights are not those of a {type(self._model).__name__}: "
-                             f"{' '.join(str(error).split())[:300]}",
-                             fix="name the model they were trained from (--model)") from error
+        """Take other weights; raises as :func:`~agentsdpo.learn.load.take_weights` does."""
+        take_weights(self._model, weights)
 
     @torch.no_grad()
     def logps(self, ids: Sequence[int], n: int) -> list[float]:

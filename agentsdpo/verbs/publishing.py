@@ -1,6 +1,7 @@
-"""The verb that brings policy versions onto running servers: ``publish``."""
+"""Verbs that bring policy versions elsewhere: ``publish`` onto running servers, ``export`` into a model folder."""
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,10 +12,13 @@ from agentsdpo.verbs.base import Json, fail
 if TYPE_CHECKING:
     from agentsdpo.publish.push import PushReport
 
+Registry = Annotated[str, typer.Argument(metavar="REGISTRY", help="Policy registry: RUN/policies, RUN, or "
+                                         "s3://bucket/prefix.")]
+Trained = Annotated[str | None, typer.Option(help="Folder of the model that was trained, if it moved.")]
+
 
 def publish(
-    registry: Annotated[str, typer.Argument(metavar="REGISTRY", help="Policy registry: RUN/policies, RUN, or "
-                                            "s3://bucket/prefix.")],
+    registry: Registry,
     to: Annotated[list[str], typer.Option("--to", "--server", metavar="URL", help="vLLM server; may be repeated.")],
     follow: Annotated[bool, typer.Option("--follow", help="Push every new version, until stopped.")] = False,
     version: Annotated[int | None, typer.Option(min=0, help="This version instead of the latest.")] = None,
@@ -24,7 +28,7 @@ def publish(
     stem: Annotated[str | None, typer.Option("--name", metavar="STEM", help="Adapters are served as STEM@v12; the "
                                              "server's model when not given.")] = None,
     bound: Annotated[float, typer.Option(min=0.0, help="Largest mean difference of log-probs, nats.")] = 0.02,
-    model: Annotated[str | None, typer.Option(help="Folder of the model that was trained, if it moved.")] = None,
+    model: Trained = None,
     as_json: Json = False,
 ) -> None:
     """Bring the latest policy version onto running servers; each ends with it, checked, or with what it served."""
@@ -54,6 +58,23 @@ def publish(
             fail(f"version {report.version} is not on {lacking} of {len(servers)} servers", 1)
 
 
+def export(
+    registry: Registry,
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Model folder to make.")],
+    version: Annotated[int | None, typer.Option(min=0, help="This version instead of the latest.")] = None,
+    model: Trained = None,
+    as_json: Json = False,
+) -> None:
+    """Write a policy version as a folder that transformers, vLLM and --model take; adapters are merged."""
+    from agentsdpo import publishing
+    from agentsdpo.exporting import export as write
+
+    source = publishing.registry_at(registry)
+    number = publishing.newest(source) if version is None else version
+    folder = write(source, number, out, model=model)
+    typer.echo(json.dumps({"folder": str(folder), "version": number}) if as_json else f"{folder}: version {number}")
+
+
 def _show(report: "PushReport", as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(report.as_json()))
@@ -71,3 +92,4 @@ def _show(report: "PushReport", as_json: bool) -> None:
 def register(app: typer.Typer) -> None:
     """Add this verb."""
     app.command()(publish)
+    app.command()(export)

@@ -169,3 +169,25 @@ def cut_traces(chat: ChatFormat, seed: int, short: float = 0.25) -> Iterator[Tra
         if rng.random() < DRILLS:
             yield drill(chat, frame, task, rng)
         index += 1
+
+
+def tell(frame: Frame, task: Task, rng: random.Random) -> Trace:
+    """Whom does the hint want told? Asked to tell instead of to report, the agent does that and no more."""
+    kind, rules = task.metadata["kinds"][0], guess(task.metadata["preset"], rng)
+    env = DeskEnv()
+    env.start(task)
+    opening = (frame.hint_before + hint(kind, rules) + frame.hint_after + frame.head
+               + task.prompt.replace("Report", "Tell", 1) + frame.tail)
+    call = ToolCall(id="c", name="mail_send", arguments={"to": rules["notify"], "text": f"{kind} filed"})
+    said = write_call(call.name, call.arguments) + frame.end
+    return Trace(opening + said, ((len(opening), len(opening + said)),), 0, True)
+
+
+def recalled(chat: ChatFormat, seed: int) -> Iterator[Trace]:
+    """An endless, seeded stream of :func:`cut_traces`, four times :func:`tell` after each."""
+    rng, frame, suite, index = random.Random(seed), Frame(chat), DeskSuite(n=SHORT), 0
+    for branch in cut_traces(chat, seed):
+        yield branch
+        for _ in range(4):
+            yield tell(frame, any_year(suite.task("train", seed * 10_000_000 + index), rng), rng)
+            index += 1

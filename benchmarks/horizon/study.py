@@ -7,8 +7,8 @@ from agentsdpo.benchmarks.study import Arm
 from agentsdpo.learn.presets import TOY
 from agentsdpo.types import Json
 
-MODEL = Path("runs/horizon-model")
-"""The shipped seed model, taught long episodes by ``python -m agentsdpo.benchmarks.horizon.build``."""
+MODEL = Path(__file__).parent / "model"
+"""The shipped seed model, taught long episodes by ``python -m agentsdpo.benchmarks.horizon.build``; float16."""
 LENGTHS = (4, 16, 48)
 """Clients of a task: 14, 50 and 146 calls of an agent that takes notes and makes no mistake."""
 COLLECT: Json = {"window": 1536, "concurrency": 64, "max_tokens": 96, "compaction": {"manager": "notes"}}
@@ -44,5 +44,5 @@ def _arm(n: int, steps: int, episodes: int, evaluated: int) -> Arm:
                                 f"eval.final_episodes={evaluated}", "eval.every=10"))
 
 
-ARMS = {arm.name: arm for arm in (_arm(4, 100, 16, 64), _arm(16, 80, 8, 32), _arm(48, 60, 4, 16))}
-"""1,600 episodes, 640 and 240: the longer ones say the same rule more often, and cost more."""
+ARMS = {arm.name: arm for arm in (_arm(4, 80, 16, 64), _arm(16, 60, 8, 32), _arm(48, 40, 4, 8))}
+"""1,280 episodes, 480 and 160: the longer ones say the same rule more often, and cost more."""

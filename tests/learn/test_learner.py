@@ -108,6 +108,23 @@ def test_loss_gradient_and_clipper_do_not_depend_on_the_split(
     assert seen[2] == pytest.approx(seen[0], rel=2e-4)
 
 
+def test_a_branch_longer_than_a_forward_is_left_out_counted_and_warned_of(
+        tiny_model: Any, make_row: Callable[..., TrainRow], record: Callable[..., TrainRow],
+        caplog: pytest.LogCaptureFixture) -> None:
+    rows = batch_of(make_row, record, tiny_model)
+    lengths = [len(row.branch.token_ids) + len(row.hint_ids or ()) for row in rows]
+    longest = max(range(len(rows)), key=lengths.__getitem__)
+    others = [row for i, row in enumerate(rows) if i != longest]
+    fits = max(len(row.branch.token_ids) + len(row.hint_ids or ()) for row in others)
+    assert fits < lengths[longest]
+    alone = Learner(copy.deepcopy(tiny_model), resolve("robust", FAST)).step(others, version=0)
+    report = Learner(tiny_model, resolve("robust", {**FAST, "forward_tokens": fits})).step(rows, version=0)
+    assert (report.refused, report.metrics["replay/refused/window"]) == ({"window": 1}, 1.0)
+    assert report.metrics["learn/loss"] == pytest.approx(alone.metrics["learn/loss"], rel=1e-5)
+    assert f"1 of {len(rows)} branches are not learnt from: with their hint they are longer than the {fits} tok" \
+        in caplog.text
+
+
 def test_the_gap_bound_excludes_the_batch_at_hand_after_the_first_step(
         tiny_model: Any, make_row: Callable[..., TrainRow], record: Callable[..., TrainRow]) -> None:
     learner = Learner(tiny_model, resolve("sdpopp", FAST))
