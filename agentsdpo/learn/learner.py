@@ -18,7 +18,7 @@ from agentsdpo.learn.control import control_metrics
 from agentsdpo.learn.diagnostics import component_norms, staleness_metrics, step_metrics
 from agentsdpo.learn.longcontext import save_memory
 from agentsdpo.learn.masters import make_optimizer
-from agentsdpo.learn.model import prepare_model, scores
+from agentsdpo.learn.model import moved, prepare_model, scores
 from agentsdpo.learn.pack import row_cost
 from agentsdpo.learn.parallel import Ranks, Share, gathered, shard
 from agentsdpo.learn.ratio import m2po_bound
@@ -73,7 +73,7 @@ class Learner:
         if self.ranks.size != config.parallel.ranks:
             raise LearnError(f"learn.parallel.ranks is {config.parallel.ranks} but the learner was given "
                              f"{self.ranks.size}", fix="launch as many processes with torchrun, and join them")
-        self.model = model.to(device=device, dtype=getattr(torch, config.dtype)).eval()  # eval: no dropout, both sides
+        self.model = moved(model, device, getattr(torch, config.dtype))  # in eval mode: no dropout, both sides
         prepare_model(self.model)
         self.cost = row_cost(self.model)
         if config.adapter.rank:
