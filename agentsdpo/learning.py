@@ -71,6 +71,11 @@ class Learning:
         """Whether the last step was taken."""
         return self.step >= self.config.steps
 
+    @property
+    def ahead(self) -> bool:
+        """Whether a step was learnt from since the newest version was published."""
+        return self.registry.manifest(self.version).learner_step < self.step - self.skipped
+
     def restore_or_begin(self) -> None:
         """Continue from the newest checkpoint; without one, publish the first version and save the state before step 1.
 
@@ -219,7 +224,7 @@ def update(run: Learning) -> Json:
         report = run.together.step([row for row, _ in pairs], run.version)
     except NothingToLearn as error:
         about |= skip(run, error)
-        if run.registry.manifest(run.version).learner_step < run.step - run.skipped:  # of the last step that trained
+        if run.ahead:
             about |= publish_due(run)
     else:
         run.skipped = 0
