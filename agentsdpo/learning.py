@@ -235,13 +235,18 @@ def update(run: Learning) -> Json:
 
 
 def remember(run: Learning, drawn: Mapping[int, Row], report: StepReport) -> None:
-    """Tell prioritised replay how far teacher and student are apart on each row; ``drawn`` by identity of its row."""
+    """Tell prioritised replay how far teacher and student are apart on each row; ``drawn`` by identity of its row.
+
+    A branch that was refused is drawn no sooner than the one that has least to teach: left at the priority of what was
+    never drawn, such branches would fill ever more of the batches.
+    """
     if run.config.replay.strategy == "prioritised":
         found: dict[Key, float] = {}
         for row, gap in report.gaps:  # of several rows of one branch the widest counts
             key = drawn[id(row)].key
             found[key] = max(found.get(key, 0.0), gap)
-        run.sampler.update_priorities(found)
+        least = min(found.values())
+        run.sampler.update_priorities({one.key: least for one in drawn.values()} | found)
 
 
 def publish_due(run: Learning) -> Json:
