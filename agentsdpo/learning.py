@@ -238,15 +238,18 @@ def remember(run: Learning, drawn: Mapping[int, Row], report: StepReport) -> Non
     """Tell prioritised replay how far teacher and student are apart on each row; ``drawn`` by identity of its row.
 
     A branch that was refused is drawn no sooner than the one that has least to teach: left at the priority of what was
-    never drawn, such branches would fill ever more of the batches.
+    never drawn, such branches would fill ever more of the batches. One without a hint, in a mix, stands there as well:
+    it has no gap, and a priority of 0 would never be drawn again and shrink the importance weights of all others.
     """
     if run.config.replay.strategy == "prioritised":
         found: dict[Key, float] = {}
         for row, gap in report.gaps:  # of several rows of one branch the widest counts
-            key = drawn[id(row)].key
-            found[key] = max(found.get(key, 0.0), gap)
-        least = min(found.values())
-        run.sampler.update_priorities({one.key: least for one in drawn.values()} | found)
+            if row.hint_ids:
+                key = drawn[id(row)].key
+                found[key] = max(found.get(key, 0.0), gap)
+        if found:
+            least = min(found.values())
+            run.sampler.update_priorities({one.key: least for one in drawn.values()} | found)
 
 
 def publish_due(run: Learning) -> Json:

@@ -161,6 +161,22 @@ def test_what_was_refused_is_drawn_no_sooner_than_what_has_least_to_teach(
     assert {units[name] for name in silent} == {least}
 
 
+def test_what_learns_from_its_grade_alone_keeps_a_priority(played: Path, tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    def half_without(*args: Any, **more: Any) -> list[TrainRow]:
+        return [replace(row, hint_ids=None) if row.episode_id < "8" else row for row in train_rows(*args, **more)]
+
+    monkeypatch.setattr(learning, "train_rows", half_without)
+    found = config("replay.strategy=prioritised", "learn.batch=12", "learn.mix=add", "learn.advantage=reinforce",
+                   steps=1)
+    learn_alone(found, played, out=tmp_path / "run", mode="none")
+    saved = json.loads((tmp_path / "run" / "checkpoint" / "step-00000001" / "state.json").read_text())
+    units = {name: own[-1] for name, own in saved["sampler"]["sampler"]["units"].items()}
+    hinted, bare = ({priority for name, priority in units.items() if (name < "8") is low} for low in (False, True))
+    assert bare == {min(hinted)}
+    assert min(hinted) > 0
+
+
 def test_an_advantage_of_groups_needs_groups(played: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="with group 1: alone in its group"):
         learn_alone(config("learn.mix=add"), played, out=tmp_path / "run", mode="none")
