@@ -21,6 +21,7 @@ from agentsdpo.publish.registry import PolicyRegistry
 from agentsdpo.replay.sampling.index import SideIndex
 from agentsdpo.replay.sampling.limiter import RateLimiter
 from agentsdpo.replay.sampling.sampler import Sampler
+from agentsdpo.replay.snapshot import Snapshot
 from agentsdpo.replay.spool import Spool
 from agentsdpo.replay.store import ReplayStore
 from agentsdpo.replay.upkeep.recover import recover
@@ -52,7 +53,7 @@ class Run(Learning):
         self.totals = saved["totals"]
         self.tombstone()
         view = self.store.snapshot()
-        self.hinter.remember(view.gather(dict.fromkeys((key.episode_id, key.attempt) for key in view.rows)))
+        self.hinter.remember(view.gather(oldest_first(view)))
 
     def announce(self) -> None:
         """Tell the store, which then takes no episode of this version that cannot be."""
@@ -87,6 +88,12 @@ class Run(Learning):
     def load_policy(self, version: int) -> None:
         """Serve one version of the registry, with an empty cache: what is played depends on the version alone."""
         self.engine.load_weights(self.registry.load(version), version)
+
+
+def oldest_first(view: Snapshot) -> list[tuple[str, int]]:
+    """Episodes and attempts of a store in the order they came in; one whose log was folded lists them by name."""
+    rows = sorted(view.rows.values(), key=lambda row: row.ts_us)
+    return list(dict.fromkeys((row.key.episode_id, row.key.attempt) for row in rows))
 
 
 def make_learner(config: RunConfig, ranks: Ranks | None = None) -> Learner:

@@ -30,10 +30,11 @@ def evaluate(run: Run, metrics: MetricsWriter, view: View) -> list[Json]:
 def play(run: Run, wanted: list[tuple[str, str, int]], metrics: MetricsWriter, view: View) -> list[Json]:
     """Play (split, decoding, episodes) with the newest policy; one line each.
 
-    While a soft alarm keeps the policy from being published, the learner's own weights play, but for the last time.
+    Where the learner has gone on since that was published (``publish.every``, a soft alarm), its own weights play, but
+    for the last time: what is judged, and what a gated teacher copies, is this very state.
     """
     view.stage(f"evaluation of version {run.version} on {', '.join(dict.fromkeys(split for split, *_ in wanted))}")
-    if run.tripwire.withheld(run.step) and run.step < run.config.steps:
+    if run.ahead and not run.ends:
         run.engine.load_weights(run.together.policy(), run.version)
     else:
         run.load_policy(run.version)

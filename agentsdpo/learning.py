@@ -71,6 +71,11 @@ class Learning:
         """Whether the last step was taken."""
         return self.step >= self.config.steps
 
+    @property
+    def ahead(self) -> bool:
+        """Whether a step was learnt from since the newest version was published."""
+        return self.registry.manifest(self.version).learner_step < self.step - self.skipped
+
     def restore_or_begin(self) -> None:
         """Continue from the newest checkpoint; without one, publish the first version and save the state before step 1.
 
@@ -219,7 +224,7 @@ def update(run: Learning) -> Json:
         report = run.together.step([row for row, _ in pairs], run.version)
     except NothingToLearn as error:
         about |= skip(run, error)
-        if run.registry.manifest(run.version).learner_step < run.step - run.skipped:  # of the last step that trained
+        if run.ahead:
             about |= publish_due(run)
     else:
         run.skipped = 0
@@ -230,13 +235,21 @@ def update(run: Learning) -> Json:
 
 
 def remember(run: Learning, drawn: Mapping[int, Row], report: StepReport) -> None:
-    """Tell prioritised replay how far teacher and student are apart on each row; ``drawn`` by identity of its row."""
+    """Tell prioritised replay how far teacher and student are apart on each row; ``drawn`` by identity of its row.
+
+    A branch that was refused is drawn no sooner than the one that has least to teach: left at the priority of what was
+    never drawn, such branches would fill ever more of the batches. One without a hint, in a mix, stands there as well:
+    it has no gap, and a priority of 0 would never be drawn again and shrink the importance weights of all others.
+    """
     if run.config.replay.strategy == "prioritised":
         found: dict[Key, float] = {}
         for row, gap in report.gaps:  # of several rows of one branch the widest counts
-            key = drawn[id(row)].key
-            found[key] = max(found.get(key, 0.0), gap)
-        run.sampler.update_priorities(found)
+            if row.hint_ids:
+                key = drawn[id(row)].key
+                found[key] = max(found.get(key, 0.0), gap)
+        if found:
+            least = min(found.values())
+            run.sampler.update_priorities({one.key: least for one in drawn.values()} | found)
 
 
 def publish_due(run: Learning) -> Json:

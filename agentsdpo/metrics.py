@@ -66,7 +66,7 @@ TABLE = (
            "as for the whole step, by the same groups", "ratio/mean/S0 off 1 by 0.05"),
     Metric("learn/{rows,tokens,microbatches}", "count", "trained on in this step"),
     Metric("learn/skipped/*", "flag", "1 for a step without an update: every row refused or too stale (refused), every "
-           "loss token masked or gated (gated)", "any; 8 in a row end the run"),
+           "loss token masked or gated (gated), a gradient of exactly 0 (no_gradient)", "any; 8 in a row end the run"),
     Metric("eval/zero_shot_delta", "share", "mean score of the newest probe less that of the first", "below 0"),
     Metric("tripwire/{restrained,rollbacks}", "flag; count", "1 while a soft alarm is in force; roll-backs so far",
            "any"),

@@ -86,10 +86,15 @@ class Completion(Frozen):
     untrusted: str | None = None
 
 
+SUMMARY = "-summary"
+"""End of the ``call_id`` of a call that wrote a summary of the turns before it."""
+
+
 class Call(Frozen):
     """One request to an engine; its completion is ``branch.token_ids[start:end]``.
 
-    ``prompt_sha256`` hashes the exact prompt ids (int32, little-endian); version spans count from ``start``.
+    ``prompt_sha256`` hashes the exact prompt ids (int32, little-endian); version spans count from ``start``. A summary
+    of a history that is cut down has the number of the turn it was written before, which is in the next branch.
     """
 
     call_id: str
@@ -102,6 +107,11 @@ class Call(Frozen):
     versions: tuple[VersionSpan, ...]
     logprob_kind: Literal["processed", "tempered", "raw", "unknown", "none"] = "processed"
     untrainable_reason: str | None = None
+
+    @property
+    def summarises(self) -> bool:
+        """Whether it wrote a summary: what is said of its turn is not said of it."""
+        return self.call_id.endswith(SUMMARY)
 
 
 def span_bounds(calls: tuple[Call, ...]) -> tuple[int, int]:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from agentsdpo import loop
+from agentsdpo import evaluate, loop
 from agentsdpo.assemble import Run, run_id
+from agentsdpo.collect.collector import Collector
 from agentsdpo.config import RunConfig, from_mapping
 from agentsdpo.errors import LearnError, NotFinite, RunOver
 from agentsdpo.learn.learner import Learner, StepReport
@@ -40,6 +41,20 @@ def lines(out: Path, kind: str) -> list[dict[str, Any]]:
 def final_weights(out: Path) -> dict[str, np.ndarray]:
     newest = sorted(out.glob("checkpoint/step-*"))[-1]
     return {k: v.numpy() for k, v in load_file(newest / "weights.safetensors").items()}
+
+
+def test_a_probe_plays_the_very_weights_that_are_judged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Between two publishes these are newer than the newest version; a gated teacher copies them on what it hears."""
+    seen, real = list[tuple[int, int, bool]](), evaluate.evaluator
+
+    def watched(run: Run, *, greedy: bool) -> Collector:
+        played, own = dict(run.engine._model.named_parameters()), run.learner.model.named_parameters()
+        seen.append((run.step, run.version, all(torch.equal(played[name], p) for name, p in own)))
+        return real(run, greedy=greedy)
+
+    monkeypatch.setattr(evaluate, "evaluator", watched)
+    train(small(4, "publish.every=3", "eval.episodes=4", "eval.final_episodes=4"), out=tmp_path / "run", mode="none")
+    assert dict.fromkeys(seen) == dict.fromkeys([(0, 0, True), (2, 0, True), (4, 2, True)])
 
 
 def noise_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:

@@ -13,13 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from agentsdpo.assemble import assemble
+from agentsdpo.assemble import assemble, oldest_first
 from agentsdpo.config import RunConfig, from_mapping
 from agentsdpo.demo import conclude, run_demo
 from agentsdpo.errors import RunError
 from agentsdpo.learn.rows import admit
 from agentsdpo.loop import collect, train
+from agentsdpo.replay.example import episode
 from agentsdpo.replay.store import ReplayStore
+from agentsdpo.replay.upkeep.maintain import fold
 from agentsdpo.track import read_metrics
 
 SETS = ["collect.window=512", "collect.concurrency=16", "collect.max_tokens=64", "episodes_per_step=6", "learn.batch=6",
@@ -206,6 +208,18 @@ def test_grades_and_tool_calls_of_the_store_reach_the_learner(tmp_path: Path) ->
         assert not row.tool[~sampled].any()
     (step,) = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "step"]
     assert step["learn/grad_norm"] > 0
+
+
+def test_a_resumed_run_remembers_episodes_in_the_order_they_came_in(tmp_path: Path) -> None:
+    """The newest of equally near peers is shown: after a fold of the log, which sorts by name, it was another one."""
+    store = ReplayStore.open(tmp_path)
+    for i in (9, 1, 5):
+        store.append([episode(i)])
+    fold(store)
+    store.close()
+    view = ReplayStore.open(tmp_path).snapshot()
+    assert [key.episode_id for key in view.rows] == ["e-1", "e-5", "e-9"]
+    assert [name for name, _ in oldest_first(view)] == ["e-9", "e-1", "e-5"]
 
 
 def test_the_demo_writes_its_summary_and_report(tmp_path: Path) -> None:

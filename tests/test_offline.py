@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from agentsdpo import learning
 from agentsdpo.config import RunConfig, from_mapping
 from agentsdpo.errors import ConfigError, LearnError, NothingToLearn, RunError, StoreNotFound, TokenizerMismatch
 from agentsdpo.learn import trackers
 from agentsdpo.learn.learner import Learner, StepReport
 from agentsdpo.learn.rows import TrainRow
+from agentsdpo.learning import train_rows
 from agentsdpo.loop import train
 from agentsdpo.offline import learn_alone
 from agentsdpo.publish.registry import PolicyRegistry
@@ -138,6 +141,40 @@ def test_prioritised_replay_goes_by_the_gap(played: Path, tmp_path: Path) -> Non
     priorities = {remembered[-1] for remembered in units.values()}
     assert len(priorities) == 12, "each branch has its own, from the gap of its tokens"
     assert 0 < min(priorities) < max(priorities) < 5
+
+
+def test_what_was_refused_is_drawn_no_sooner_than_what_has_least_to_teach(
+        played: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    silent: set[str] = set()
+
+    def some_without(*args: Any, **more: Any) -> list[TrainRow]:
+        rows = train_rows(*args, **more)
+        silent.update(row.episode_id for row in rows if len(silent) < 4)
+        return [replace(row, hint_ids=None) if row.episode_id in silent else row for row in rows]
+
+    monkeypatch.setattr(learning, "train_rows", some_without)
+    learn_alone(config("replay.strategy=prioritised", "learn.batch=12", steps=1), played, out=tmp_path / "run",
+                mode="none")
+    saved = json.loads((tmp_path / "run" / "checkpoint" / "step-00000001" / "state.json").read_text())
+    units = {name.partition("/")[0]: own[-1] for name, own in saved["sampler"]["sampler"]["units"].items()}
+    least = min(priority for name, priority in units.items() if name not in silent)
+    assert {units[name] for name in silent} == {least}
+
+
+def test_what_learns_from_its_grade_alone_keeps_a_priority(played: Path, tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    def half_without(*args: Any, **more: Any) -> list[TrainRow]:
+        return [replace(row, hint_ids=None) if row.episode_id < "8" else row for row in train_rows(*args, **more)]
+
+    monkeypatch.setattr(learning, "train_rows", half_without)
+    found = config("replay.strategy=prioritised", "learn.batch=12", "learn.mix=add", "learn.advantage=reinforce",
+                   steps=1)
+    learn_alone(found, played, out=tmp_path / "run", mode="none")
+    saved = json.loads((tmp_path / "run" / "checkpoint" / "step-00000001" / "state.json").read_text())
+    units = {name: own[-1] for name, own in saved["sampler"]["sampler"]["units"].items()}
+    hinted, bare = ({priority for name, priority in units.items() if (name < "8") is low} for low in (False, True))
+    assert bare == {min(hinted)}
+    assert min(hinted) > 0
 
 
 def test_an_advantage_of_groups_needs_groups(played: Path, tmp_path: Path) -> None:

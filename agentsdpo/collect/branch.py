@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from agentsdpo.errors import EngineError
+from agentsdpo.record import SUMMARY
 from agentsdpo.replay.journal import Growth
 from agentsdpo.types import Branch, Call, Completion, Json, Sampling, TokenKind
 
@@ -90,7 +91,8 @@ class BranchBuilder:
         """Append tokens the agent did not sample."""
         self._append(ids, [int(kind)] * len(ids), [np.nan] * len(ids))
 
-    def completion(self, completion: Completion, sampling: Sampling, *, turn: int, masked: bool = False) -> Call:
+    def completion(self, completion: Completion, sampling: Sampling, *, turn: int, masked: bool = False,
+                   summary: bool = False) -> Call:
         """Append what one call sampled; exact rows are trainable, others say why not.
 
         Args:
@@ -98,6 +100,7 @@ class BranchBuilder:
             sampling: how it was asked for.
             turn: of the episode.
             masked: keep it out of the loss though it could be trained on (a summary nobody used).
+            summary: it sums up the turns before this one.
 
         Raises:
             EngineError: version spans do not cover the completion.
@@ -109,8 +112,9 @@ class BranchBuilder:
         reason = untrainable(completion, sampling)
         known = reason is None or reason in _MASKED
         kind = TokenKind.UNUSABLE if not known else TokenKind.MASKED if reason or masked else TokenKind.SAMPLED
-        call = Call(call_id=f"b{self.branch_id}t{turn}", turn=turn, start=start, end=start + n,
-                    prompt_sha256=self._hash.hexdigest(), finish_reason=completion.finish_reason, sampling=sampling,
+        name = f"b{self.branch_id}t{turn}{SUMMARY if summary else ''}"
+        call = Call(call_id=name, turn=turn, start=start, end=start + n, prompt_sha256=self._hash.hexdigest(),
+                    finish_reason=completion.finish_reason, sampling=sampling,
                     versions=completion.versions, logprob_kind=completion.logprob_kind, untrainable_reason=reason)
         logps = [np.nan] * n if kind == TokenKind.UNUSABLE else list(completion.logprobs)
         self._append(completion.token_ids, [int(kind)] * n, logps)

@@ -207,7 +207,7 @@ class EnginePolicy:
         text = visible(self.chat.strip_end(completion.token_ids))
         fine = bool(completion.finish_reason == "stop" and text and OPEN_CALL not in text and accept(text))
         self._record(ctx, prompt)
-        ctx.builder.completion(completion, sampling, turn=ctx.turn, masked=not fine)
+        ctx.builder.completion(completion, sampling, turn=ctx.turn, masked=not fine, summary=True)
         return Summary(text, fine, _usage(prompt, completion))
 
     def prompt_size(self, ctx: Context, tools: tuple[ToolSpec, ...]) -> int:

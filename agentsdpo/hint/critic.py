@@ -111,7 +111,7 @@ class NextStep(Critic):
                 which turn is which; or the reply is not one JSON object of turns the attempt has and texts, or too
                 long.
         """
-        turns = sorted({call.turn for branch in episode.branches for call in branch.calls})
+        turns = sorted({call.turn for branch in episode.branches for call in branch.calls if not call.summarises})
         said = [i for i, message in enumerate(episode.messages) if message["role"] == "assistant"]
         if len(said) != len(turns):
             raise HintError(f"episode {episode.episode_id} holds {len(said)} assistant messages and {len(turns)} "

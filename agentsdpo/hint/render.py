@@ -50,7 +50,8 @@ def place(chat: ChatFormat, hint: Hint, branch: Branch) -> list[Placed]:
         raise HintError(f"a hint has placement {hint.placement!r} and scope {hint.scope!r} but does not say which turn",
                         fix="give it as turns = ((turn, text), ...)")
     calls = {call.turn: call for call in reversed(branch.calls)}  # the first call of each turn
-    told, opening = dict(hint.turns), branch.token_ids[:branch.calls[0].start].tolist() if branch.calls else []
+    told = {turn: text for turn, text in hint.turns if turn in calls and not calls[turn].summarises}
+    opening = branch.token_ids[:branch.calls[0].start].tolist() if branch.calls else []
     placed = []
     if hint.text and calls.keys() - told.keys():
         ids, at = whole(chat, hint, opening)

@@ -18,7 +18,7 @@ from agentsdpo.learn.control import control_metrics
 from agentsdpo.learn.diagnostics import component_norms, staleness_metrics, step_metrics
 from agentsdpo.learn.longcontext import save_memory
 from agentsdpo.learn.masters import make_optimizer
-from agentsdpo.learn.model import prepare_model, scores
+from agentsdpo.learn.model import moved, prepare_model, scores
 from agentsdpo.learn.pack import row_cost
 from agentsdpo.learn.parallel import Ranks, Share, gathered, shard
 from agentsdpo.learn.ratio import m2po_bound
@@ -73,7 +73,7 @@ class Learner:
         if self.ranks.size != config.parallel.ranks:
             raise LearnError(f"learn.parallel.ranks is {config.parallel.ranks} but the learner was given "
                              f"{self.ranks.size}", fix="launch as many processes with torchrun, and join them")
-        self.model = model.to(device=device, dtype=getattr(torch, config.dtype)).eval()  # eval: no dropout, both sides
+        self.model = moved(model, device, getattr(torch, config.dtype))  # in eval mode: no dropout, both sides
         prepare_model(self.model)
         self.cost = row_cost(self.model)
         if config.adapter.rank:
@@ -102,8 +102,8 @@ class Learner:
             version: the learner's policy version, for staleness.
 
         Raises:
-            NothingToLearn: no row is left, or every token is masked or gated. NotFinite: loss or gradient is not.
-                Weights, optimiser, clipper and teacher are then as before.
+            NothingToLearn: no row is left, every token is masked or gated, or the gradient is exactly 0.
+            NotFinite: loss or gradient is not. Weights, optimiser, clipper and teacher are then as before.
             TrainForbidden, TokenizerMismatch, HintError: see :func:`~agentsdpo.learn.rows.admit` and ``batch.py``.
         """
         found = self.admit(rows, version)
@@ -236,6 +236,11 @@ class Learner:
                                  fix="the rows are too far from the student: lower learn.max_staleness or learn.lr")
         norms = component_norms(self.model)
         norm = float(whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)))
+        if norm == 0.0:
+            raise NothingToLearn(f"the gradient of step {self.step_count + 1} is 0: none of its {len(stats.gap)} loss "
+                                 "tokens has both a weight and something to learn, nothing was updated",
+                                 reason="no_gradient", fix="lower learn.skip_first, raise learn.tool_weight, or look "
+                                                           "whether the hints say anything")
         if norm != norm or norm == float("inf"):
             raise NotFinite(f"the gradient norm of step {self.step_count + 1} is {norm}, nothing was updated",
                             fix="lower learn.lr, or look for broken log-probs in the rows of this step")

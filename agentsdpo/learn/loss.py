@@ -22,10 +22,12 @@ def token_loss(student: Head, teacher: Head, tokens: LossTokens, terms: LossTerm
     Args:
         student, teacher, tokens, terms, weigh: see there.
         dense_below: loss tokens below which a trainable head takes the dense form; None is a sixteenth of its width,
-            where the two took equal time and memory (width 1,024, 151,936 ids). A frozen head is always chunked.
+            where the two took equal time and memory (width 1,024, 151,936 ids). A frozen head is always chunked, and
+            so is one in half precision: autograd's logits would be rounded to it, by 0.06 at a logit of 20.
     """
+    wide = torch.promote_types(student.hidden.dtype, torch.float32) == student.hidden.dtype
     trainable = torch.is_grad_enabled() and student.weight.requires_grad
-    if trainable and len(tokens.tok) < (student.hidden.shape[1] // 16 if dense_below is None else dense_below):
+    if trainable and wide and len(tokens.tok) < (student.hidden.shape[1] // 16 if dense_below is None else dense_below):
         return dense_loss(student, teacher, tokens, terms, weigh)
     return chunked_loss(student, teacher, tokens, terms, weigh)
 

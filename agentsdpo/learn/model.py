@@ -17,6 +17,18 @@ _CLOSE = {torch.float32: 1e-3}
 """Largest difference, relative to the logits, that rounding may make; 0.05 in half precision."""
 
 
+def moved(model: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
+    """A model on a device in eval mode, its weights in another dtype, changed in place.
+
+    Buffers keep theirs, as in a model that is loaded in that dtype. Frequencies of rotary positions, rounded to
+    bfloat16, are off by up to 0.2 %: after 1,000 tokens by an angle of a radian, and log-probs are not the engine's.
+    """
+    model.to(device=device)
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+    return model.eval()
+
+
 def prepare_model(model: Any) -> None:
     """Make a model attend inside the branches of packed rows, after trying out that it can be learnt with.
 

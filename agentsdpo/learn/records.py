@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from agentsdpo.learn.divergence import Scale, Support, log_softmax, token_logp
+from agentsdpo.learn.products import logits_buffer, logits_into
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -38,8 +39,10 @@ class Head:
         return log_softmax(logits if temperature is None else logits / temperature[:, None])
 
     def logits(self) -> Tensor:
-        """Logits [N, V]."""
-        return self.hidden @ self.weight.t()
+        """Logits [N, V]; where no gradient is asked for, in the dtype in which the chunked loss takes them."""
+        if torch.is_grad_enabled() and (self.hidden.requires_grad or self.weight.requires_grad):
+            return self.hidden @ self.weight.t()
+        return logits_into(logits_buffer(len(self.hidden), self.hidden, self.weight), self.hidden, self.weight)
 
 
 @dataclass(frozen=True)

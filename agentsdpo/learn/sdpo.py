@@ -24,11 +24,12 @@ def objective(student: Head, teacher: Head, tokens: LossTokens, config: LearnCon
     if config.mix != "pure" or config.tau or config.beta_kl:
         return mixed_form(student, teacher, tokens, config, bounds)
     if config.form == "divergence":
-        return divergence_form(student, teacher, tokens, config)
+        return divergence_form(student, teacher, tokens, config, bounds)
     return sampled_form(student, teacher, tokens, config, bounds)
 
 
-def divergence_form(student: Head, teacher: Head, tokens: LossTokens, config: LearnConfig) -> tuple[Tensor, TokenStats]:
+def divergence_form(student: Head, teacher: Head, tokens: LossTokens, config: LearnConfig,
+                    bounds: Bounds) -> tuple[Tensor, TokenStats]:
     """Divergence recomputed over the vocabulary at every visited state::
 
         L1 = sum_t w_t g_t u_t D_beta(p_t, q_t)
@@ -42,11 +43,12 @@ def divergence_form(student: Head, teacher: Head, tokens: LossTokens, config: Le
         teacher: same N positions; no gradient reaches it.
         tokens: targets and weights; behaviour log-probs matter only to gates and diagnostics.
         config: ``beta``, ``jsd_scale``, ``support``, ``top_k``; gate and token weight; ``ratio`` of a prefix.
+        bounds: of this step; no ratio of a prefix has one, but a ratio that ``parity`` lets pass may.
 
     Returns:
         Scalar loss (its sum over micro-batches is the step's loss) and per-token statistics.
     """
-    return _loss(student, teacher, tokens, config, Bounds(), divergence=True, token=False)
+    return _loss(student, teacher, tokens, config, bounds, divergence=True, token=False)
 
 
 def sampled_form(student: Head, teacher: Head, tokens: LossTokens, config: LearnConfig,

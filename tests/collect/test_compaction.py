@@ -16,13 +16,14 @@ from agentsdpo.collect.metrics import collect_metrics
 from agentsdpo.collect.policy import EnginePolicy
 from agentsdpo.collect.rollout import Rollout, run_episode
 from agentsdpo.errors import ConfigError
+from agentsdpo.hint.render import place
 from agentsdpo.learn.batch import loss_weights
 from agentsdpo.learn.config import LearnConfig
 from agentsdpo.learn.rows import TrainRow, admit
 from agentsdpo.replay import ReplayStore, Spool
 from agentsdpo.replay.rules import check_episode
 from agentsdpo.replay.salvage import salvage
-from agentsdpo.types import Completion, Episode, StopReason, TokenKind
+from agentsdpo.types import Completion, Episode, Hint, StopReason, TokenKind
 
 WINDOW = 1600
 
@@ -152,6 +153,20 @@ def test_an_accepted_summary_trains_and_stands_in_the_next_prompt(world: Any, ti
         assert HEADING + "The total is known." in opening
     assert heard.run.counts["prompt_tokens"] == sum(map(len, heard.prompts))
     assert heard.run.counts["completion_tokens"] == sum(len(done.token_ids) for done in heard.completions)
+
+
+def test_a_hint_about_a_turn_is_not_read_for_the_summary_that_was_written_before_it(
+        world: Any, tiny_tokenizer: Any) -> None:
+    """Both have the number of the turn; the summary stands in the branch that it closes."""
+    heard = Heard(world, tiny_tokenizer, "summary")
+    old, new = heard.run.branches[:2]
+    turn = old.calls[-1].turn
+    assert turn == new.calls[0].turn
+    about = Hint(turns=((turn - 1, "now look"), (turn, "now add")), source="next_step", author="judge")
+    assert [one.turns for one in place(heard.chat, about, old)] == [{turn - 1}]
+    assert [one.turns for one in place(heard.chat, about, new)] == [{turn}]
+    whole = place(heard.chat, about.model_copy(update={"text": "cents, always"}), old)[0]
+    assert turn in whole.turns, "what is said of the whole episode is for its summaries too"
 
 
 @pytest.mark.parametrize("summary", ['<tool_call>{"name": "get", "arguments": {}}</tool_call>', "", "word " * 900,

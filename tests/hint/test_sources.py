@@ -19,6 +19,7 @@ from agentsdpo.errors import ConfigError, TrainForbidden
 from agentsdpo.hint.config import HintConfig
 from agentsdpo.hint.hinter import Hinter, make_hinter
 from agentsdpo.hint.sources import Criteria
+from agentsdpo.record import SUMMARY
 from agentsdpo.types import (
     Branch,
     Call,
@@ -353,6 +354,17 @@ def test_next_steps_go_by_the_turns_that_were_sampled_and_are_silent_where_these
     assert hinter.hint(graded(messages=talk("Report tax."))) is None
     assert len(chat_server.seen) == 1, "nobody is asked about turns that cannot be told apart, or that are none"
     assert hinter.counts == {"made": 1, "broken": 1, "silent": 1}
+
+
+def test_a_summary_after_which_no_turn_came_is_none(chat_server: Any) -> None:
+    chat_server.answer = lambda body: chat_server.say('{"0": "Use k_usd."}')
+    (branch,) = sampled(0, 1)
+    calls = (branch.calls[0], branch.calls[1].model_copy(update={"call_id": f"b0t1{SUMMARY}"}))
+    attempt = graded(messages=talk("Report tax.", ("submit", {"answer": "7"}, "ok")),
+                     branches=(branch.model_copy(update={"calls": calls}),))
+    hint = judge(chat_server, sources=("next_step",)).hint(attempt)
+    assert hint is not None
+    assert hint.turns == ((0, "Use k_usd."),)
 
 
 @pytest.mark.parametrize("reply", ["NOTHING", "{}", '{"0": "  "}'])

@@ -70,7 +70,7 @@ def test_loss_and_gradient_are_those_of_the_merged_model(tiny_model: Any, make_r
     (a, _), (b, _) = learner.objective(batch, bounds), full.objective(batch, bounds)
     a.backward()
     b.backward()
-    assert a.item() == pytest.approx(b.item(), rel=1e-5)
+    assert a.item() == pytest.approx(b.item(), rel=1e-4)
     for name, layer in _layers(tiny_model).items():
         grad, scale = plain.get_submodule(name).weight.grad, layer.scaling[STUDENT]
         left, right = layer.lora_B[STUDENT].weight, layer.lora_A[STUDENT].weight

@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from agentsdpo.learn import products
 from agentsdpo.learn.chunked import chunked_loss
 from agentsdpo.learn.config import LearnConfig
-from agentsdpo.learn.divergence import divergence
+from agentsdpo.learn.divergence import divergence, token_logp
 from agentsdpo.learn.loss import dense_loss, token_loss
 from agentsdpo.learn.ratio import SIGNED
-from agentsdpo.learn.records import Head, LossTerms, LossTokens, TokenScores
+from agentsdpo.learn.records import Head, LossTerms, LossTokens, TokenScores, sampled_logp
 from agentsdpo.learn.slope import divergence_slope, token_slope
 from agentsdpo.learn.weights import Bounds, Weigher
 
@@ -153,6 +153,19 @@ def test_bfloat16_equals_the_dense_form_within_its_rounding(terms: LossTerms, fr
     for a, b in zip(chunked[2], dense[2], strict=True):
         assert a.dtype == torch.bfloat16
         assert torch.cosine_similarity(a.float().ravel(), b.float().ravel(), dim=0) > 0.9999
+
+
+def test_log_probs_without_gradient_and_of_few_tokens_are_those_of_the_chunked_form_in_bfloat16_too(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a reference or a few tokens under a trainable head are off by the rounding of their logits."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    student, teacher, tokens = heads(6, 300, 256, dtype=torch.bfloat16)
+    exact = Head(student.hidden.detach().double(), student.weight.detach().double())
+    wanted = token_logp(exact.log_probs(tokens.temperature), tokens.tok, tokens.kept).float()
+    _, seen = token_loss(student, teacher, tokens, TOKEN, Given(TOKEN, tokens.weight), dense_below=100)
+    torch.testing.assert_close(seen.student_logp, wanted, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(sampled_logp(student, tokens), wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("terms", [FULL, replace(FULL, beta=0.3, support="union", top_k=3), replace(FULL, beta=1.0),

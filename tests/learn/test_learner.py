@@ -12,7 +12,7 @@ import torch
 
 from agentsdpo.collect.branch import BranchBuilder
 from agentsdpo.collect.inprocess import InProcessEngine
-from agentsdpo.errors import LearnError, ModelError
+from agentsdpo.errors import LearnError, ModelError, NothingToLearn
 from agentsdpo.learn.chunked import chunked_loss
 from agentsdpo.learn.control import empty_hint_gap
 from agentsdpo.learn.learner import Learner
@@ -193,6 +193,23 @@ def test_a_batch_without_one_open_token_is_refused(preset: str, tiny_model: Any,
     before = weights(tiny_model)
     with pytest.raises(LearnError, match="all 35 loss tokens of step 1 are masked"):
         learner.step(rows, 0)
+    assert torch.equal(weights(tiny_model), before)
+
+
+def test_a_step_whose_tokens_all_weigh_nothing_is_none(tiny_model: Any, make_row: Callable[..., TrainRow],
+                                                       record: Callable[..., TrainRow]) -> None:
+    """Otherwise the optimiser's momentum and decay move the weights, and the step counts as learnt."""
+    learner = Learner(tiny_model, resolve("robust", {**FAST, "tool_weight": 0.0, "weight_decay": 0.1}))
+    rows = batch_of(make_row, record, tiny_model)
+
+    def with_tools(calls: bool) -> list[TrainRow]:
+        return [replace(row, tool=np.full(len(row.branch.token_ids), calls)) for row in rows]
+
+    learner.step(with_tools(False), 0)
+    before = weights(tiny_model)
+    with pytest.raises(NothingToLearn, match="the gradient of step 2 is 0") as caught:
+        learner.step(with_tools(True), 0)
+    assert (caught.value.reason, learner.step_count) == ("no_gradient", 1)
     assert torch.equal(weights(tiny_model), before)
 
 

@@ -5,8 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from agentsdpo.chat import ChatFormat
 from agentsdpo.envs.desk.seed import seed_path
@@ -15,6 +17,8 @@ from agentsdpo.learn.checkpoint import load_checkpoint, save_checkpoint
 from agentsdpo.learn.learner import Learner
 from agentsdpo.learn.load import load_chat, load_model
 from agentsdpo.learn.masters import MasterAdamW, make_optimizer
+from agentsdpo.learn.model import plain_scores
+from agentsdpo.learn.pack import packed_row
 from agentsdpo.learn.presets import resolve
 from agentsdpo.learn.rows import TrainRow
 
@@ -49,6 +53,23 @@ def test_its_loss_and_gradient_are_those_of_float32_within_its_rounding(tiny_mod
     half = Learner(tiny_model, resolve("robust", HALF)).step(rows, version=0)
     assert half.metrics["learn/grad_norm"] == pytest.approx(wide.metrics["learn/grad_norm"], rel=0.1)
     assert half.metrics["learn/ratio/mean"] == pytest.approx(wide.metrics["learn/ratio/mean"], rel=0.05)
+
+
+def test_positions_are_as_exact_as_in_a_model_that_is_loaded_in_bfloat16(
+        tiny_model: Any, plain_logp: Callable[[Any, np.ndarray], np.ndarray], tmp_path: Path) -> None:
+    """Rotary frequencies are no weights: rounded to bfloat16 they turned far tokens by other angles than the engine."""
+    with torch.no_grad():
+        for name, p in tiny_model.named_parameters():
+            p.mul_(8.0 if "proj" in name else 1.0)  # so that attention looks somewhere
+    tiny_model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="bfloat16")
+    ids = np.random.default_rng(0).integers(0, 300, 1500)
+    wanted, exact = plain_logp(loaded, ids)[1:], plain_logp(tiny_model, ids)[1:]
+    learner = Learner(loaded, resolve("robust", {**HALF, "teacher": "live", "lr": 1e-6}))
+    row, at = packed_row([ids]), torch.arange(len(ids) - 1)
+    found = plain_scores(learner.model, row, at).log_probs().gather(1, row.ids[0, 1:, None])[:, 0].numpy()
+    assert np.abs(found - exact)[1000:].mean() == pytest.approx(np.abs(wanted - exact)[1000:].mean(), rel=0.2)
+    assert {b.dtype for b in learner.model.buffers()} == {torch.float32}
 
 
 def test_gradients_of_micro_batches_are_summed_in_float32() -> None:

@@ -59,9 +59,20 @@ def test_expectation_over_actions_is_the_reverse_kl_gradient_under_any_behaviour
         (got,) = torch.autograd.grad(loss, student.hidden)
         one = LossTokens(tok=torch.zeros(1, dtype=torch.long), weight=torch.ones(1).double(),
                          turn=torch.zeros(1, dtype=torch.long), behaviour_logp=torch.zeros(1).double())
-        exact, _ = divergence_form(student, teacher, one, FULL.model_copy(update={"beta": 1.0}))
+        exact, _ = divergence_form(student, teacher, one, FULL.model_copy(update={"beta": 1.0}), Bounds())
         (expected,) = torch.autograd.grad(exact, student.hidden)
         torch.testing.assert_close(got, expected, atol=1e-14, rtol=1e-12)
+
+
+def test_the_bound_of_a_step_holds_for_a_ratio_on_a_divergence_too(make_heads: Callable[..., Any]) -> None:
+    student, teacher, tokens = make_heads(n=6)
+    tokens = replace(tokens, behaviour_logp=tokens.behaviour_logp - torch.linspace(-1.0, 1.0, 6).double())
+    config = LearnConfig(ratio="m2po", support="full", cap=100.0, parity=True)
+    _, stats = objective(student, teacher, tokens, config, Bounds(m2=0.5))
+    harmful = stats.log_ratio * stats.gap > 0
+    assert harmful.any()
+    assert torch.equal(stats.mask, ~(harmful & (stats.log_ratio.abs() > 0.5)))
+    assert not stats.mask.all()
 
 
 def test_a_detached_divergence_as_advantage_would_teach_nothing(make_heads: Callable[..., Any]) -> None:
