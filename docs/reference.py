@@ -13,7 +13,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from agentsdpo.benchmarks.horizon.__main__ import results as horizon_results
 from agentsdpo.benchmarks.staleness.report import BASELINE
 from agentsdpo.benchmarks.staleness.report import results as study_results
 from agentsdpo.config import describe
@@ -25,7 +24,6 @@ from agentsdpo.plots.style import svg
 from agentsdpo.plots.tables import read_study
 from agentsdpo.results import SPLIT_WORDS, rate
 from agentsdpo.settings_io import flat
-from agentsdpo.stats import Interval
 from agentsdpo.types import Json
 
 DOCS = Path(__file__).resolve().parent
@@ -107,26 +105,6 @@ def staleness() -> str:
     head = ("arm", "seeds", "pass, held out", "greedy", "mean score", "untaught firm", "collapsed",
             f"less `{BASELINE}`, points")
     return _with_results(DOCS / "staleness.md", f"{_table(head, rows)}\n\n{_made_on(found)}")
-
-
-def horizon() -> str:
-    """The page of the horizon study with its table brought up to date."""
-    found = pq.read_table(DOCS / "results" / "horizon.parquet")
-    scale = {row["n"]: row for row in json.loads((DOCS / "results" / "horizon-scale.json").read_text())["rows"]}
-
-    def with_interval(rate: Interval) -> str:
-        return f"{percent(rate.estimate)} {interval(rate)}".strip()
-
-    rows = []
-    for one in horizon_results(found):
-        n = int(one.arm.rpartition("n")[2])
-        rows.append((str(n), f"{one.calls:.0f}", str(one.seeds), number(one.episodes), with_interval(one.before),
-                     with_interval(one.passed), percent(one.greedy), percent(scale[n]["hinted_pass"]),
-                     f"{percent(one.score_before.estimate)} → {with_interval(one.score)}",
-                     percent(scale[n]["hinted_score"]), percent(one.control)))
-    head = ("clients", "calls", "seeds", "episodes", "pass, before", "after", "after, greedy", "told the rules",
-            "mean score", "told the rules", "untaught firm")
-    return _with_results(DOCS / "horizon.md", f"{_table(head, rows)}\n\n{_made_on(found)}")
 
 
 def _made_on(found: pa.Table) -> str:
@@ -218,7 +196,7 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 PAGES = {"docs/configuration.md": configuration, "docs/metrics.md": metrics, "docs/results.md": results,
-         "docs/staleness.md": staleness, "docs/horizon.md": horizon,
+         "docs/staleness.md": staleness,
          "docs/images/staleness.svg": staleness_figure, "README.md": readme}
 
 if __name__ == "__main__":

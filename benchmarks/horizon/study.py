@@ -44,5 +44,5 @@ def _arm(n: int, steps: int, episodes: int, evaluated: int) -> Arm:
                                 f"eval.final_episodes={evaluated}", "eval.every=10"))
 
 
-ARMS = {arm.name: arm for arm in (_arm(4, 80, 16, 64), _arm(16, 60, 8, 32), _arm(48, 40, 4, 8))}
-"""1,280 episodes, 480 and 160: the longer ones say the same rule more often, and cost more."""
+ARMS = {arm.name: arm for arm in (_arm(4, 160, 16, 64), _arm(16, 160, 8, 32), _arm(48, 160, 4, 8))}
+"""2,560 episodes, 1,280 and 640: the longer ones say the same rule more often, and cost more."""
