@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from agentsdpo.benchmarks.horizon.__main__ import results as horizon_results
 from agentsdpo.benchmarks.staleness.report import BASELINE
 from agentsdpo.benchmarks.staleness.report import results as study_results
 from agentsdpo.config import describe
@@ -24,10 +25,13 @@ from agentsdpo.plots.style import svg
 from agentsdpo.plots.tables import read_study
 from agentsdpo.results import SPLIT_WORDS, rate
 from agentsdpo.settings_io import flat
+from agentsdpo.stats import Interval
 from agentsdpo.types import Json
 
 DOCS = Path(__file__).resolve().parent
 RESULTS, RESULTS_END = "<!-- results: made by docs/reference.py -->", "<!-- end of results -->"
+RUNS = ("demo.json", "arms-staleness-8.json")
+"""Summaries of single runs among the results."""
 MADE = "<!-- Made by docs/reference.py; do not edit. -->"
 
 
@@ -73,14 +77,13 @@ def results() -> str:
     parts = ["# Results", MADE, (
         "What runs and measurements wrote, kept in `docs/results/`: the `summary.json` of `agentsdpo demo`, then what "
         "was measured of time, memory and room on the disk. The studies of many runs have pages of their own: [how "
-        "old the data may be](staleness.md), [the methods](methods/README.md), [two "
-        "tenants](proxy.md#two-tenants-end-to-end). Pass: every criterion of an episode met. 95 % intervals are "
-        "Wilson's. Sampled decoding at temperature 1 unless it says greedy. One seed. A commit with a + was measured "
-        "with changes that were not committed yet.")]
-    for path in sorted((DOCS / "results").glob("*.json")):
-        if not path.name.startswith("perf-"):
-            summary = json.loads(path.read_text(encoding="utf-8"))
-            parts += [f"## {_command(summary)}", _provenance(summary), summary_table(summary)]
+        "old the data may be](staleness.md), [how long an episode may be](horizon.md), [the "
+        "methods](methods/README.md), [two tenants](proxy.md#two-tenants-end-to-end). Pass: every criterion of an "
+        "episode met. 95 % intervals are Wilson's. Sampled decoding at temperature 1 unless it says greedy. One seed. "
+        "A commit with a + was measured with changes that were not committed yet.")]
+    for name in sorted(RUNS):
+        summary = json.loads((DOCS / "results" / name).read_text(encoding="utf-8"))
+        parts += [f"## {_command(summary)}", _provenance(summary), summary_table(summary)]
     for path in sorted((DOCS / "results").glob("perf-*.json")):
         room = path.stem.removeprefix("perf-")
         measured = json.loads(path.read_text(encoding="utf-8"))
@@ -92,7 +95,7 @@ def readme() -> str:
     """The README with its table of results brought up to date."""
     return _with_results(DOCS.parent / "README.md", "\n\n".join(
         _headline(json.loads((DOCS / "results" / name).read_text(encoding="utf-8")))
-        for name in ("demo.json", "arms-staleness-8.json")))
+        for name in RUNS))
 
 
 def staleness() -> str:
@@ -105,6 +108,29 @@ def staleness() -> str:
     head = ("arm", "seeds", "pass, held out", "greedy", "mean score", "untaught firm", "collapsed",
             f"less `{BASELINE}`, points")
     return _with_results(DOCS / "staleness.md", f"{_table(head, rows)}\n\n{_made_on(found)}")
+
+
+def horizon() -> str:
+    """The page of the horizon study with its tables brought up to date."""
+    found = pq.read_table(DOCS / "results" / "horizon.parquet")
+    scale = json.loads((DOCS / "results" / "horizon-scale.json").read_text(encoding="utf-8"))
+
+    def with_interval(rate: Interval) -> str:
+        return f"{percent(rate.estimate)} {interval(rate)}".strip()
+
+    trained = [(one.arm.rpartition("n")[2], f"{one.calls:.0f}", str(one.seeds), number(one.episodes),
+                with_interval(one.before), with_interval(one.passed), percent(one.greedy),
+                f"{percent(one.score_before.estimate)} → {percent(one.score.estimate)}", percent(one.control))
+               for one in horizon_results(found)]
+    told = [(str(row["n"]), f"{row['calls']:.0f}", f"{row['branches']:.1f}", str(row["episodes"]),
+             percent(row["hinted_pass"]), percent(row["unhinted_pass"]), percent(row["hinted_score"]),
+             percent(row["unhinted_score"])) for row in scale["rows"]]
+    return _with_results(DOCS / "horizon.md", "\n\n".join((
+        "Trained:", _table(("clients", "calls", "seeds", "episodes", "pass, before", "after", "after, greedy",
+                            "mean score", "untaught firm"), trained), _made_on(found),
+        "Not trained, told the rules and not:", _table(
+            ("clients", "calls, told", "branches, told", "tasks", "pass, told", "not told", "mean score, told",
+             "not told"), told), f"{scale['hardware']}; commit {_commit(scale['commit'])}.")))
 
 
 def _made_on(found: pa.Table) -> str:
@@ -196,7 +222,7 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 PAGES = {"docs/configuration.md": configuration, "docs/metrics.md": metrics, "docs/results.md": results,
-         "docs/staleness.md": staleness,
+         "docs/staleness.md": staleness, "docs/horizon.md": horizon,
          "docs/images/staleness.svg": staleness_figure, "README.md": readme}
 
 if __name__ == "__main__":

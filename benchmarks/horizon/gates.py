@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,14 +44,14 @@ def _rates(name: str, episodes: list[Episode]) -> Json:
     return {f"{name}_{key}": found[key] for key in ("pass", "score")}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=existing, default=str(MODEL), help=f"folder; {MODEL}")
     parser.add_argument("--tasks", type=int, default=32, help="for each length, with and without the hint")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="clients of a task")
     parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     rows = measure(args.model, args.tasks, tuple(args.lengths))
     if args.json:
         weights = (args.model / "model.safetensors").read_bytes()

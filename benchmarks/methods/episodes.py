@@ -15,7 +15,6 @@ the best of those tried.
 import sys
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import pyarrow as pa
 
 from agentsdpo.benchmarks.study import Arm, Study, carry_out, options
@@ -78,7 +77,7 @@ def lines(found: pa.Table) -> Iterator[str]:
         ends = [max(run, key=lambda row: row["step"]) for run in own]
         spent = max(row["episodes"] for row in ends)
         needed[arm] = [reached(run) for run in own]
-        least[arm] = float(np.mean([spent if n is None else n for n in needed[arm]]))
+        least[arm] = over_seeds([spent if n is None else n for n in needed[arm]]).estimate
         final = over_seeds([row["pass"] for row in ends], ends[0]["n"])
         score = over_seeds([row["score"] for row in ends])
         yield (f"{arm:<10} {len(seeds)} seed{'s' * (len(seeds) > 1)}  episodes to {GOAL:.0%}: "

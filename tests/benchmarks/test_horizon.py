@@ -1,6 +1,8 @@
 """The horizon study: its training text is what a collector records, and its lines say what its rows say."""
 
 import asyncio
+import hashlib
+import json
 import random
 import re
 from itertools import islice
@@ -12,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from agentsdpo.benchmarks.horizon import __main__ as horizon
+from agentsdpo.benchmarks.horizon import gates
 from agentsdpo.benchmarks.horizon.corpus import CONFIG, cut_trace, cut_traces, drill
-from agentsdpo.benchmarks.horizon.study import ARMS, COMMON
+from agentsdpo.benchmarks.horizon.study import ARMS, COMMON, MODEL
 from agentsdpo.benchmarks.study import COLUMNS
 from agentsdpo.chat import ChatFormat, write_call
 from agentsdpo.collect.compaction import compactor
@@ -127,6 +130,16 @@ def test_its_model_learns_at_the_rate_of_a_small_one_and_must_be_there(capsys: p
     with pytest.raises(SystemExit):
         horizon.main(["--quick", "--model", "nowhere"])
     assert "there is no model at nowhere: python -m agentsdpo.benchmarks.horizon.build" in capsys.readouterr().err
+
+
+def test_its_model_does_what_it_is_told_and_guesses_when_it_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    gates.main(["--tasks", "12", "--lengths", "4", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    (row,) = found["rows"]
+    assert found["model_sha256"] == hashlib.sha256((MODEL / "model.safetensors").read_bytes()).hexdigest()
+    assert (row["n"], row["episodes"], row["unhinted_pass"]) == (4, 12, 0.0)
+    assert row["hinted_pass"] >= 0.5
+    assert row["hinted_score"] > row["unhinted_score"] + 0.2
 
 
 @pytest.mark.slow
