@@ -103,7 +103,7 @@ def newest(registry: PolicyRegistry) -> int:
     version = registry.latest()
     if version is None:
         raise RegistryError(f"no policy version was published in {registry.root}",
-                            fix="give the folder of a registry, as RUN/policies of a run is")
+                            fix="give the folder of a run with policies, of a demo one of its arms, or a registry")
     return version
 
 
