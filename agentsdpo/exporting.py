@@ -11,11 +11,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from agentsdpo.config import SEED_MODEL
-from agentsdpo.envs.desk.seed import seed_path
 from agentsdpo.errors import ConfigError, TokenizerMismatch
 from agentsdpo.learn.load import load_chat, load_model, take_weights
 from agentsdpo.publish.registry import PolicyRegistry
+from agentsdpo.publishing import trained_from
 
 
 def export(registry: PolicyRegistry, version: int, out: Path, *, model: str | None = None) -> Path:
@@ -34,14 +33,10 @@ def export(registry: PolicyRegistry, version: int, out: Path, *, model: str | No
     if out.is_file() or out.is_dir() and any(out.iterdir()):
         raise ConfigError(f"{out} is there already", fix="name a folder that is not, or delete it first")
     manifest = registry.manifest(version)
-    name = model or manifest.base_model
-    if not name:
-        raise ConfigError("the registry does not say which model its versions were trained from",
-                          fix="name its folder: --model PATH")
-    base = seed_path() if name == SEED_MODEL else name
+    base = trained_from(registry, version, model)
     chat = load_chat(base)
     if manifest.tokenizer_sha256 not in ("", chat.tokenizer_sha256):
-        raise TokenizerMismatch(f"version {version} is of tokenizer {manifest.tokenizer_sha256[:12]!r}, that of {name} "
+        raise TokenizerMismatch(f"version {version} is of tokenizer {manifest.tokenizer_sha256[:12]!r}, that of {base} "
                                 f"is {chat.tokenizer_sha256[:12]!r}", fix="name the model it was trained from: --model")
     found = load_model(base, chat, dtype="bfloat16" if manifest.dtype == "bfloat16" else "float32")
     take_weights(found, registry.load(version))

@@ -51,11 +51,7 @@ class RegistryScorer:
         """See :class:`~agentsdpo.publish.push.Scorer`."""
         weights = self._registry.load(version)
         if self._model is None:
-            name = self._name or self._registry.manifest(version).base_model
-            if not name:
-                raise ConfigError("the registry does not say which model its versions were trained from",
-                                  fix="name its folder: --model PATH")
-            self._model = ModelScorer(seed_path() if name == SEED_MODEL else name)
+            self._model = ModelScorer(trained_from(self._registry, version, self._name))
         self._model.load(weights)
 
     def logps(self, ids: Sequence[int], n: int) -> Sequence[float]:
@@ -67,6 +63,19 @@ class RegistryScorer:
         if self._model is None:
             raise RegistryError("no version was loaded to score with", fix="call load first")
         return self._model
+
+
+def trained_from(registry: PolicyRegistry, version: int, name: str | None = None) -> Path | str:
+    """Folder or hub name of the model that a version was trained from: the one named, or the manifest's own.
+
+    Raises:
+        ConfigError: neither says.
+    """
+    name = name or registry.manifest(version).base_model
+    if not name:
+        raise ConfigError("the registry does not say which model its versions were trained from",
+                          fix="name its folder: --model PATH")
+    return seed_path() if name == SEED_MODEL else name
 
 
 def make_pusher(how: str, registry: PolicyRegistry, *, bound: float = BOUND, keep: int = 4, stem: str | None = None,

@@ -191,5 +191,7 @@ def carry_out(study: Study, args: argparse.Namespace, sets: tuple[str, ...] = ()
     for seed in range(0 if args.no_run else args.seeds or (1 if args.quick else 5)):
         run_study(arms, study.common, [seed], out, in_table(path))
         write_table(table(study.name, out), path)
+    if not path.exists():
+        sys.exit(f"there are no results at {path}: leave out --no-run, or name others with --table")
     for line in study.lines(pq.read_table(path)):
         print(line)  # noqa: T201

@@ -92,7 +92,7 @@ class Learner:
         self.optimizer = make_optimizer(self.parameters, lr=config.lr, betas=config.betas,
                                         weight_decay=config.weight_decay)
         self.clipper = AdvantageClip(config.adv_clip, config.adv_decay) if config.adv_clip is not None else None
-        self.teacher_held = False
+        self.teacher_held = self._told_long = False
 
     def step(self, rows: list[TrainRow], version: int) -> StepReport:
         """One update from the given rows.
@@ -137,7 +137,8 @@ class Learner:
     def admit(self, rows: list[TrainRow], version: int) -> Admission:
         """Rows this learner may train on at this version, and why not the others."""
         found = admit(rows, version, self.config, window=self.window, vocab_size=self.vocab_size)
-        if found.refused["window"]:
+        if found.refused["window"] and not self._told_long:  # once: the metric goes on counting
+            self._told_long = True
             _log.warning("%d of %d branches are not learnt from: with their hint they are longer than the %d tokens of "
                          "learn.forward_tokens or of the model's window", found.refused["window"], len(rows),
                          self.window)

@@ -1,12 +1,12 @@
 """Does learning from stale single episodes hold at long horizons? 4, 16 and 48 clients, cut by compaction.
 
-    python -m agentsdpo.benchmarks.horizon.build            # first the model, half an hour
     python -m agentsdpo.benchmarks.horizon                  # three lengths, 5 seeds: hours; may be stopped, continued
     python -m agentsdpo.benchmarks.horizon --arms robust-n4 --seeds 1
     python -m agentsdpo.benchmarks.horizon --quick          # a look at whether it runs, not a result
 
 ``robust``, sixteen versions stale, as in the staleness study. The scale: before training (the same weights), and what
 these weights do when they read the hint (``python -m agentsdpo.benchmarks.horizon.gates``); the oracle passes all.
+The model lies beside this file; ``python -m agentsdpo.benchmarks.horizon.build`` makes another in an hour.
 """
 
 import sys

@@ -22,7 +22,7 @@ from agentsdpo.envs.desk.build_seed import Batches, Stage, train_stage
 from agentsdpo.envs.desk.corpus import Trace
 from agentsdpo.envs.desk.seed import seed_path
 
-SEED, OUT = 48, Path("runs/horizon-model")
+SEED, BATCH_TOKENS, OUT = 48, 4096, Path("runs/horizon-model")
 STAGES: tuple[tuple[Stage, Callable[[ChatFormat, int], Iterator[Trace]]], ...] = (
     (Stage(450, decay=False), partial(drills, lengths=(4, 8, 16), reading=0.0)),
     (Stage(1200, decay=True), partial(drills, lengths=(8, 16, 32, 48), reading=0.25)),
@@ -38,7 +38,6 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=OUT, help=f"folder; {OUT}")
-    parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--first-stage", type=int, default=0, help="go on in --out from this stage (1: the second)")
     args = parser.parse_args()
@@ -49,10 +48,10 @@ def main() -> None:
     figures = json.loads(log.read_text())[:args.first_stage] if args.first_stage else []
     model = Qwen3ForCausalLM.from_pretrained(args.out if args.first_stage else seed_path(), dtype=torch.float32)
     for number, (stage, stream) in list(enumerate(STAGES))[args.first_stage:]:
-        batches = Batches(tokenizer, stream(chat, SEED + number), args.batch_tokens, SEED + number)
+        batches = Batches(tokenizer, stream(chat, SEED + number), BATCH_TOKENS, SEED + number)
         figures.append(train_stage(model, stage, batches, args.out))
         log.write_text(json.dumps(figures, indent=2) + "\n")
-    model.half().save_pretrained(args.out)  # as it is shipped: half the bytes, and what it says is the same
+    model.half().save_pretrained(args.out)  # as it is shipped and measured: half the bytes
 
 
 if __name__ == "__main__":

@@ -10,10 +10,9 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from agentsdpo.benchmarks.horizon.study import COLLECT
+from agentsdpo.benchmarks.horizon.study import CONFIG
 from agentsdpo.chat import ChatFormat, write_call
 from agentsdpo.collect.compaction import NOTE_READ, NOTE_WRITE
-from agentsdpo.collect.config import CollectConfig
 from agentsdpo.envs.desk.agents import ScriptedAgent, guess
 from agentsdpo.envs.desk.corpus import HINTED, PARTIAL, Frame, Trace, any_year
 from agentsdpo.envs.desk.env import DeskEnv
@@ -21,7 +20,6 @@ from agentsdpo.envs.desk.firm import hint
 from agentsdpo.envs.desk.suite import DeskSuite
 from agentsdpo.types import Task, ToolCall
 
-CONFIG = CollectConfig.model_validate(COLLECT)
 LIMIT, KEEP = CONFIG.compaction.compact_at * CONFIG.window, CONFIG.compaction.keep_turns
 """Tokens that a prompt may have; newest turns that stay at most."""
 SHORT, LONG = (1, 2, 4), ((0.4, (8,)), (1 / 3, (16,)), (4 / 15, (32, 48)))
@@ -174,8 +172,6 @@ def cut_traces(chat: ChatFormat, seed: int, short: float = 0.25) -> Iterator[Tra
 def tell(frame: Frame, task: Task, rng: random.Random) -> Trace:
     """Whom does the hint want told? Asked to tell instead of to report, the agent does that and no more."""
     kind, rules = task.metadata["kinds"][0], guess(task.metadata["preset"], rng)
-    env = DeskEnv()
-    env.start(task)
     opening = (frame.hint_before + hint(kind, rules) + frame.hint_after + frame.head
                + task.prompt.replace("Report", "Tell", 1) + frame.tail)
     call = ToolCall(id="c", name="mail_send", arguments={"to": rules["notify"], "text": f"{kind} filed"})

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from agentsdpo.benchmarks.horizon.study import COLLECT, LENGTHS, MODEL, existing
+from agentsdpo.benchmarks.horizon.study import CONFIG, LENGTHS, MODEL, existing
 from agentsdpo.benchmarks.seed_gates import play
-from agentsdpo.collect.config import CollectConfig
 from agentsdpo.collect.inprocess import InProcessEngine
 from agentsdpo.evaluate import scores
 from agentsdpo.learn.load import load_chat, load_model
@@ -27,12 +26,12 @@ from agentsdpo.types import Episode, Json
 
 def measure(path: Path, tasks: int, lengths: tuple[int, ...] = LENGTHS) -> list[Json]:
     """Pass rate and mean criterion score, hinted and not, calls and branches an episode, for each n."""
-    chat, config = load_chat(path), CollectConfig.model_validate(COLLECT)
-    engine = InProcessEngine(load_model(path, chat), chat.eos_id, max_slots=config.concurrency, window=config.window)
+    chat = load_chat(path)
+    engine = InProcessEngine(load_model(path, chat), chat.eos_id, max_slots=CONFIG.concurrency, window=CONFIG.window)
     rows = []
     for n in lengths:
         told, blind = (play(engine, chat, n=n, split="test_names", hinted=hinted, greedy=False, tasks=tasks,
-                            config=config) for hinted in (True, False))
+                            config=CONFIG) for hinted in (True, False))
         rows.append({"n": n, "episodes": tasks, **_rates("hinted", told), **_rates("unhinted", blind),
                      "calls": float(np.mean([e.metadata["calls"] for e in told])),
                      "branches": float(np.mean([len(e.branches) for e in told]))})

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from agentsdpo.benchmarks.study import Arm
+from agentsdpo.collect.config import CollectConfig
 from agentsdpo.learn.presets import TOY
 from agentsdpo.types import Json
 
@@ -13,11 +14,12 @@ LENGTHS = (4, 16, 48)
 """Clients of a task: 14, 50 and 146 calls of an agent that takes notes and makes no mistake."""
 COLLECT: Json = {"window": 1536, "concurrency": 64, "max_tokens": 96, "compaction": {"manager": "notes"}}
 """What the model was taught with: a prompt is cut at 70 % of the window, and notes survive."""
+CONFIG = CollectConfig.model_validate(COLLECT)
 SPLITS = ("test_names", "test_world", "test_period", "test_firm")
 COMMON: Json = {
-    "preset": "robust", "staleness": 16, "checkpoint_every": 20, "checkpoint_keep": 1,
+    "preset": "robust", "staleness": 16, "steps": 160, "checkpoint_every": 20, "checkpoint_keep": 1,
     "collect": COLLECT, "replay": {"durability": "episode", "max_uses": 1},
-    "eval": {"final_splits": list(SPLITS)}, "tripwire": {"on": False},
+    "eval": {"every": 10, "final_splits": list(SPLITS)}, "tripwire": {"on": False},
     "learn": {**TOY["robust"], "max_staleness": 16, "control_every": 0}}
 """As ``robust-16`` of the staleness study, of which this is the longer one: single episodes, each learned from once,
 sixteen policy versions after the one that played it. A model that is named by its folder would learn at a large model's
@@ -34,15 +36,14 @@ def existing(text: str) -> Path:
     """
     if not Path(text).is_dir():
         raise argparse.ArgumentTypeError(
-            f"there is no model at {text}: python -m agentsdpo.benchmarks.horizon.build makes it")
+            f"there is no model at {text}: python -m agentsdpo.benchmarks.horizon.build makes one")
     return Path(text)
 
 
-def _arm(n: int, steps: int, episodes: int, evaluated: int) -> Arm:
-    return Arm(f"robust-n{n}", (f"desk.n=[{n}]", f"steps={steps}", f"episodes_per_step={episodes}",
-                                f"learn.batch={episodes}", f"eval.episodes={evaluated}",
-                                f"eval.final_episodes={evaluated}", "eval.every=10"))
+def _arm(n: int, episodes: int, evaluated: int) -> Arm:
+    return Arm(f"robust-n{n}", (f"desk.n=[{n}]", f"episodes_per_step={episodes}", f"learn.batch={episodes}",
+                                f"eval.episodes={evaluated}", f"eval.final_episodes={evaluated}"))
 
 
-ARMS = {arm.name: arm for arm in (_arm(4, 160, 16, 64), _arm(16, 160, 8, 32), _arm(48, 160, 4, 8))}
+ARMS = {arm.name: arm for arm in map(_arm, LENGTHS, (16, 8, 4), (64, 32, 8))}
 """2,560 episodes, 1,280 and 640: the longer ones say the same rule more often, and cost more."""

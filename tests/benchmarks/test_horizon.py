@@ -15,8 +15,8 @@ import pytest
 
 from agentsdpo.benchmarks.horizon import __main__ as horizon
 from agentsdpo.benchmarks.horizon import gates
-from agentsdpo.benchmarks.horizon.corpus import CONFIG, cut_trace, cut_traces, drill
-from agentsdpo.benchmarks.horizon.study import ARMS, COMMON, MODEL
+from agentsdpo.benchmarks.horizon.corpus import cut_trace, cut_traces, drill
+from agentsdpo.benchmarks.horizon.study import ARMS, COMMON, CONFIG, MODEL
 from agentsdpo.benchmarks.study import COLUMNS
 from agentsdpo.chat import ChatFormat, write_call
 from agentsdpo.collect.compaction import compactor

@@ -94,6 +94,11 @@ def test_a_quick_study_runs_and_is_not_run_again(tmp_path: Path, capsys: pytest.
     assert (again.out, "of 2" in again.err) == (said.out, False)
 
 
+def test_a_study_that_is_only_read_says_where_it_looked(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="there are no results at .*none.parquet: leave out --no-run"):
+        episodes.main(["--no-run", "--table", str(tmp_path / "none.parquet")])
+
+
 def test_figures_show_every_arm_of_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tables = {"attempts": tried("sdpo", 0, 3) + tried("best_of_k", 0, None),
               "episodes": curve("robust", 0, {0: 0.0, 800: 0.9}) + curve("grpo", 0, {0: 0.0, 800: 0.1})

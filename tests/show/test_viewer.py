@@ -168,6 +168,13 @@ def test_a_hundred_thousand_tokens_in_a_browser(tmp_path: Path) -> None:
         assert driver.execute_script("return window.scrollY") > 10_000
 
 
+def written(store: ReplayStore, folder: Path) -> Any:
+    """The episode that is shown, once its scored page lies in the folder."""
+    episode, scores, words = score(shown(store), Wanted("seed"))
+    (folder / "page.html").write_text(page(episode, scores, note=words))
+    return episode
+
+
 def key(driver: Any, name: str) -> None:
     driver.find_element("tag name", "body").send_keys(name)
 
@@ -175,8 +182,7 @@ def key(driver: Any, name: str) -> None:
 @needs_browser
 @pytest.mark.slow
 def test_the_page_in_a_browser(store: ReplayStore, tmp_path: Path) -> None:
-    episode, scores, words = score(shown(store), Wanted("seed"))
-    (tmp_path / "page.html").write_text(page(episode, scores, note=words))
+    episode = written(store, tmp_path)
     with browser(tmp_path) as driver:
         driver.get((tmp_path / "page.html").as_uri())
         assert complaints(driver) == []
@@ -214,8 +220,7 @@ def ends_of(driver: Any, selector: str) -> tuple[float, float]:
 @needs_browser
 @pytest.mark.slow
 def test_nothing_that_is_looked_at_lies_under_the_head(store: ReplayStore, tmp_path: Path) -> None:
-    episode, scores, words = score(shown(store), Wanted("seed"))
-    (tmp_path / "page.html").write_text(page(episode, scores, note=words))
+    written(store, tmp_path)
     with browser(tmp_path) as driver:
         for width in (1400, 1100, 600):
             driver.set_window_size(width, 700)
