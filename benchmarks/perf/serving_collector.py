@@ -32,11 +32,11 @@ from agentsdpo.serve import ServeOptions, Server
 from agentsdpo.types import Completion, Episode, Json, Sampling
 
 CONCURRENCY, SCORED = 32, 24
-SHORT, LONG = (4, 96), (3, 48)
+SHORT, LONG = (8, 96), (6, 96)
 """Rounds, and episodes in each."""
 THOUGHT = 128
 """Tokens of a call of an agent that thinks."""
-BOUND_S = 200.0
+BOUND_S = 500.0
 """Seconds after which no further round begins."""
 Calls = list[tuple[list[int], int]]
 """Of one episode, in order: the prompt, and how many tokens were sampled."""
