@@ -29,9 +29,10 @@ STAGES: tuple[tuple[Stage, Callable[[ChatFormat, int], Iterator[Trace]]], ...] =
     (Stage(1200, decay=True), cut_traces),
     (Stage(1000, decay=True, peak=0.5), partial(cut_traces, short=0.5)),
     (Stage(450, decay=True, peak=0.5), partial(cut_traces, short=0.8)),
-    (Stage(450, decay=True, peak=0.5), recalled))
+    (Stage(450, decay=True, peak=0.5), recalled),
+    (Stage(1100, decay=True, peak=0.5), recalled))
 """Who is next among few, then among many, then whole episodes: in this order it is learned, at once it is not. The last
-brings back what the drills made it forget, whom a hint wants told, which 2,650 steps of the former three did not."""
+two bring back what the drills made it forget, whom a hint wants told, which 2,650 steps of the former three did not."""
 
 
 def main() -> None:
