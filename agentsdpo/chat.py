@@ -31,21 +31,20 @@ class ChatFormat:
     """Opening, turn delimiters and hint block of one tokenizer, as token ids.
 
     Args:
-        tokenizer: a transformers tokenizer with a chat template.
-        template_kwargs: passed to the template (``enable_thinking=False`` for Qwen3, say).
+        tokenizer: a transformers tokenizer with a chat template. What the template can be told (``enable_thinking`` of
+            Qwen3, say) is set in its own first line, so that its hash says so.
 
     Raises:
         ModelError: the tokenizer has no chat template, or the template cannot be extended turn by turn.
     """
 
-    def __init__(self, tokenizer: Any, **template_kwargs: Any) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise ModelError(f"tokenizer {tokenizer.name_or_path!r} has no chat template",
                              fix="add chat_template.jinja to the model folder: agents need tool turns rendered")
         if tokenizer.eos_token_id is None:
             raise ModelError(f"tokenizer {tokenizer.name_or_path!r} has no end-of-turn token", fix="set eos_token")
-        self.tokenizer, self._kwargs = tokenizer, template_kwargs
-        self._backend, self._frames = tokenizer.backend_tokenizer, Frames()
+        self.tokenizer, self._backend, self._frames = tokenizer, tokenizer.backend_tokenizer, Frames()
         self.eos_id: int = tokenizer.eos_token_id
         self.vocab_size = len(tokenizer)
         self.template_sha256 = sha256(tokenizer.chat_template)
@@ -73,7 +72,7 @@ class ChatFormat:
     def _render(self, messages: Sequence[Json], *, tools: Sequence[ToolSpec] = (), generate: bool = True) -> str:
         return self.tokenizer.apply_chat_template(
             list(messages), tools=[t.openai() for t in tools] or None,
-            add_generation_prompt=generate, tokenize=False, **self._kwargs)
+            add_generation_prompt=generate, tokenize=False)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, added tokens recognised, nothing put in front or behind, nothing cut off."""

@@ -86,11 +86,11 @@ def test_a_cut_completion_is_closed_by_a_forced_token(world: Any, tiny_tokenizer
 @pytest.mark.parametrize("enable_thinking", [None, False, True])
 def test_thoughts_stay_in_the_tokens_and_out_of_the_parse(world: Any, tiny_tokenizer: Any,
                                                           enable_thinking: bool | None) -> None:
-    extra = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+    told = "" if enable_thinking is None else f"{{%- set enable_thinking = {str(enable_thinking).lower()} -%}}\n"
     original = tiny_tokenizer.chat_template
-    tiny_tokenizer.chat_template = THINKING
+    tiny_tokenizer.chat_template = told + THINKING
     try:
-        chat = ChatFormat(tiny_tokenizer, **extra)
+        chat = ChatFormat(tiny_tokenizer)
         opening = "" if enable_thinking else "<think>"
         thought = f"{opening}maybe {world.write('submit', {})}</think>\n"
         run, engine = play(world, chat, thought + world.write("add", {"n": 3}), thought + "Three.")
