@@ -27,7 +27,7 @@ from agentsdpo.errors import CorruptionError
 from agentsdpo.replay.ids import Key
 from agentsdpo.replay.log import Located
 from agentsdpo.replay.rows import Row
-from agentsdpo.replay.schema import listed
+from agentsdpo.replay.schema import GIVEN, listed
 from agentsdpo.replay.storage import Storage, mend, read_whole
 from agentsdpo.types import Episode, Grade, Hint, Json
 
@@ -198,7 +198,7 @@ class Overlays:
         return episode.model_copy(update=late_hint | late_grade)
 
     def onto_table(self, table: pa.Table, rows: list[Located]) -> pa.Table:
-        """A table of these rows with the late rewards, and the column ``label`` at the end."""
+        """A table of these rows with the late rewards, and at its end ``label`` and ``t_stored``."""
         about = [(i, row) for i, row in enumerate(rows) if row.key in self._about] if self.latest else []
         late = {i: value for i, row in about if (value := self._value("reward", row)) is not None}
         for name, of in _REWARD_COLUMNS.items() if late else ():
@@ -211,7 +211,9 @@ class Overlays:
         labels: list[str | None] = [None] * len(rows)
         for i, row in about:
             labels[i] = self._value("label", row)
-        return table.append_column("label", pa.array(labels, pa.string()))
+        for column, values in zip(GIVEN, (labels, [row.ts_us for row in rows]), strict=True):
+            table = table.append_column(column, pa.array(values, column.type))
+        return table
 
     def relogprobs(self, row: Located) -> dict[tuple[int, str], np.ndarray]:
         """Per (policy version, trainer id) its log-probs float32[T] of a row. Raises as :func:`read`, :meth:`find`."""

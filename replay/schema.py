@@ -72,6 +72,9 @@ _DELTA = ("policy_version_min", "policy_version_max", "policy_version_start", "t
 SCALARS = [f.name for f in SCHEMA if not pa.types.is_list(f.type) and f.name not in (*_JSON, *SCHEMA.names[-2:])]
 """Columns to filter by: no arrays, no JSON, no hashes."""
 
+GIVEN = pa.schema([("label", pa.string()), ("t_stored", _TIME)])
+"""What no row holds and every table of rows ends with: its latest label, and when it was committed."""
+
 LEARNER_CALL_FIELDS = ["call_id", "start", "end", "prompt_sha256", "finish_reason", "temperature", "top_p", "top_k",
                        "seed", "max_tokens", "logprob_kind", "untrainable_reason", "versions", "turn"]
 TOKEN_COLUMNS = ["episode_id", "branch_id", "attempt", "token_ids", "token_kind", "logprobs", "kept_ids",

@@ -229,7 +229,7 @@ class Snapshot:
     def scalars(self, where: Condition | None = None, among: Iterable[Key] | None = None) -> pa.Table:
         """All columns one filters by, one row per key, keys ascending: no arrays, no JSON, no hashes.
 
-        ``reward`` is the latest; ``label`` comes at the end.
+        ``reward`` is the latest; ``label``, and ``t_stored``, when a row was committed, come at the end.
 
         Args:
             where: which rows; see :mod:`agentsdpo.replay.where`.
@@ -244,7 +244,8 @@ class Snapshot:
         return select(self.late.onto_table(table, [self.rows[key] for key in keys]), where)
 
     def to_arrow(self, where: Condition | None = None) -> pa.Table:
-        """Everything, one row per key, keys ascending: the columns of the store with the latest rewards, and ``label``.
+        """Everything, one row per key, keys ascending: the columns of the store with the latest rewards, ``label`` and
+        ``t_stored``.
 
         Hints are those of the append, in ``extra``. Raises as :meth:`scalars`.
         """

@@ -1,7 +1,7 @@
 """The filter language of the store: one Python expression over the columns of a branch, parsed and never run.
 
     env_id == 'desk' and reward >= 0.5 and status in ('sealed', 'truncated')
-    0.2 < reward <= 0.8 and not like(task_id, 'demo-%') and t_start >= '2026-01-31'
+    0.2 < reward <= 0.8 and not like(task_id, 'demo-%') and t_stored >= '2026-01-31'
     n_trainable / n_tokens < 0.1 or label is None
 
 Nulls behave as in SQL: a comparison with null is null, and a row is kept only where the whole expression is true.
@@ -20,10 +20,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from agentsdpo.errors import ConfigError
-from agentsdpo.replay.schema import SCALARS, SCHEMA
+from agentsdpo.replay.schema import GIVEN, SCALARS, SCHEMA
 
-COLUMNS = pa.schema([*(SCHEMA.field(name) for name in SCALARS), pa.field("label", pa.string())])
-"""What can be asked for: the scalar columns of a row, with ``reward`` and ``label`` as the overlays left them."""
+COLUMNS = pa.schema([*(SCHEMA.field(name) for name in SCALARS), *GIVEN])
+"""What can be asked for: a row's scalar columns, with ``reward`` as the overlays left it, and what is given to it."""
 
 MAX_LENGTH = 4_096
 """Characters of an expression."""

@@ -13,7 +13,6 @@ import numpy as np
 
 from agentsdpo.config import SEED_MODEL
 from agentsdpo.errors import HintError
-from agentsdpo.replay.cli import summary
 from agentsdpo.replay.cli.base import existing
 from agentsdpo.replay.cli.decode import pieces
 from agentsdpo.replay.cli.view import Shown, load
@@ -194,7 +193,7 @@ def load_episodes(run: Path | str, count: int = 16) -> tuple[list[Shown], str]:
     places = [place / "replay" for place in (data.path / "arms" / data.main.name, data.path)]
     store = existing(str(next((place for place in places if place.is_dir()), places[-1])))
     view = store.snapshot()
-    table = summary.rows(view).sort_by([(name, "ascending") for name in ("policy_version_max", "task_id")])
+    table = view.scalars().sort_by([(name, "ascending") for name in ("policy_version_max", "task_id")])
     shown = (load(store, view, name) for name in dict.fromkeys(table["episode_id"].to_pylist()))
     found = list(islice((one for one in shown if one.rows[0].hint), count))
     return found, str(tomllib.loads(data.main.config or data.config).get("model", SEED_MODEL))

@@ -9,7 +9,6 @@ from contextlib import redirect_stdout
 from agentsdpo.errors import AgentSdpoError
 from agentsdpo.replay.cli import view
 from agentsdpo.replay.cli.base import Out
-from agentsdpo.replay.cli.summary import rows as scalars
 from agentsdpo.replay.snapshot import Snapshot
 from agentsdpo.replay.store import ReplayStore
 from agentsdpo.types import Json
@@ -44,7 +43,7 @@ class Browser:
         """One entry per attempt at an episode, the newest first; its first branch speaks for it."""
         order = [("t_stored", "descending"), ("episode_id", "ascending"), ("branch_id", "ascending")]
         found: dict[tuple[str, int], Json] = {}
-        for row in scalars(self._view, where).sort_by(order).to_pylist():
+        for row in self._view.scalars(where).sort_by(order).to_pylist():
             found.setdefault((row["episode_id"], row["attempt"]), row)
         return list(found.values())
 

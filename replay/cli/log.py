@@ -83,7 +83,7 @@ def tail(
     start = _moment(since) if since else None
     opened = existing(store)
     view = opened.snapshot()
-    table = summary.rows(view, where).sort_by(_ORDER)
+    table = view.scalars(where).sort_by(_ORDER)
     names = [summary.column(name.strip(), table) for name in fields.split(",")]
     rows = table.to_pylist()
     first = [row for row in rows if row["t_stored"] >= start] if start else rows[-10:]
@@ -108,12 +108,11 @@ def _some(row: Json, names: list[str]) -> Json:
 
 def _fresh(opened: "ReplayStore", where: str | None, seen: "set[Key]") -> list[Json]:
     """Rows that were not there at the last look; they count as seen from now on."""
-    from agentsdpo.replay.cli import summary
 
     view = opened.snapshot()
     new = view.rows.keys() - seen
     seen |= new
-    return summary.rows(view, where, new).sort_by(_ORDER).to_pylist() if new else []
+    return view.scalars(where, new).sort_by(_ORDER).to_pylist() if new else []
 
 
 def _moment(text: str) -> datetime:

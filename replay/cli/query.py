@@ -14,7 +14,7 @@ from agentsdpo.errors import ConfigError, CorruptionError
 from agentsdpo.replay.cli.summary import segments
 from agentsdpo.replay.ids import Key
 from agentsdpo.replay.overlay import Slot
-from agentsdpo.replay.schema import SCHEMA
+from agentsdpo.replay.schema import GIVEN, SCHEMA
 from agentsdpo.replay.segment import open_segment
 from agentsdpo.replay.snapshot import Snapshot
 from agentsdpo.replay.storage import LocalStorage, mend
@@ -26,10 +26,10 @@ _LATE = ("reward", "reward_status", "rewards_json")
 _VIEW = """CREATE {temporary} VIEW branches AS SELECT s.* EXCLUDE (_path) REPLACE (
              CASE WHEN l._late THEN l._reward ELSE s.reward END AS reward,
              CASE WHEN l._late THEN l._reward_status ELSE s.reward_status END AS reward_status,
-             CASE WHEN l._late THEN l._rewards_json ELSE s.rewards_json END AS rewards_json), l.label
+             CASE WHEN l._late THEN l._rewards_json ELSE s.rewards_json END AS rewards_json), l.label, l.t_stored
            FROM {segments} s JOIN {live} l ON s._path = l._path AND s.episode_id = l.episode_id
              AND s.branch_id = l.branch_id AND s.attempt = l.attempt"""
-"""Live rows with their latest rewards and labels."""
+"""Live rows with their latest rewards and labels, and when each was committed."""
 
 
 def connect(view: Snapshot) -> "duckdb.DuckDBPyConnection":
@@ -126,7 +126,7 @@ def _duckdb() -> Any:
 
 
 def _live(view: Snapshot, prefix: str = "") -> pa.Table:
-    """Key and file of every live row, its label, and its reward where that came late."""
+    """Key and file of every live row, what is given to it, and its reward where that came late."""
     rows = [view.rows[key] for key in sorted(view.rows)]
     kinds = {name: SCHEMA.field(name).type for name in Key._fields}
     columns = {name: pa.array([getattr(row.key, name) for row in rows], kind) for name, kind in kinds.items()}
@@ -138,7 +138,7 @@ def _live(view: Snapshot, prefix: str = "") -> pa.Table:
                            pa.array([next(own) if has else None for has in given], pa.string()))
     late = view.late.onto_table(bare, rows)
     return pa.table({"_path": pa.array([prefix + row.path for row in rows], pa.string()), **columns,
-                     "label": late.column("label"), "_late": pa.array(given, pa.bool_()),
+                     **{name: late.column(name) for name in GIVEN.names}, "_late": pa.array(given, pa.bool_()),
                      **{f"_{name}": late.column(name) for name in _LATE}})
 
 

@@ -35,7 +35,7 @@ def ls(
     """List branches, the newest last."""
     from agentsdpo.replay.cli import summary
 
-    table = summary.rows(existing(store).snapshot(), where)
+    table = existing(store).snapshot().scalars(where)
     if groups:
         _list_groups(out, store, table, sort, limit)
         return
@@ -132,7 +132,7 @@ def stats(
     from agentsdpo.replay.cli import summary
 
     view = existing(store).snapshot()
-    table = summary.rows(view, where)
+    table = view.scalars(where)
     if by is not None:
         found = summary.grouped(table, _words(by), current)
         out.answer({"store": store, "by": found}, lambda: _print_by(out, found))

@@ -78,7 +78,6 @@ def split(
 ) -> None:
     """Copy into several stores below TO, groups whole; safe to repeat."""
     from agentsdpo.replay.cli.summary import column
-    from agentsdpo.replay.cli.summary import rows as scalars
     from agentsdpo.replay.upkeep import combine
 
     if (by is None) == (parts is None):
@@ -86,7 +85,7 @@ def split(
     opened = existing(store)
     view = opened.snapshot()
     keys = combine.whole_groups(view, view.keys(where))
-    found = combine.parts_by_column(view, column(by, scalars(view)), keys) if by is not None else \
+    found = combine.parts_by_column(view, column(by, view.scalars()), keys) if by is not None else \
         combine.parts_by_share(view, _shares(parts or ""), seed, keys)
     odd = [name for name in found if not _is_name(name)]
     if odd:

@@ -14,28 +14,10 @@ from agentsdpo.replay.log import Located
 from agentsdpo.replay.schema import SCHEMA
 from agentsdpo.replay.segment import open_segment
 from agentsdpo.replay.snapshot import Snapshot
-from agentsdpo.replay.where import select
 from agentsdpo.types import Json
 
 _SHORT = {"policy_version": "policy_version_min", "env": "env_id", "task": "task_id", "run": "run_id",
           "group": "group_id", "episode": "episode_id", "branch": "branch_id", "stop": "stop_reason"}
-
-
-def rows(view: Snapshot, where: str | None = None, among: Collection[Key] | None = None) -> pa.Table:
-    """Scalar columns of the rows that a filter keeps, keys ascending, and ``t_stored``, when each was committed.
-
-    Args:
-        view: whose rows.
-        where: the filter.
-        among: look at these rows alone, and read no others.
-
-    Raises:
-        ConfigError: the filter cannot be read.
-        CorruptionError: as :meth:`Snapshot.read`.
-    """
-    times = [view.rows[key].ts_us for key in view.keys(among=among)]
-    table = view.scalars(among=among).append_column("t_stored", pa.array(times, pa.timestamp("us", tz="UTC")))
-    return select(table, where)
 
 
 def column(name: str, table: pa.Table) -> str:

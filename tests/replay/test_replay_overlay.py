@@ -1,5 +1,6 @@
 """Late hints, rewards, labels and log-probs: the highest revision counts, and only for the content it was meant for."""
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -40,6 +41,16 @@ def test_a_late_reward_shows_everywhere() -> None:
     again = ReplayStore.open(store.root)
     assert rewards(again) == [0.75, 0.5, 1.0]
     assert again.snapshot(at=old.vector).scalars()["reward"].to_pylist() == [0.0, 0.5, 1.0]
+
+
+def test_branches_can_be_asked_for_by_when_they_were_stored() -> None:
+    store = example()
+    first = store.snapshot().scalars()["t_stored"].to_pylist()
+    assert all(abs(time.time() - at.timestamp()) < 60 for at in first)
+    store.append([episode(7)])
+    assert store.to_arrow(f"t_stored > '{max(first).isoformat()}'")["episode_id"].to_pylist() == ["e-7"]
+    assert sorted({row.key.episode_id for row in store.branches(f"t_stored <= '{max(first).isoformat()}'")}) == [
+        "e-0", "e-1", "e-2"]
 
 
 def test_a_bare_number_is_a_grade_without_criteria() -> None:
@@ -197,7 +208,7 @@ def test_asking_the_store() -> None:
     store = example()
     assert store.snapshot().keys("reward > 0") == [Key("e-1", 0, 0), Key("e-2", 0, 0)]
     assert store.to_arrow("reward > 5").num_rows == 0
-    assert store.to_arrow("reward > 5").schema.names[-1] == "label"
+    assert store.to_arrow("reward > 5").schema.names[-2:] == ["label", "t_stored"]
     assert [e.episode_id for e in store.episodes()] == ["e-0", "e-1", "e-2"]
     with pytest.raises(ConfigError, match="did you mean reward"):
         store.branches("rewardd > 0")
