@@ -107,11 +107,11 @@ def clip_metrics(gap: Tensor, bound: float) -> Metrics:
             "learn/adv_clip/mass": float(cut)}
 
 
-def staleness_metrics(ages: Iterable[int], evicted: int) -> Metrics:
-    """Staleness of all consumed rows (policy versions) and the share of them evicted."""
+def staleness_metrics(ages: Iterable[int]) -> Metrics:
+    """Staleness of all consumed rows (policy versions)."""
     seen = np.array(list(ages))
     return {"replay/staleness/mean": float(seen.mean()), "replay/staleness/p95": float(np.quantile(seen, 0.95)),
-            "replay/staleness/max": float(seen.max()), "replay/evicted_frac": evicted / len(seen)}
+            "replay/staleness/max": float(seen.max())}
 
 
 _COMPONENTS = (("attention", ("attn", "attention")), ("mlp", ("mlp", "expert", "feed_forward")), ("norm", ("norm",)),

@@ -124,7 +124,7 @@ class Learner:
         metrics = step_metrics(stats, _per_token(share.rows, "staleness", stats.gap), self.config,
                                bounds.gap if self.clipper else None)
         metrics |= split_metrics(stats, share.rows, self.config)
-        metrics |= norms | control | staleness_metrics(found.staleness, found.evicted)
+        metrics |= norms | control | staleness_metrics(found.staleness)
         metrics |= {"learn/loss": loss, "learn/microbatches": float(len(share.batches))}
         metrics["learn/lr"] = self.optimizer.param_groups[0]["lr"]
         if isinstance(self.teacher, SnapshotTeacher | GatedTeacher):

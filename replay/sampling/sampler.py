@@ -221,11 +221,10 @@ class Sampler:
         return {**counts, "eligible": int(left.sum()), "withheld": len(self.snapshot.conflicts)}
 
     def metrics(self) -> dict[str, float]:
-        """Numbers of the last draw: staleness in versions, age in seconds, share of usable branches too stale."""
-        counts = self.explain(self._learner_version)
-        usable = counts["stale"] + counts["used_up"] + counts["resting"] + counts["eligible"]
-        refused = self._units.refused
-        metrics = {"replay/evicted_frac": counts["stale"] / max(usable, 1),
+        """Numbers of the last draw: staleness in versions, age in seconds, share of branches wasted by staleness."""
+        sizes, refused = np.array([len(members) for members in self._units.members], np.int64), self._units.refused
+        wasted = ~self._fresh(self._learner_version) & (self._units.memory.uses == 0)
+        metrics = {"replay/evicted_frac": float(sizes[wasted].sum() / max(sizes.sum(), 1)),
                    "replay/refused/count": float(sum(refused.values()))}
         metrics |= {f"replay/refused/{n}": float(refused[n])
                     for n in ("no_logprob", "tokenizer", "template", "not_allowed")}

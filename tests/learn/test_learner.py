@@ -160,7 +160,6 @@ def test_stale_rows_are_evicted_and_counted(tiny_model: Any, make_row: Callable[
     report = learner.step([*old, *new, replace(new[0], hint_ids=None)], version=4)
     assert (report.n_trained, report.evicted, report.refused) == (2, 2, {"no_hint": 1})
     assert report.metrics["replay/staleness/max"] == 4.0
-    assert report.metrics["replay/evicted_frac"] == 0.5
     assert report.metrics["replay/refused/no_hint"] == 1.0
     assert "learn/mismatch/mean" not in report.metrics, "no row is of the present version"
     with pytest.raises(LearnError, match="2 evicted as staler than 3"):

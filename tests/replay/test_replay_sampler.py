@@ -85,8 +85,11 @@ def test_staleness_counts_from_the_oldest_version_of_the_branch(store: ReplaySto
     assert one.metrics()["replay/version_span"] == 3
     assert ids(one, 2, 11) == ["fresh"]
     assert (one.explain(11)["stale"], one.explain(11)["eligible"]) == (1, 1)
-    assert one.metrics()["replay/evicted_frac"] == 0.5
+    assert one.metrics()["replay/evicted_frac"] == 0.0, "it was drawn while it was fresh"
     assert ids(one, 2, 14) == []
+    late = sampler(store, max_staleness=4)
+    assert ids(late, 2, 11) == ["fresh"]
+    assert late.metrics()["replay/evicted_frac"] == 0.5
     assert sampler(store).draw(2, 10**6), "no bound"
     with pytest.raises(ConfigError, match="max_staleness is -1"):
         sampler(store, max_staleness=-1)
