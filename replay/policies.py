@@ -1,6 +1,7 @@
 """``policies/<version>.json``: what a policy version is, so that no row is stored under the wrong one."""
 
 import json
+import re
 from collections.abc import Sequence
 
 from agentsdpo.errors import CorruptionError, StoreError, TokenizerMismatch
@@ -75,6 +76,12 @@ class Policies:
                     f"has {theirs[:12]!r}", fix="collect with the tokenizer of the policy's own model folder")
             for branch in episode.branches:
                 check_vocabulary(branch, int(manifest.get("vocab_size") or 0))
+
+
+def recorded(storage: Storage) -> list[int]:
+    """Versions that have a manifest, ascending; other files that lie there are nobody's."""
+    found = (re.fullmatch(r"policies/(\d{12})\.json", info.path, re.ASCII) for info in storage.list("policies"))
+    return sorted(int(match[1]) for match in found if match)
 
 
 def _path(version: int) -> str:

@@ -16,7 +16,7 @@ import pyarrow as pa
 from agentsdpo.errors import ConfigError, CorruptionError, StoreError
 from agentsdpo.replay.ids import Key
 from agentsdpo.replay.log import Located
-from agentsdpo.replay.policies import IDENTITY
+from agentsdpo.replay.policies import IDENTITY, recorded
 from agentsdpo.replay.snapshot import Condition, Snapshot
 from agentsdpo.replay.storage import mend
 from agentsdpo.replay.store import ReplayStore
@@ -167,8 +167,7 @@ def _name(row: Located) -> str:
 def _policies(source: ReplayStore, into: ReplayStore) -> dict[int, Json]:
     """Manifests to copy; refuses a version that is something else there."""
     found = {}
-    for info in source.storage.list("policies"):
-        version = int(info.path.rpartition("/")[2].removesuffix(".json"))
+    for version in recorded(source.storage):
         ours, theirs = source.policy(version) or {}, into.policy(version)
         other = [name for name in IDENTITY if theirs and name in ours and ours[name] != theirs.get(name, ours[name])]
         if other and theirs:

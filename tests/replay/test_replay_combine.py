@@ -102,6 +102,7 @@ def test_a_salvaged_row_gives_way_to_the_whole_one(source: Path, tmp_path: Path)
 def test_policies_come_along_and_must_agree(source: Path, tmp_path: Path) -> None:
     a, into = ReplayStore.open(source), ReplayStore.open(tmp_path / "into")
     a.record_policy(9, POLICY)
+    (a.root / "policies" / ".DS_Store").write_bytes(b"\0")
     assert combine.merge(into, a).policies == 5
     assert ReplayStore.open(tmp_path / "into").policy(9) == POLICY
     other = ReplayStore.open(tmp_path / "other")
