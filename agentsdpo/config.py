@@ -21,7 +21,7 @@ from agentsdpo.collect.config import CollectConfig
 from agentsdpo.errors import ConfigError
 from agentsdpo.hint.config import HintConfig
 from agentsdpo.learn.config import LearnConfig
-from agentsdpo.learn.presets import PRESETS, TOY, around, resolve
+from agentsdpo.learn.presets import OF_ADAPTERS, PRESETS, TOY, around, resolve
 from agentsdpo.learn.trackers import TrackConfig
 from agentsdpo.learn.tripwire import TripwireConfig
 from agentsdpo.publish.config import PublishConfig
@@ -129,7 +129,12 @@ def from_mapping(data: Mapping[str, Any], sets: Iterable[str] = ()) -> RunConfig
     if isinstance(learn, dict):
         toy = TOY[preset] if merged.get("model", SEED_MODEL) == SEED_MODEL else {}
         merged["learn"] = {**PRESETS[preset], **toy, **learn}
-    return _checked(build(RunConfig, merged))
+    config = build(RunConfig, merged)
+    if preset in OF_ADAPTERS and not config.learn.adapter.rank and "lr" not in {**toy, **learn}:
+        raise ConfigError(f"the preset {preset!r} sets learn.lr to {config.learn.lr:g}, a rate for adapters, but "
+                          "learn.adapter.rank is 0: full weights are trained",
+                          fix="set learn.adapter.rank, 32 say, or learn.lr, 1e-6 say")
+    return _checked(config)
 
 
 def load(path: Path | str | None = None, sets: Iterable[str] = ()) -> RunConfig:

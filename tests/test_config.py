@@ -53,6 +53,11 @@ def test_preset_lies_under_the_learn_table(preset: str) -> None:
         assert getattr(learn, key) == value
 
 
+@pytest.mark.parametrize("sets", [["learn.adapter.rank=8"], ["learn.lr=1e-6"], ["model=seed"]])
+def test_an_adapters_rate_is_for_adapters_unless_it_is_given(sets: list[str]) -> None:
+    assert load(sets=["preset=conversations", "model=/m", *sets]).preset == "conversations"
+
+
 @pytest.mark.parametrize(("sets", "message"), [
     (["learn.max_stalness=3"], r"learn.max_stalness is not a setting; did you mean learn.max_staleness\?"),
     (["max_staleness=3"], r"max_staleness is not a setting; did you mean learn.max_staleness\?"),
@@ -78,6 +83,7 @@ def test_preset_lies_under_the_learn_table(preset: str) -> None:
     (["learn.ratio=tis"], r"learn.ratio is 'tis' with learn.form 'divergence'; set ratio to 'none'"),
     (["staleness=9"], r"staleness is 9 but learn.max_staleness is 8: every row would be evicted; set"),
     (["learn.forward_tokens=900"], r"collect.window is 1536 but learn.forward_tokens is 900: an episode that fills"),
+    (["preset=conversations", "model=/m"], r"the preset 'conversations' sets learn.lr to 3e-05, a rate for adapters"),
     (["steps"], r"--set 'steps' is not of the form key=value"),
     (["=3"], r"--set '=3' is not of the form"),
     (["seed.x=3", "seed.y=4"], r"seed is \{.*\}; it must be an integer"),

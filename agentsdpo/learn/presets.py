@@ -84,7 +84,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         **_OPENCLAW, "form": "divergence", "beta": 1.0, "support": "teacher", "top_k": 50, "lr": 1e-6, "batch": 4},
 }
 """Fields each preset sets; the rest are the defaults of :class:`LearnConfig`. Learning rates are for full weights, but
-for ``conversations``, whose is for an adapter."""
+for those of :data:`OF_ADAPTERS`."""
+OF_ADAPTERS = ("conversations",)
+"""Presets whose learning rate is an adapter's."""
 
 _GROUPS: dict[str, Any] = {"group": 8, "replay": {"unit": "group"}}
 AROUND: dict[str, dict[str, Any]] = {
