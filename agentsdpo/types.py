@@ -154,7 +154,8 @@ class CriterionResult(Frozen):
     score: float | None
     rationale: str = Field(default="", description="for audit alone")
     feedback: str = Field(default="", description="what may become a hint")
-    judge: Json | None = Field(default=None, description="model, prompt_sha256, usage and raw replies of a judge")
+    judge: Json | None = Field(default=None, description="model, prompt_sha256, usage and raw replies of a judge, and "
+                              "what its canary took")
 
 
 class Grade(Frozen):

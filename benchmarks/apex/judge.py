@@ -23,10 +23,12 @@ from agentsdpo.collect.hosted import HostedConfig, Reply
 from agentsdpo.collect.policy import ContextOverflow
 from agentsdpo.collect.provider import ProviderError
 from agentsdpo.errors import ConfigError, TrainForbidden
-from agentsdpo.types import Criterion, CriterionResult, Grade, Json, Outcome, Task
+from agentsdpo.types import Criterion, CriterionResult, Grade, Json, Outcome, Task, Usage
 
 TRIES = 3
 """Replies of a judge that are read before a criterion is an error."""
+PAID = ("prompt_tokens", "completion_tokens", "cost_usd")
+"""What a grade keeps of its judge's usage."""
 SYSTEM = """\
 You decide whether the work of an agent meets one criterion.
 
@@ -127,6 +129,8 @@ class RubricGrader:
             if isinstance(fault, BaseException):
                 raise fault
         *verdicts, caught = [verdict for verdict in asked if isinstance(verdict, CriterionResult)]
+        shown = {"canary": (caught.judge or {}).get("usage")}
+        verdicts = [verdict.model_copy(update={"judge": {**(verdict.judge or {}), **shown}}) for verdict in verdicts]
         return failed | {verdict.id: _trusted(verdict, caught) for verdict in verdicts}
 
     async def _verdict(self, work: Work, criterion: Criterion, *, canary: bool = False) -> CriterionResult:
@@ -138,7 +142,7 @@ class RubricGrader:
         raw: list[str] = []
         problem, about = "", {"model": self.model.config.model, "prompt_sha256": self.prompt_sha256}
         text = "canary" if canary else criterion.text
-        fresh = 0
+        fresh, used = 0, Usage()
         while fresh < TRIES:
             try:
                 reply = await self.model.ask(messages, salt=f"try {len(raw)}", identity={
@@ -146,8 +150,8 @@ class RubricGrader:
             except (ProviderError, ContextOverflow) as fault:
                 return CriterionResult(id=criterion.id, status="error", score=None, rationale=str(fault), judge=about)
             raw.append(reply.text)
-            fresh += not reply.cached
-            about = about | {"usage": reply.usage.model_dump(), "raw": raw}
+            fresh, used = fresh + (not reply.cached), _sum(used, reply.usage)
+            about = about | {"usage": used.model_dump(include=set(PAID)), "raw": raw}
             met, said = read_verdict(reply.text, criterion.id)
             if met is not None:
                 return CriterionResult(id=criterion.id, score=float(met), rationale=said, judge=about)
@@ -175,6 +179,10 @@ def _hopeless(task: Task, criterion: Criterion, evidence: Evidence) -> str:
     if criterion.target == "files" and not criterion.negative:  # to have changed nothing may be what is asked for
         return "" if made else "no file was added or changed"
     return "" if made and criterion.target != "answer" else says_nothing(task, evidence.answer)
+
+
+def _sum(a: Usage, b: Usage) -> Usage:
+    return a.model_copy(update={name: getattr(a, name) + getattr(b, name) for name in PAID})
 
 
 def _trusted(verdict: CriterionResult, canary: CriterionResult) -> CriterionResult:

@@ -37,6 +37,7 @@ class Attempt(Frozen):
 
     Attributes:
         seed: of sampling. grading: which grading of the run this is, from 0.
+        cost_usd: of the agent. judge_tokens, judge_usd: of the grade, canary and repeated questions included.
         outcome: see :data:`OUTCOMES` and :data:`UNSCORED`.
         score: weighted mean over criteria. criteria: 1 met, 0 not met, by id.
         episode_sha256: of all that the agent did and left behind, without clocks; equal after kill and resume.
@@ -68,6 +69,8 @@ class Attempt(Frozen):
     wall_s: float = 0.0
     working_s: float = 0.0
     cost_usd: float = 0.0
+    judge_tokens: int = 0
+    judge_usd: float = 0.0
     policy_version: int = -1
     task_sha256: str = ""
     episode_sha256: str = ""
@@ -100,6 +103,7 @@ def weighted_score(task: Task, grade: Grade) -> float:
 
 def graded(attempt: Attempt, task: Task, grade: Grade | None, error: str = "") -> Attempt:
     """The attempt with its grade; unscored as ``judge_error`` when there is none or a criterion could not be judged."""
+    attempt = attempt.model_copy(update=_judging(grade))
     if grade is None or grade.mean is None:
         return attempt.model_copy(update={
             "outcome": "judge_error", "ended": attempt.ended or attempt.outcome, "scored": False, "passed": None,
@@ -109,6 +113,14 @@ def graded(attempt: Attempt, task: Task, grade: Grade | None, error: str = "") -
         "outcome": attempt.ended or attempt.outcome, "ended": "", "error_class": "", "message": "", "scored": True,
         "passed": grade.passed, "score": weighted_score(task, grade),
         "criteria": {result.id: float(result.score or 0.0) for result in grade.results}})
+
+
+def _judging(grade: Grade | None) -> Json:
+    """What the judge of a grade took, kept answers when they were made; one canary vouches for all verdicts."""
+    judges = [result.judge for result in (grade.results if grade else ()) if result.judge]
+    used = [one for one in (*(judge.get("usage") for judge in judges), *(j.get("canary") for j in judges[:1])) if one]
+    return {"judge_tokens": sum(one["prompt_tokens"] + one["completion_tokens"] for one in used),
+            "judge_usd": round(sum(one["cost_usd"] for one in used), 6)}
 
 
 def _unjudged(grade: Grade | None) -> str:

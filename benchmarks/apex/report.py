@@ -100,7 +100,8 @@ def _cost(totals: Json) -> str:
     """What all attempts took, unscored ones included."""
     return (f"{money(totals['cost_usd'])}, {number(int(totals['prompt_tokens']))} prompt and "
             f"{number(int(totals['completion_tokens']))} completion tokens, {duration(totals['working_s'])} of working "
-            "time")
+            "time" + (f"; judging {money(totals['judge_usd'])}, {number(int(totals['judge_tokens']))} tokens"
+                      if totals["judge_tokens"] else ""))
 
 
 def _comparison(found: Json) -> list[str]:

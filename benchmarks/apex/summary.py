@@ -15,6 +15,8 @@ TOO_MANY_UNSCORED = 0.02
 """Share of unscored attempts above which a report opens with a warning."""
 SPENT = ("turns", "tool_calls", "prompt_tokens", "completion_tokens", "wall_s", "working_s")
 """What attempts cost, by field of an attempt."""
+MONEY = ("cost_usd", "judge_tokens", "judge_usd")
+"""What is bought for them: by the agent, and for their grades."""
 STAMPS = ("run_id", "benchmark", "dataset", "agent", "profile", "budgets", "judge", "seed", "attempts", "train_allowed",
           "started", "hardware", "environment")
 """Keys of ``run.json`` that a report repeats."""
@@ -88,7 +90,7 @@ def middle(values: Iterable[float]) -> Json | None:
 def totals(records: Sequence[Attempt]) -> Json:
     """Sums over all attempts, unscored ones included: they cost as well."""
     return {**{key: round(sum(getattr(record, key) for record in records), 4) for key in SPENT},
-            "cost_usd": round(sum(record.cost_usd for record in records), 6),
+            **{key: round(sum(getattr(record, key) for record in records), 6) for key in MONEY},
             "compactions": sum(record.compactions for record in records),
             "longest_repeat": max((record.longest_repeat for record in records), default=0)}
 

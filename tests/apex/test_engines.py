@@ -11,6 +11,7 @@ from agentsdpo.benchmarks.apex.agents import make_agent
 from agentsdpo.benchmarks.apex.config import BenchConfig, load
 from agentsdpo.benchmarks.apex.desk import DeskTasks
 from agentsdpo.benchmarks.apex.start import reopen, start
+from agentsdpo.benchmarks.apex.summary import summarise
 from agentsdpo.errors import ConfigError, ModelError, RunError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "serving"))  # the fake server is theirs
@@ -97,7 +98,9 @@ def test_a_judged_task_file_is_graded_by_the_judge_and_again_by_another(chat_ser
     assert [r.passed for r in start(load(None, {**settings, "model": "opener"}), tmp_path / "o").play()] == [False]
     assert not chat_server.seen, "an opening alone reaches no judge"
     bench = start(load(None, {**settings, "model": "inject"}), tmp_path / "r")
-    assert [record.passed for record in bench.play()] == [True]
+    (record,) = bench.play()
+    assert (record.passed, record.judge_tokens) == (True, 24), "two questions"
+    assert summarise(bench.folder)["totals"]["judge_tokens"] == 24
     assert bench.about["judge"]["model"] == "openai/yes"
     assert bench.about["judge"]["prompt_sha256"]
     assert regrade(tmp_path / "r", HostedConfig(model="openai/no", **model))[0].passed is False

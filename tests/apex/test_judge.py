@@ -17,10 +17,11 @@ from agentsdpo.benchmarks.apex import evidence
 from agentsdpo.benchmarks.apex.checks import check
 from agentsdpo.benchmarks.apex.evidence import Evidence, gather
 from agentsdpo.benchmarks.apex.judge import RubricGrader, question, read_verdict
+from agentsdpo.benchmarks.apex.records import Attempt, graded
 from agentsdpo.collect.hosted import HostedConfig, HostedModel, Reply, SpendLimit
 from agentsdpo.collect.provider import ProviderError
 from agentsdpo.errors import ConfigError, TrainForbidden
-from agentsdpo.types import Criterion, Grade, Json, Outcome, Task
+from agentsdpo.types import Criterion, Grade, Json, Outcome, Task, Usage
 
 RUBRIC = (Criterion(id="ver_a", text="States that revenue in 2024 was 512 million dollars", primary=True),
           Criterion(id="ver_b", text="Names the annual report as the source of the figure"))
@@ -34,8 +35,8 @@ class Judge:
 
     config = HostedConfig(model="openai/judge")
 
-    def __init__(self, rule: Callable[[Json, Json, str], str | Exception]) -> None:
-        self.rule, self.asked, self.identities = rule, [], []
+    def __init__(self, rule: Callable[[Json, Json, str], str | Exception], usage: Usage | None = None) -> None:
+        self.rule, self.usage, self.asked, self.identities = rule, usage or Usage(), [], []
 
     async def ask(self, messages: Sequence[Json], *, salt: str = "", identity: Json | None = None) -> Reply:
         self.asked.append(list(messages))
@@ -44,7 +45,7 @@ class Judge:
         said = self.rule(criterion, work, messages[-1]["content"])
         if isinstance(said, Exception):
             raise said
-        return Reply(text=said)
+        return Reply(text=said, usage=self.usage)
 
 
 def read(text: str) -> tuple[Json, Json]:
@@ -213,6 +214,20 @@ def test_a_judge_that_does_not_keep_to_the_form(reply: str) -> None:
     again = [asked for asked in judge.asked if len(asked) == 3]
     assert len(again) == 2
     assert "Your reply could not be read" in again[0][2]["content"]
+
+
+def test_what_judging_took_is_said_with_every_reply_and_one_canary() -> None:
+    def learning(criterion: Json, work: Json, last: str) -> str:
+        return "Sure!" if criterion["criterion_id"] == "ver_a" and not last.startswith("Your reply") else honest(
+            criterion, work, last)
+
+    played = Attempt(task_id="t", attempt=0, outcome="completed", scored=False)
+    for rule, replies in ((honest, 3), (learning, 4)):
+        result = grade(Judge(rule, Usage(prompt_tokens=10, completion_tokens=2, cost_usd=0.25)), GOOD)
+        attempt = graded(played, TASK, result)
+        assert (attempt.passed, attempt.judge_tokens, attempt.judge_usd) == (True, 12 * replies, 0.25 * replies)
+    assert graded(attempt, TASK, grade(honest, "Yes.")).judge_tokens == 0, "of this grade, not of the one before"
+    assert graded(attempt, TASK, None, "SomeError: x").judge_usd == 0.0
 
 
 def test_a_second_reply_may_be_better() -> None:
