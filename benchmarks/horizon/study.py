@@ -17,7 +17,7 @@ COLLECT: Json = {"window": 1536, "concurrency": 64, "max_tokens": 96, "compactio
 CONFIG = CollectConfig.model_validate(COLLECT)
 SPLITS = ("test_names", "test_world", "test_period", "test_firm")
 COMMON: Json = {
-    "preset": "robust", "staleness": 16, "steps": 160, "checkpoint_every": 20, "checkpoint_keep": 1,
+    "preset": "robust", "staleness": 16, "checkpoint_every": 20, "checkpoint_keep": 1,
     "collect": COLLECT, "replay": {"durability": "episode", "max_uses": 1},
     "eval": {"every": 10, "final_splits": list(SPLITS)}, "tripwire": {"on": False},
     "learn": {**TOY["robust"], "max_staleness": 16, "control_every": 0}}
@@ -40,10 +40,11 @@ def existing(text: str) -> Path:
     return Path(text)
 
 
-def _arm(n: int, episodes: int, evaluated: int) -> Arm:
-    return Arm(f"robust-n{n}", (f"desk.n=[{n}]", f"episodes_per_step={episodes}", f"learn.batch={episodes}",
-                                f"eval.episodes={evaluated}", f"eval.final_episodes={evaluated}"))
+def _arm(n: int, steps: int, episodes: int, evaluated: int) -> Arm:
+    return Arm(f"robust-n{n}", (
+        f"desk.n=[{n}]", f"steps={steps}", f"episodes_per_step={episodes}", f"learn.batch={episodes}",
+        f"eval.episodes={evaluated}", f"eval.final_episodes={evaluated}"))
 
 
-ARMS = {arm.name: arm for arm in map(_arm, LENGTHS, (16, 8, 4), (64, 32, 8))}
-"""2,560 episodes, 1,280 and 640: the longer ones say the same rule more often, and cost more."""
+ARMS = {arm.name: arm for arm in (_arm(4, 160, 16, 64), _arm(16, 240, 8, 32), _arm(48, 240, 4, 8))}
+"""2,560 episodes, 1,920 and 960: the longer ones say the same rule more often, and cost more."""
