@@ -134,7 +134,7 @@ def horizon() -> str:
 
 
 def _made_on(found: pa.Table) -> str:
-    commits = ", ".join(sorted({_commit(commit) for commit in found["commit"].to_pylist()}))
+    commits = ", ".join(sorted({one for commit in found["commit"].to_pylist() for one in _commit(commit).split(", ")}))
     return f"{', '.join(sorted(set(found['hardware'].to_pylist())))}; commit {commits}."
 
 
@@ -193,8 +193,8 @@ def figures_table(measured: Json) -> str:
 
 
 def _commit(whole: str) -> str:
-    """In short; a + says that the tree held changes beside it."""
-    return whole[:7] + "+" * whole.endswith("+changes")
+    """In short, of a resumed run all; a + says that the tree held changes beside it."""
+    return ", ".join(one[:7] + "+" * one.endswith("+changes") for one in whole.split(", "))
 
 
 def _shown(value: Any) -> str:
