@@ -118,8 +118,9 @@ def create_view(view: Snapshot, path: Path) -> None:
 
 def _duckdb() -> Any:
     """The module, or how to get it."""
-    if find_spec("duckdb") is None:
-        raise ConfigError("SQL needs duckdb, which is not installed", fix="pip install 'agentsdpo[sql]'")
+    missing = [name for name in ("duckdb", "pytz") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"SQL needs {missing[0]}, which is not installed", fix="pip install 'agentsdpo[sql]'")
     import duckdb
 
     return duckdb
