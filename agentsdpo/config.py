@@ -127,10 +127,10 @@ def from_mapping(data: Mapping[str, Any], sets: Iterable[str] = ()) -> RunConfig
         raise ConfigError(f"preset is {preset!r}", fix=f"it must be one of {', '.join(PRESETS)}")
     merged = around(preset, merged)
     if isinstance(learn, dict):
-        toy = TOY[preset] if merged.get("model", SEED_MODEL) == SEED_MODEL else {}
-        merged["learn"] = {**PRESETS[preset], **toy, **learn}
+        learn = {**(TOY[preset] if merged.get("model", SEED_MODEL) == SEED_MODEL else {}), **learn}
+        merged["learn"] = {**PRESETS[preset], **learn}
     config = build(RunConfig, merged)
-    if preset in OF_ADAPTERS and not config.learn.adapter.rank and "lr" not in {**toy, **learn}:
+    if preset in OF_ADAPTERS and not config.learn.adapter.rank and "lr" not in learn:
         raise ConfigError(f"the preset {preset!r} sets learn.lr to {config.learn.lr:g}, a rate for adapters, but "
                           "learn.adapter.rank is 0: full weights are trained",
                           fix="set learn.adapter.rank, 32 say, or learn.lr, 1e-6 say")

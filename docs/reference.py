@@ -25,7 +25,7 @@ from agentsdpo.plots.style import svg
 from agentsdpo.plots.tables import read_study
 from agentsdpo.results import SPLIT_WORDS, rate
 from agentsdpo.settings_io import flat
-from agentsdpo.stats import Interval
+from agentsdpo.stats import Interval, wilson
 from agentsdpo.types import Json
 
 DOCS = Path(__file__).resolve().parent
@@ -123,8 +123,9 @@ def horizon() -> str:
                 f"{percent(one.score_before.estimate)} → {percent(one.score.estimate)}", percent(one.control))
                for one in horizon_results(found)]
     told = [(str(row["n"]), f"{row['calls']:.0f}", f"{row['branches']:.1f}", str(row["episodes"]),
-             percent(row["hinted_pass"]), percent(row["unhinted_pass"]), percent(row["hinted_score"]),
-             percent(row["unhinted_score"])) for row in scale["rows"]]
+             with_interval(wilson(row["hinted_pass"] * row["episodes"], row["episodes"])),
+             percent(row["unhinted_pass"]), percent(row["hinted_score"]), percent(row["unhinted_score"]))
+            for row in scale["rows"]]
     return _with_results(DOCS / "horizon.md", "\n\n".join((
         "Trained:", _table(("clients", "calls", "seeds", "episodes", "pass, before", "after", "after, greedy",
                             "mean score", "untaught firm"), trained), _made_on(found),

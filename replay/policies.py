@@ -78,10 +78,10 @@ class Policies:
                 check_vocabulary(branch, int(manifest.get("vocab_size") or 0))
 
 
-def recorded(storage: Storage) -> list[int]:
-    """Versions that have a manifest, ascending; other files that lie there are nobody's."""
+def recorded(storage: Storage) -> dict[int, str]:
+    """The path of each version's manifest, versions ascending; other files that lie there are nobody's."""
     found = (re.fullmatch(r"policies/(\d{12})\.json", info.path, re.ASCII) for info in storage.list("policies"))
-    return sorted(int(match[1]) for match in found if match)
+    return dict(sorted((int(match[1]), match[0]) for match in found if match))
 
 
 def _path(version: int) -> str:

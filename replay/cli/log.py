@@ -108,7 +108,6 @@ def _some(row: Json, names: list[str]) -> Json:
 
 def _fresh(opened: "ReplayStore", where: str | None, seen: "set[Key]") -> list[Json]:
     """Rows that were not there at the last look; they count as seen from now on."""
-
     view = opened.snapshot()
     new = view.rows.keys() - seen
     seen |= new

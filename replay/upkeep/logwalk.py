@@ -9,6 +9,7 @@ from agentsdpo.replay import archive
 from agentsdpo.replay.folding import Fold
 from agentsdpo.replay.ids import Key
 from agentsdpo.replay.log import MAINT, Located, check_entry, entry_path, located
+from agentsdpo.replay.policies import recorded
 from agentsdpo.replay.storage import Storage, read_whole
 from agentsdpo.types import Json
 
@@ -138,17 +139,17 @@ class Walk:
 
 
 def check_small_files(storage: Storage) -> list[Problem]:
-    """Files beside log and data: what is no JSON."""
+    """Pins and manifests of policies: what is no JSON."""
     found = []
-    for info in [*storage.list("pins"), *storage.list("policies")]:
+    for path in [*(info.path for info in storage.list("pins")), *recorded(storage).values()]:
         try:
-            if not isinstance(json.loads(storage.read(info.path)), dict):
+            if not isinstance(json.loads(storage.read(path)), dict):
                 raise ValueError("not an object")
         except FileNotFoundError:
             continue
         except ValueError as error:
-            fix = "pin again, or remove it with unpin" if info.path.startswith("pins/") else RESTORE
-            found.append(Problem("fast", info.path, None, f"it cannot be read: {error}", fix))
+            fix = "pin again, or remove it with unpin" if path.startswith("pins/") else RESTORE
+            found.append(Problem("fast", path, None, f"it cannot be read: {error}", fix))
     return found
 
 

@@ -70,6 +70,7 @@ def test_a_good_store_is_good_at_every_level(damaged: ReplayStore) -> None:
     assert gc(damaged).deleted
     assert verify(ReplayStore.open(damaged.root), "deep").problems == ()
     (damaged.root / "data" / "x.parquet").write_bytes(b"orphan")
+    (damaged.root / "policies" / ".DS_Store").write_bytes(b"\0")
     report = verify(damaged, "deep")
     assert (report.problems, report.orphans) == ((), 1)
     assert json.loads(json.dumps(report.as_json()))["ok"]
