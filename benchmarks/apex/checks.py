@@ -1,7 +1,10 @@
 """Criteria that a program checks: ``check = "package.module:function"`` in a task names a function marked as one."""
 
+import asyncio
 from collections.abc import Callable
+from concurrent.futures import Future
 from importlib import import_module
+from threading import Thread
 from typing import TypeVar
 
 from agentsdpo.errors import ConfigError
@@ -11,6 +14,8 @@ Check = Callable[[Task, Outcome], bool | float]
 """Looks at what an attempt left behind; True or 1.0 is met."""
 C = TypeVar("C", bound=Check)
 _MARK = "__agentsdpo_check__"
+PATIENCE_S = 300.0
+"""Seconds after which a check that has not answered is an error."""
 
 
 def check(function: C) -> C:
@@ -48,16 +53,41 @@ def find_check(name: str) -> Check:
     return found
 
 
-def run_check(criterion: Criterion, task: Task, outcome: Outcome) -> CriterionResult:
-    """The result of a programmatic criterion; a check that breaks is an error of the check, never a zero."""
+async def run_check(criterion: Criterion, task: Task, outcome: Outcome, *,
+                    patience: float = PATIENCE_S) -> CriterionResult:
+    """The result of a programmatic criterion; a check that breaks or hangs is an error of the check, never a zero.
+
+    It runs in a thread of its own, beside those of other attempts.
+
+    Args:
+        patience: seconds it may take.
+    """
     assert criterion.check is not None
-    function = find_check(criterion.check)
+    answer = _started(find_check(criterion.check), task, outcome)
     try:
-        score = float(function(task, outcome))
+        score = float(await asyncio.wait_for(asyncio.wrap_future(answer), patience))
     except Exception as fault:  # noqa: BLE001 - anybody's code
+        if not answer.done():
+            return CriterionResult(id=criterion.id, status="error", score=None,
+                                   rationale=f"check {criterion.check} gave no answer within {patience:g} s")
         return CriterionResult(id=criterion.id, status="error", score=None,
                                rationale=f"check {criterion.check} broke: {type(fault).__name__}: {fault}")
     if not 0.0 <= score <= 1.0:
         return CriterionResult(id=criterion.id, status="error", score=None,
                                rationale=f"check {criterion.check} gave {score}, not 0 to 1")
     return CriterionResult(id=criterion.id, score=score, rationale=f"check {criterion.check}")
+
+
+def _started(function: Check, task: Task, outcome: Outcome) -> "Future[bool | float]":
+    """The answer to come. No pool: the end of the program would wait for a thread of it that hangs."""
+    answer: Future[bool | float] = Future()
+    answer.set_running_or_notify_cancel()  # so that nobody's loss of patience cancels it under the thread's hands
+
+    def work() -> None:
+        try:
+            answer.set_result(function(task, outcome))
+        except BaseException as fault:  # noqa: BLE001 - it is raised where the answer is waited for
+            answer.set_exception(fault)
+
+    Thread(target=work, name="check", daemon=True).start()
+    return answer

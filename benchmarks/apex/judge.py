@@ -107,7 +107,7 @@ class RubricGrader:
                                  "trained on", fix="grade it with feedback 0: feedback becomes hints")
         judged = [criterion for criterion in task.rubric if criterion.check is None]
         verdicts = await self._judge(task, judged, outcome) if judged else {}
-        results = [verdicts[c.id] if c.check is None else run_check(c, task, outcome) for c in task.rubric]
+        results = [verdicts[c.id] if c.check is None else await run_check(c, task, outcome) for c in task.rubric]
         results = [self._told(c, result) for c, result in zip(task.rubric, results, strict=True)]
         return Grade.of(results, feedback="\n".join(result.feedback for result in results if result.feedback))
 

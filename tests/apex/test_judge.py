@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import re
+import threading
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,14 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentsdpo.benchmarks.apex import evidence
-from agentsdpo.benchmarks.apex.checks import check
+from agentsdpo.benchmarks.apex.checks import check, run_check
 from agentsdpo.benchmarks.apex.evidence import Evidence, gather
 from agentsdpo.benchmarks.apex.judge import RubricGrader, question, read_verdict
 from agentsdpo.benchmarks.apex.records import Attempt, graded
 from agentsdpo.collect.hosted import HostedConfig, HostedModel, Reply, SpendLimit
 from agentsdpo.collect.provider import ProviderError
 from agentsdpo.errors import ConfigError, TrainForbidden
-from agentsdpo.types import Criterion, Grade, Json, Outcome, Task, Usage
+from agentsdpo.types import Criterion, CriterionResult, Grade, Json, Outcome, Task, Usage
 
 RUBRIC = (Criterion(id="ver_a", text="States that revenue in 2024 was 512 million dollars", primary=True),
           Criterion(id="ver_b", text="Names the annual report as the source of the figure"))
@@ -333,6 +334,16 @@ def too_good(task: Task, outcome: Outcome) -> float:
     return 7.0
 
 
+WAITING = threading.Barrier(2)
+
+
+@check
+def waits(task: Task, outcome: Outcome) -> bool:
+    """A check that needs another one to run at the same time, else it hangs."""
+    WAITING.wait()
+    return True
+
+
 def not_marked(task: Task, outcome: Outcome) -> bool:
     """Any function of a module."""
     return True
@@ -355,6 +366,20 @@ def test_programs_check_without_a_judge() -> None:
         asyncio.run(grader.grade(checked("not_marked"), outcome))
     with pytest.raises(ConfigError, match="no judge is set; set judge.model"):
         asyncio.run(grader.grade(TASK, outcome))
+
+
+def test_a_check_that_hangs_is_given_up_and_holds_up_no_other() -> None:
+    task, outcome = checked("waits"), Outcome(answer="512", initial=b"{}", final=b"{}")
+
+    async def both() -> list[CriterionResult]:
+        return await asyncio.gather(*(run_check(task.rubric[0], task, outcome) for _ in range(2)))
+
+    assert [result.score for result in asyncio.run(both())] == [1.0, 1.0], "they run side by side"
+    alone = asyncio.run(run_check(task.rubric[0], task, outcome, patience=0.2))
+    assert (alone.status, alone.score) == ("error", None)
+    assert "waits gave no answer within 0.2 s" in alone.rationale
+    assert [thread.daemon for thread in threading.enumerate() if thread.name == "check"] == [True], "else exit waits"
+    WAITING.abort()
 
 
 def test_checks_and_judge_in_one_rubric() -> None:
