@@ -69,8 +69,9 @@ def act(run: Learning, decision: Decision, metrics: MetricsWriter, view: View, *
     about: Json = {"action": "publish nothing, hold the teacher, half the lr, staleness 1 at most, for 20 steps"}
     if decision.good is not None:
         about = _roll_back(run, decision.good, steps=run.step + broken)
-    elif decision.level == "clear" and decision.probe is not None:
-        run.together.probed(decision.probe.score)
+    elif decision.level == "clear" and decision.probe is not None and not run.tripwire.withheld(run.step):
+        behind = decision.step < run.step  # heard of late
+        run.together.probed(decision.probe.score, folder_of(run.folder.checkpoint, decision.step) if behind else None)
     if decision.keep:
         run.checkpoint()
     if decision.level == "clear":

@@ -15,8 +15,8 @@ import logging
 import os
 import random
 import shutil
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,26 @@ def load_checkpoint(folder: Path, learner: Learner) -> Restored:
     learner.step_count = state["step"]
     _load_rng(load_file(folder / "rng.safetensors"), state["rng"])
     return Restored(step=state["step"], version=state["version"], sampler=state["sampler"])
+
+
+@contextmanager
+def weights_of(folder: Path, learner: Learner) -> Iterator[None]:
+    """While it lasts, the learner's model has the weights of a checkpoint. Every process must ask.
+
+    Raises:
+        LearnError: the checkpoint is damaged, or of another model.
+    """
+    wrong = damage(folder)
+    if wrong:
+        raise LearnError(f"checkpoint {folder} is damaged: {wrong}", fix="restore it from a backup")
+    own = _weights(learner)
+    present = {name: tensor.clone() for name, tensor in own.items()}
+    _load_weights(learner, load_file(folder / "weights.safetensors"))
+    try:
+        yield
+    finally:
+        for name, tensor in own.items():
+            tensor.copy_(present[name])
 
 
 def _newest_whole(root: Path, learner: Learner) -> Path:

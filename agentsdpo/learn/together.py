@@ -4,21 +4,24 @@ Only the first process has a run folder, a store and a registry; the rows of a s
 these need neither the store nor the same sampler. They wait in :func:`obey` for the next thing to do.
 """
 
+import logging
 import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch.distributed as dist
 from torch import Tensor
 
-from agentsdpo.errors import AgentSdpoError, NotFinite, NothingToLearn
-from agentsdpo.learn.checkpoint import Restored, load_checkpoint, save_checkpoint
+from agentsdpo.errors import AgentSdpoError, LearnError, NotFinite, NothingToLearn
+from agentsdpo.learn.checkpoint import Restored, load_checkpoint, save_checkpoint, weights_of
 from agentsdpo.learn.learner import Learner, StepReport
 from agentsdpo.learn.rows import TrainRow
+from agentsdpo.learn.teacher import GatedTeacher
 
+_log = logging.getLogger(__name__)
 SAME = (NothingToLearn, NotFinite)
 """Errors that all processes meet at once and get over: they leave every learner as it was."""
 
@@ -49,9 +52,9 @@ class Together:
         """:meth:`Learner.adapter`."""
         return self._do("adapter")
 
-    def probed(self, score: float) -> None:
-        """Tell the teacher how well the student's present weights act."""
-        self._do("probed", score)
+    def probed(self, score: float, at: Path | None = None) -> None:
+        """Tell the teacher how well the student acts: with its present weights, or with those of a checkpoint."""
+        self._do("probed", score, at)
 
     def count(self, steps: int) -> None:
         """Set the number of optimiser steps done."""
@@ -98,8 +101,13 @@ def obey(learner: Learner) -> NoReturn:
     sys.exit(0)
 
 
-def _probed(learner: Learner, score: float) -> None:
-    learner.teacher.probed(learner.model, score, length_safe=True)
+def _probed(learner: Learner, score: float, at: Path | None) -> None:
+    """What a gated teacher copies must be what was probed, however far the student has come since."""
+    try:
+        with weights_of(at, learner) if at and isinstance(learner.teacher, GatedTeacher) else nullcontext():
+            learner.teacher.probed(learner.model, score, length_safe=True)
+    except LearnError as error:
+        _log.warning("%s; the teacher stays as it is", error)
 
 
 def _count(learner: Learner, steps: int) -> None:

@@ -347,6 +347,44 @@ def test_a_probe_is_judged_once_wherever_the_learner_is_killed(tmp_path: Path, p
     assert told == [0.8] * 2, "sampled and greedy, each told once"
 
 
+@pytest.mark.parametrize("more", [(), ("learn.adapter.rank=4",)])
+def test_a_gated_teacher_copies_the_weights_that_were_probed(tmp_path: Path, played: list[Episode],
+                                                             caplog: pytest.LogCaptureFixture,
+                                                             more: tuple[str, ...]) -> None:
+    gated = config(*WATCHED, "learn.teacher=gated", "learn.refresh_every=1", *more, steps=60)
+    run = assemble_following(gated, tmp_path / "store", tmp_path / "run")
+    run.restore_or_begin()
+    first = teacher_of(run)
+    with MetricsWriter(tmp_path / "m.jsonl") as metrics:
+        for score in (0.3, 0.8):
+            a_step_behind(run, played, metrics)
+            present = {name: tensor.clone() for name, tensor in run.together.policy().items()}
+            answer(run.folder, lambda step, score=score: score)
+            run.hear(metrics, SilentView())
+            assert all(torch.equal(tensor, present[name]) for name, tensor in run.together.policy().items())
+        copied = teacher_of(run)
+        run.tripwire.state.until = 100
+        a_step_behind(run, played, metrics)
+        answer(run.folder, lambda step: 0.9)
+        run.hear(metrics, SilentView())
+        assert all(torch.equal(tensor, copied[name]) for name, tensor in teacher_of(run).items()), "an alarm is on"
+        run.together.load(run.folder.checkpoint / "step-00000001")  # the state of which 0.8 was said
+        run.together.probed(0.95)
+        assert [torch.equal(tensor, copied[name]) for name, tensor in teacher_of(run).items()] == [True] * len(first)
+        assert any(not torch.equal(tensor, first[name]) for name, tensor in copied.items())
+        path = run.folder.checkpoint / "step-00000001" / "weights.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+        run.together.probed(1.0, path.parent)
+    assert "is not what was written" in caplog.text
+    assert "the teacher stays as it is" in caplog.text
+
+
+def teacher_of(run: Following) -> dict[str, torch.Tensor]:
+    """A copy of its weights, without the counts."""
+    return {name: tensor.clone() for name, tensor in run.learner.teacher.state_dict().items()
+            if name not in ("steps_and_copies", "score_to_beat")}
+
+
 def test_a_run_whose_roll_backs_are_spent_is_not_gone_on_with(tmp_path: Path, played: list[Episode]) -> None:
     run = assemble_following(config(*WATCHED, steps=60), tmp_path / "store", tmp_path / "run")
     run.restore_or_begin()
