@@ -14,6 +14,7 @@ from agentsdpo.errors import LearnError, NothingToLearn, RunError, RunOver
 from agentsdpo.hint.audit import hint_metrics
 from agentsdpo.hint.render import Placed, place
 from agentsdpo.learn.checkpoint import versions_kept
+from agentsdpo.learn.diagnostics import MISMATCH
 from agentsdpo.learn.learner import Learner, StepReport
 from agentsdpo.learn.rows import TrainRow
 from agentsdpo.learn.together import Together
@@ -220,6 +221,7 @@ def update(run: Learning) -> Json:
     for one, weight in zip(drawn, run.sampler.weights, strict=True):
         pairs += [(row, one) for row in run.rows(one, float(weight), seen[one.key])]
         seen[one.key] += 1
+    ahead = run.ahead
     try:
         report = run.together.step([row for row, _ in pairs], run.version)
     except NothingToLearn as error:
@@ -229,6 +231,8 @@ def update(run: Learning) -> Json:
     else:
         run.skipped = 0
         about |= {**report.metrics, "learn/rows": report.n_trained, "learn/tokens": report.n_tokens}
+        for key in MISMATCH if ahead else ():  # between two publishes the weights differ, and no engine is to blame
+            about.pop(key, None)
         remember(run, {id(row): one for row, one in pairs}, report)
         about |= publish_due(run)
     return {**about, "version": run.version, "learn/step_s": time.monotonic() - began}

@@ -55,6 +55,8 @@ def test_a_probe_plays_the_very_weights_that_are_judged(monkeypatch: pytest.Monk
     monkeypatch.setattr(evaluate, "evaluator", watched)
     train(small(4, "publish.every=3", "eval.episodes=4", "eval.final_episodes=4"), out=tmp_path / "run", mode="none")
     assert dict.fromkeys(seen) == dict.fromkeys([(0, 0, True), (2, 0, True), (4, 2, True)])
+    compared = ["learn/mismatch/mean" in row for row in lines(tmp_path / "run", "step")]
+    assert compared == [True, False, False, False], "engine and learner hold the same weights at the first step alone"
 
 
 def noise_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:

@@ -86,11 +86,14 @@ def ratio_metrics(log_r: Tensor, config: LearnConfig) -> Metrics:
             "learn/capped_frac": _share(r > config.cap)}
 
 
+MISMATCH = ("learn/mismatch/mean", "learn/mismatch/max")
+
+
 def mismatch_metrics(log_r: Tensor) -> Metrics:
     """|student_logp - behaviour_logp| of tokens of the present version: how far engine and learner disagree (nats)."""
     if not log_r.numel():
         return {}
-    return {"learn/mismatch/mean": float(log_r.abs().mean()), "learn/mismatch/max": float(log_r.abs().max())}
+    return dict(zip(MISMATCH, (float(log_r.abs().mean()), float(log_r.abs().max())), strict=True))
 
 
 def mask_metrics(stats: TokenStats) -> Metrics:
