@@ -160,6 +160,19 @@ def test_train_shows_what_came_of_it_and_finds_the_users_tasks(tmp_path: Path) -
     assert "curves" not in done.stderr
 
 
+@pytest.mark.parametrize(("given", "found"), [({}, cli.SPINS), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(tmp_path: Path, given: dict[str, str],
+                                                                   found: str) -> None:
+    """OpenMP reads the variable once, when torch is imported."""
+    (tmp_path / "tasks.py").write_text("import os, sys\nNAME = os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules\n")
+    (tmp_path / "child.py").write_text(CHILD)
+    (tmp_path / "a.toml").write_text("")
+    env = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    done = subprocess.run([sys.executable, "child.py", "train", "a.toml", "--json"], cwd=tmp_path, text=True,
+                          env={**env, **given, "HOW": "suite"}, capture_output=True, check=True)
+    assert done.stdout.splitlines()[0] == str((found, False))
+
+
 def test_a_reader_that_leaves_is_no_fault() -> None:
     command = [sys.executable, "-m", "agentsdpo.cli", "config", "--describe"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
