@@ -57,6 +57,7 @@ class Arm:
         newest: read older attempts with the newest word on their topic (fine-tuning leaves out those whose word no
             longer holds).
         updates: optimiser steps in each step of the stream; those behind the first are on older attempts alone.
+        log: times as much earlier work as the plan has.
     """
 
     learns: str
@@ -64,10 +65,12 @@ class Arm:
     earlier: float = 0.0
     newest: bool = True
     updates: int = 1
+    log: int = 1
 
 
 ARMS = {"sdpo-earlier": Arm("sdpo", earlier=0.3), "sdpo-earlier-half": Arm("sdpo", earlier=0.5),
         "sdpo-earlier-half-x4": Arm("sdpo", earlier=0.5, updates=4),
+        "sdpo-earlier-long-x4": Arm("sdpo", earlier=0.5, updates=4, log=4),
         "sft-retries-earlier-half-x4": Arm("retries", earlier=0.5, updates=4),
         "sdpo-replay": Arm("sdpo"), "sdpo-fresh": Arm("sdpo", replay=False),
         "sft-retries-earlier": Arm("retries", earlier=0.3), "sft-retries": Arm("retries"),
@@ -116,7 +119,7 @@ def _engine(chat: ChatFormat) -> InProcessEngine:
 
 def _student(arm: Arm, seed: int, plan: Plan, chat: ChatFormat, house: House, store: ReplayStore) -> Student:
     model, first, batch = load_model(seed_path(), chat), _engine(chat), plan.batch if arm.replay else 0
-    past = earlier_work(first, chat, store, plan.past, seed) if arm.earlier else []
+    past = earlier_work(first, chat, store, plan.past * arm.log, seed) if arm.earlier else []
     if arm.learns == "sdpo":
         return Distilled(model, chat, store, batch=batch, newest=arm.newest, seed=seed, earlier=past, share=arm.earlier)
     make: Any = Words(chat, store) if arm.learns == "words" else Retried(first, chat, house, plan, seed)

@@ -40,7 +40,7 @@ KEPT = 0.95
 """Share of an earlier skill that is to be left."""
 STYLES: dict[str, tuple[str, Any]] = {
     "sdpo-earlier": (ROLES["student"], "-"), "sdpo-earlier-half": (ROLES["student"], (0, (7, 1.5, 1.5, 1.5))),
-    "sdpo-earlier-half-x4": (ROLES["teacher"], "-"),
+    "sdpo-earlier-half-x4": (ROLES["teacher"], "-"), "sdpo-earlier-long-x4": (ROLES["teacher"], (0, (5, 2))),
     "sft-retries-earlier-half-x4": ("#b85c96", (0, (7, 1.5, 1.5, 1.5))),
     "sdpo-replay": (ROLES["student"], (0, (5, 2))),
     "sdpo-fresh": (ROLES["student"], (0, (1, 1.2))), "sdpo-as-said": (ROLES["hint"], (0, (5, 2))),
