@@ -46,7 +46,7 @@ def find_check(name: str) -> Check:
         found = getattr(import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"there is no check {name!r}: {error}",
-                          fix="write package.module:function, with the package where Python finds it") from error
+                          fix="write package.module:function; PYTHONPATH=FOLDER says where the module is") from error
     if not getattr(found, _MARK, False):
         raise ConfigError(f"{name} is no check",
                           fix="mark the function with @check of agentsdpo.benchmarks.apex.checks")
