@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from agentsdpo.benchmarks.horizon.__main__ import results as horizon_results
+from agentsdpo.benchmarks.staleness.__main__ import AGES
 from agentsdpo.benchmarks.staleness.report import BASELINE
 from agentsdpo.benchmarks.staleness.report import results as study_results
 from agentsdpo.config import describe
@@ -141,7 +142,7 @@ def _made_on(found: pa.Table) -> str:
 
 def staleness_figure() -> str:
     """What is left after training on data of some age."""
-    return svg(age_curve(read_study(DOCS / "results" / "staleness.parquet")), "staleness") + "\n"
+    return svg(age_curve(read_study(DOCS / "results" / "staleness.parquet", AGES)), "staleness") + "\n"
 
 
 def _with_results(page: Path, results: str) -> str:

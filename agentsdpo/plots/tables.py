@@ -1,7 +1,7 @@
 """Rows that figures are drawn from: run folders, tables of studies, data frames."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,12 @@ def records(frame: Any) -> list[Json]:
     return [dict(row) for row in frame]
 
 
-def read_study(path: Path | str) -> list[Json]:
+def read_study(path: Path | str, arms: Collection[str] | None = None) -> list[Json]:
     """Evaluations of a study, ``docs/results/<study>.parquet``: one row per arm, seed, step, split and decoding.
+
+    Args:
+        path: the table.
+        arms: only these; None is all.
 
     Raises:
         RunError: there is no such file.
@@ -39,7 +43,7 @@ def read_study(path: Path | str) -> list[Json]:
 
     if not Path(path).is_file():
         raise RunError(f"there is no table of a study at {path}", fix="run the study, or name another file")
-    return [{"kind": "eval", **row} for row in pq.read_table(path).to_pylist()]
+    return [{"kind": "eval", **row} for row in pq.read_table(path).to_pylist() if arms is None or row["arm"] in arms]
 
 
 def arm_name(kind: str, staleness: float) -> str:

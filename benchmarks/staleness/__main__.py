@@ -39,6 +39,7 @@ MAIN = (_arm("robust-0", "robust", 0), _arm("robust-3", "robust", 3), _arm("robu
         _arm("robust-64", "robust", 64), _arm("robust-off", "robust", None), _arm("sdpopp-3", "sdpopp", 3),
         _arm("sdpopp-8", "sdpopp", 8), _arm("naive-8", "naive", 8))
 """The question itself: the default at every age of data, the published recipe, and it without its corrections."""
+AGES = tuple(arm.name for arm in MAIN)
 MORE = (_arm("is-8", "naive", 8, "learn.ratio=is"), _arm("tis-8", "naive", 8, "learn.ratio=tis"),
         _arm("reverse-16", "robust", 16, "learn.beta=1.0"),
         _arm("ungated-64", "robust", 64, "learn.gate=off", "learn.veto=none"),

@@ -11,6 +11,7 @@ import nbformat
 import pytest
 
 from agentsdpo import plots
+from agentsdpo.benchmarks.staleness.__main__ import AGES
 from agentsdpo.plots import words
 
 HOME = Path(__file__).resolve().parents[2] / "notebooks"
@@ -77,7 +78,7 @@ def fresh(name: str) -> str:
     if name == "01_reward_curves":
         return str(words.learning_answer(plots.read_seeds(sorted((HOME / "data").glob("demo*")))[1]))
     if name == "02_staleness":
-        return str(words.age_answer(plots.read_study(HOME.parent / "docs" / "results" / "staleness.parquet")))
+        return str(words.age_answer(plots.read_study(HOME.parent / "docs" / "results" / "staleness.parquet", AGES)))
     folders = [HOME / "data" / "bench" / name for name in ("before", "after")]
     return str(words.card_answer({folder.name: plots.read_bench(folder) for folder in folders}))
 

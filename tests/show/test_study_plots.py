@@ -45,6 +45,8 @@ def test_every_kind_of_frame_is_read(tmp_path: Path) -> None:
         assert tables.records(frame) == rows
     pq.write_table(table, tmp_path / "s.parquet")
     assert tables.read_study(tmp_path / "s.parquet") == study(1)
+    some = tables.read_study(tmp_path / "s.parquet", ["naive-8"])
+    assert some == [row for row in study(1) if row["arm"] == "naive-8"] != []
     with pytest.raises(RunError, match="there is no table of a study at .*; run the study"):
         tables.read_study(tmp_path / "no.parquet")
 
