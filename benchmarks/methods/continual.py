@@ -23,6 +23,7 @@ from typing import Any
 import pyarrow as pa
 
 from agentsdpo.benchmarks.methods.continual_learn import (
+    LR,
     Distilled,
     Retried,
     Student,
@@ -57,7 +58,7 @@ class Arm:
         newest: read older attempts with the newest word on their topic (fine-tuning leaves out those whose word no
             longer holds).
         updates: optimiser steps in each step of the stream; those behind the first are on older attempts alone.
-        log: times as much earlier work as the plan has.
+        lr: learning rate.
     """
 
     learns: str
@@ -65,12 +66,12 @@ class Arm:
     earlier: float = 0.0
     newest: bool = True
     updates: int = 1
-    log: int = 1
+    lr: float = LR
 
 
 ARMS = {"sdpo-earlier": Arm("sdpo", earlier=0.3), "sdpo-earlier-half": Arm("sdpo", earlier=0.5),
         "sdpo-earlier-half-x4": Arm("sdpo", earlier=0.5, updates=4),
-        "sdpo-earlier-long-x4": Arm("sdpo", earlier=0.5, updates=4, log=4),
+        "sdpo-earlier-half-x4-4e-4": Arm("sdpo", earlier=0.5, updates=4, lr=4e-4),
         "sft-retries-earlier-half-x4": Arm("retries", earlier=0.5, updates=4),
         "sdpo-replay": Arm("sdpo"), "sdpo-fresh": Arm("sdpo", replay=False),
         "sft-retries-earlier": Arm("retries", earlier=0.3), "sft-retries": Arm("retries"),
@@ -119,12 +120,13 @@ def _engine(chat: ChatFormat) -> InProcessEngine:
 
 def _student(arm: Arm, seed: int, plan: Plan, chat: ChatFormat, house: House, store: ReplayStore) -> Student:
     model, first, batch = load_model(seed_path(), chat), _engine(chat), plan.batch if arm.replay else 0
-    past = earlier_work(first, chat, store, plan.past * arm.log, seed) if arm.earlier else []
+    past = earlier_work(first, chat, store, plan.past, seed) if arm.earlier else []
     if arm.learns == "sdpo":
-        return Distilled(model, chat, store, batch=batch, newest=arm.newest, seed=seed, earlier=past, share=arm.earlier)
+        return Distilled(model, chat, store, batch=batch, newest=arm.newest, seed=seed, earlier=past, share=arm.earlier,
+                         lr=arm.lr)
     make: Any = Words(chat, store) if arm.learns == "words" else Retried(first, chat, house, plan, seed)
     return Tuned(model, make, batch=batch, newest=arm.newest, seed=seed, earlier=lines_of(store, past),
-                 share=arm.earlier)
+                 share=arm.earlier, lr=arm.lr)
 
 
 def _examine(exam: Exam, house: House, plan: Plan, step: int) -> list[Json]:

@@ -89,8 +89,8 @@ class Distilled:
     """SDPO from the store, with hints that were attached late; ``earlier`` work takes ``share`` of each batch."""
 
     def __init__(self, model: Any, chat: ChatFormat, store: ReplayStore, *, batch: int, newest: bool, seed: int,
-                 earlier: Sequence[str] = (), share: float = 0.0) -> None:
-        config = resolve("conversations", {**TOY["conversations"], **OBJECTIVE, "lr": LR, "control_every": 0})
+                 earlier: Sequence[str] = (), share: float = 0.0, lr: float = LR) -> None:
+        config = resolve("conversations", {**TOY["conversations"], **OBJECTIVE, "lr": lr, "control_every": 0})
         self.learner, self.chat, self.store, self.batch = Learner(model, config), chat, store, batch
         self.model, self.version = self.learner.model, 0
         self.memory, self._rng, self.earlier = Memory(newest=newest), random.Random(seed), list(earlier)
@@ -133,13 +133,13 @@ class Tuned:
     """
 
     def __init__(self, model: Any, make: Callable[[Sequence[Correction]], dict[str, Line]], *, batch: int, newest: bool,
-                 seed: int, earlier: Sequence[Line] = (), share: float = 0.0) -> None:
+                 seed: int, earlier: Sequence[Line] = (), share: float = 0.0, lr: float = LR) -> None:
         prepare_model(model)
         self.model, self.version, self.batch, self.earlier = model, 0, batch, list(earlier)
         self._share = round(batch * share)
         self.memory, self._make, self._rng = Memory(newest=newest), make, random.Random(seed)
         self._lines: dict[str, Line] = {}
-        self._optimiser = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
+        self._optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
 
     def learn(self, said: Sequence[Correction]) -> Json:
         """Make lines of what arrived, then one step of cross-entropy; every line weighs the same."""

@@ -40,7 +40,7 @@ KEPT = 0.95
 """Share of an earlier skill that is to be left."""
 STYLES: dict[str, tuple[str, Any]] = {
     "sdpo-earlier": (ROLES["student"], "-"), "sdpo-earlier-half": (ROLES["student"], (0, (7, 1.5, 1.5, 1.5))),
-    "sdpo-earlier-half-x4": (ROLES["teacher"], "-"), "sdpo-earlier-long-x4": (ROLES["teacher"], (0, (5, 2))),
+    "sdpo-earlier-half-x4": (ROLES["teacher"], "-"), "sdpo-earlier-half-x4-4e-4": (ROLES["teacher"], (0, (5, 2))),
     "sft-retries-earlier-half-x4": ("#b85c96", (0, (7, 1.5, 1.5, 1.5))),
     "sdpo-replay": (ROLES["student"], (0, (5, 2))),
     "sdpo-fresh": (ROLES["student"], (0, (1, 1.2))), "sdpo-as-said": (ROLES["hint"], (0, (5, 2))),
@@ -168,9 +168,10 @@ def figure(rows: Sequence[Json]) -> Figure:
 
 def _curves(axes: Axes, rows: Sequence[Json]) -> None:
     """Share of choices that follow the rules in force, in two parts: those of either firm, which meet at the change."""
-    seeds, change = sorted({row["seed"] for row in rows}), _change(rows)
+    change = _change(rows)
     for arm, (colour, line) in STYLES.items():
         own = [row for row in rows if row["arm"] == arm and row["split"] == "taught"]
+        seeds = sorted({row["seed"] for row in own})
         for firm, part in (("before", [r for r in own if r["step"] <= change]),
                            ("after", [r for r in own if r["step"] >= change])):
             for seed in seeds if len(seeds) > 1 else ():
@@ -181,13 +182,12 @@ def _curves(axes: Axes, rows: Sequence[Json]) -> None:
                 by_step.setdefault(row["step"], []).append(row[firm])
             if by_step:
                 _line(axes, by_step, color=colour, linestyle=line, linewidth=2.4, marker="o", markersize=3.5,
-                      label=arm if firm == "before" else None)
+                      label=f"{arm} ({len(seeds)})" if firm == "before" else None)
     axes.axhline(25, color=ROLES["ink"], linestyle=(0, (6, 3)), linewidth=1.2, label="guessing")
     axes.axvline(change, color=ROLES["ink"], linewidth=1.2)
     axes.annotate("the rules change", (change, 100), (5, -2), textcoords="offset points", fontsize=9)
     axes.set(ylim=(-3, 104), xlabel="steps of 16 requests", ylabel="choices by the rules [%]")
-    axes.set_title("Rules in force that are followed, unseen clients "
-                   f"({len(seeds)} seed{'s; bold: IQM' if len(seeds) > 1 else ''})")
+    axes.set_title("Rules in force that are followed, unseen clients (in brackets: seeds; bold: their IQM)")
 
 
 def _line(axes: Axes, points: Mapping[int, Sequence[float]], **style: Any) -> None:
