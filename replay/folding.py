@@ -47,6 +47,7 @@ class Fold:
         epoch: number of take-overs of the maintenance stream.
         busy: entry of the last take-over while its compaction has come to no end, else None.
         from_snapshot: whether to begin with the folded snapshot, where there is one.
+        late: what that says of its late values, and the overlays they are from.
     """
 
     storage: Storage
@@ -67,6 +68,7 @@ class Fold:
     closures: dict[str, list[str]] = field(default_factory=dict)
     epoch: int = 0
     busy: int | None = None
+    late: tuple[Json, frozenset[str]] | None = None
     _added: dict[Key, Located] = field(default_factory=dict)
     _checked: set[str] = field(default_factory=set)
     _left: dict[tuple[str, int], set[Key]] = field(default_factory=dict)

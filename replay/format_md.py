@@ -16,6 +16,7 @@ bucket, files are made with `If-None-Match: *` only) |
 | `log/maint/<seq>.json` | the one stream of maintenance: what was moved, hidden, packed, deleted |
 | `log/archive/<uuid7>.jsonl` | entries of ended streams, one per line, once an `archive` operation names them |
 | `snap/<uuid7>.parquet`, `snap/LATEST.json` | what the log said at some time, row by row; disposable |
+| `snap/<uuid7>-late.parquet` | the late values that counted then, and the overlays they are from; disposable |
 | `overlay/<kind>/<uuid7>.parquet` | hints, rewards, labels and trainers' log-probs that came later |
 | `policies/<version>.json` | what a policy version is: weights, tokenizer, template, vocabulary |
 | `pins/<reader>.json` | what a reader still needs, and what it wants others to know |

@@ -1,8 +1,8 @@
-"""The folded snapshot: what the log says, in one Parquet file, so that opening a store reads no long log.
+"""The folded snapshot: what log and overlays say, in two Parquet files, so that opening a store reads neither.
 
 ``snap/<uuid7>.parquet`` has a row per key with ``state`` live, evicted, outlived or conflict, where the row is and what
 it must hash to; the positions in all streams, the overlays and what maintenance remembers stand in the metadata of its
-schema.
+schema. ``snap/<uuid7>-late.parquet`` has a row per late value that counts, and the overlay it is from.
 ``snap/LATEST.json`` names the newest file and its hash. Both are disposable: damaged ones are passed over with a
 warning and the log is read instead. What they say about the log is believed only if the log still says so.
 """
@@ -11,7 +11,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import chain
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from agentsdpo.replay import archive
 from agentsdpo.replay.canonical import canonical_json
 from agentsdpo.replay.ids import Key, uuid7
 from agentsdpo.replay.log import Evicted, Located, Vector, entry_path
+from agentsdpo.replay.overlay import Late, Overlays, Slot
 from agentsdpo.replay.storage import Storage
 from agentsdpo.types import Json
 
@@ -43,6 +44,11 @@ SCHEMA = pa.schema([
     *((name, pa.int64() if name in _INTS else pa.bool_() if name in _BOOLS else pa.string()) for name in _PLACE)])
 """Columns of a folded snapshot. ``size`` and ``file_sha256`` are those of the data file ``path``."""
 _PLAIN = ["episode_id", "file_sha256", "footer_sha256", "tokens_sha256", "content_sha256"]
+LATE = pa.schema([
+    ("kind", pa.string()), ("episode_id", pa.string()), ("branch_id", pa.int32()), ("attempt", pa.int32()),
+    ("by", pa.string()), ("revision", pa.int64()), ("path", pa.string()), ("row", pa.int64()),
+    ("target_sha256", pa.string()), ("value", pa.string())])
+"""Columns of the late values: slot, then what counts there."""
 
 
 # ----------------------------------------------------------------------------------------------------- writing
@@ -50,7 +56,8 @@ _PLAIN = ["episode_id", "file_sha256", "footer_sha256", "tokens_sha256", "conten
 
 def write(fold: "Fold") -> str:
     """Write what a fold holds and make it the latest; returns the path of the file."""
-    path, data = f"snap/{uuid7()}.parquet", _encode(fold)
+    path = f"snap/{uuid7()}.parquet"
+    data = _encode(fold, _write_late(fold, beside(path)))
     fold.storage.create(path, data)
     about: Json = {"v": 1, "file": path, "bytes": data.size, "sha256": hashlib.sha256(data).hexdigest(),
                    "rows": len(fold.live())}
@@ -58,11 +65,37 @@ def write(fold: "Fold") -> str:
     return path
 
 
+def beside(path: str) -> str:
+    """Where the late values of a folded snapshot stand, if it has any.
+
+    >>> beside("snap/7.parquet")
+    'snap/7-late.parquet'
+    """
+    return path.removesuffix(".parquet") + "-late.parquet"
+
+
+def _write_late(fold: "Fold", path: str) -> Json | None:
+    """Write the late values that count; None where there are none, or an overlay is damaged: its readers say so."""
+    try:
+        found = late(fold).read(fold.overlays, fold.outdone)
+    except CorruptionError:
+        return None
+    if not found.latest:
+        return None
+    rows = [(slot.kind, *slot.key, slot.by, *value) for slot, value in sorted(found.latest.items())]
+    table = pa.Table.from_pylist([dict(zip(LATE.names, row, strict=True)) for row in rows], LATE)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    data = sink.getvalue()
+    fold.storage.create(path, data)
+    return {"file": path, "sha256": hashlib.sha256(data).hexdigest()}
+
+
 def _sha(about: Json) -> str:
     return hashlib.sha256(canonical_json({name: value for name, value in about.items() if name != "sha"})).hexdigest()
 
 
-def _encode(fold: "Fold") -> pa.Buffer:
+def _encode(fold: "Fold", about_late: Json | None) -> pa.Buffer:
     """Parquet bytes of a fold."""
     apart = [row for rows in fold.conflicts.values() for row in map(fold.place, rows)]
     rows = sorted(chain(apart, (row for key, row in fold.rows.items() if key not in fold.conflicts)),
@@ -78,7 +111,8 @@ def _encode(fold: "Fold") -> pa.Buffer:
     columns["evicted_by"] = [gone and gone.seq for gone in hidden]
     columns["moved"] = [row.key in fold.moved and fold.moved[row.key].path == row.path for row in rows]
     columns["file_sha256"] = [known.get(row.path) for row in rows]
-    table = pa.Table.from_pydict(columns, SCHEMA.with_metadata({_META: canonical_json(_rest(fold, columns["path"]))}))
+    table = pa.Table.from_pydict(columns, SCHEMA.with_metadata({
+        _META: canonical_json(_rest(fold, columns["path"]) | {"late": about_late})}))
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True,
                    use_dictionary=[name for name in SCHEMA.names if name not in _PLAIN])  # pyright: ignore[reportArgumentType]
@@ -132,15 +166,40 @@ def load(storage: Storage) -> pa.Table | None:
     about = _about(storage)
     if about is None:
         return None
-    path = f"{storage.uri}/{about['file']}"
+    return _read(storage, about["file"], about["sha256"])
+
+
+def _read(storage: Storage, path: str, sha: str) -> pa.Table:
+    """One of the two files. Raises CorruptionError."""
     try:
-        data = storage.read(about["file"])
+        data = storage.read(path)
     except FileNotFoundError:
-        raise CorruptionError(f"{path} is missing though {LATEST} names it", fix=REBUILD) from None
-    if hashlib.sha256(data).hexdigest() != about["sha256"]:
-        raise CorruptionError(f"{path} is not the file that was written", fix=REBUILD)
+        raise CorruptionError(f"{storage.uri}/{path} is missing though {LATEST} names it", fix=REBUILD) from None
+    if hashlib.sha256(data).hexdigest() != sha:
+        raise CorruptionError(f"{storage.uri}/{path} is not the file that was written", fix=REBUILD)
     with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:  # read_table loads pandas
         return file.read(use_threads=False)
+
+
+def late(fold: "Fold") -> Overlays:
+    """The late values beside the folded snapshot that a fold began with; none where they cannot be had.
+
+    They are those of all overlays the snapshot knew; while one of these is given up, they are not believed.
+    """
+    none, known = Overlays(fold.storage), {op["path"]: op for ops in fold.overlays.values() for op in ops}
+    if fold.late is None or not fold.late[1] <= known.keys():
+        return none
+    about, paths = fold.late
+    try:
+        table = _read(fold.storage, about["file"], about["sha256"])
+        columns = [table.column(name).to_pylist() for name in LATE.names]
+    except (CorruptionError, pa.ArrowException, KeyError) as error:
+        warnings.warn(f"the late values beside the folded snapshot of {fold.storage.uri} are damaged, all overlays are "
+                      f"read instead: {error}", RuntimeWarning, stacklevel=2)
+        return none
+    values = {Slot(kind, Key(*key), by): Late(*value) for kind, *key, by, value in zip(
+        *columns[:5], zip(*columns[5:], strict=True), strict=True)}
+    return replace(none, latest=values, files={path: known[path] for path in paths})
 
 
 def latest(storage: Storage) -> str | None:
@@ -180,6 +239,8 @@ def _fill(fold: "Fold", table: pa.Table, rest: Json, vector: Vector) -> None:
     fold.vector, fold.epoch, fold.busy, fold.closed = vector, rest["epoch"], rest["busy"], set(rest["closed"])
     fold.overlays, fold.gone, fold.closures = rest["overlays"], rest["gone"], rest["closures"]
     fold.beaten = set(rest["beaten"])
+    if rest.get("late"):  # earlier builds wrote none
+        fold.late = rest["late"], frozenset(op["path"] for ops in fold.overlays.values() for op in ops)
     fold.outdone = {(Key(*key), sha) for key, sha in rest.get("outdone", ())}  # earlier builds wrote none
     fold.archived = {writer: archive.Place(path, size, sha, *vector[writer])
                      for path, (size, sha, writers) in rest["archives"].items() for writer in writers}

@@ -19,7 +19,7 @@ from threading import RLock
 import pyarrow as pa
 
 from agentsdpo.errors import CorruptionError, RowError, StoreError
-from agentsdpo.replay import layout, overlay
+from agentsdpo.replay import layout, overlay, snapfile
 from agentsdpo.replay.asking import Asking
 from agentsdpo.replay.folding import Fold
 from agentsdpo.replay.ids import uuid7
@@ -230,9 +230,10 @@ class ReplayStore(Asking, LateValues):
             if at is not None:
                 fold = Fold(self.storage)
                 fold.refresh({writer: (int(seq), str(sha)) for writer, (seq, sha) in at.items()})
-                return self._view(fold, Overlays(self.storage).read(fold.overlays, fold.outdone))
+                return self._view(fold, snapfile.late(fold).read(fold.overlays, fold.outdone))
             self._fold.refresh()
-            self._late = self._late.read(self._fold.overlays, self._fold.outdone)
+            begun = self._late if self._late.files else snapfile.late(self._fold)
+            self._late = begun.read(self._fold.overlays, self._fold.outdone)
             return self._view(self._fold, self._late)
 
     def _view(self, fold: Fold, late: Overlays) -> Snapshot:

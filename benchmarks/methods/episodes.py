@@ -33,10 +33,10 @@ COMMON: Json = {
 QUICK = ("steps=2", "eval.every=1", "eval.episodes=8", "eval.final_episodes=8")
 _GROUPS = ("staleness=0", "learn.max_staleness=0", "episodes_per_step=32", "steps=64", "eval.every=5")
 MAIN = (Arm("robust", ("preset=robust", "staleness=3", "learn.batch=32")),
-        Arm("grpo", ("preset=grpo", *_GROUPS, "learn.batch=4", "learn.lr=3e-4")))
+        Arm("grpo", ("preset=grpo", *_GROUPS, "learn.batch=4")))
 """The question. ``grpo`` learns from four groups of eight a step, all fresh."""
-MORE = (Arm("opd_grpo", ("preset=opd_grpo", *_GROUPS, "learn.batch=4", "learn.lr=3e-4")),
-        Arm("safe_agent", ("preset=safe_agent", *_GROUPS, "learn.batch=4", "learn.lr=3e-4")),
+MORE = (Arm("opd_grpo", ("preset=opd_grpo", *_GROUPS, "learn.batch=4")),
+        Arm("safe_agent", ("preset=safe_agent", *_GROUPS, "learn.batch=4")),
         Arm("sdpo", ("preset=sdpo", *_GROUPS, "learn.batch=32")))
 """Other methods with groups on the rollouts of ``grpo``, run when they are named."""
 TUNING = tuple(Arm(f"grpo-{lr}", ("preset=grpo", *_GROUPS, "learn.batch=4", f"learn.lr={lr}"))

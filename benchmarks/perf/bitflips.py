@@ -3,6 +3,7 @@
     python -m agentsdpo.benchmarks.perf.bitflips [--json]
 """
 
+import json
 import random
 import shutil
 import tempfile
@@ -17,13 +18,13 @@ import pyarrow.parquet as pq
 from agentsdpo.benchmarks.perf.figure import Figure, run_all
 from agentsdpo.benchmarks.perf.transcripts import zipf_episode
 from agentsdpo.errors import StoreError
-from agentsdpo.replay import ReplayStore, compact, evict, fold, verify
+from agentsdpo.replay import ReplayStore, compact, evict, fold, snapfile, verify
 
 FLIPS = 2_000
 HEADER = 16
 """Bytes at the start of a page that are taken for its header, which is longer."""
 CLASSES = ("data page", "page header", "footer", "log entry", "maintenance entry", "archive", "folded snapshot",
-           "latest", "overlay")
+           "late values", "latest", "overlay")
 
 
 @dataclass
@@ -105,21 +106,18 @@ def _everything(root: Path) -> list[bytes]:
 def _places(root: Path) -> dict[str, list[tuple[Path, list[range]]]]:
     """By class the files, and the byte ranges in them."""
     whole = {"log entry": "log/*-*/*.json", "maintenance entry": "log/maint/*.json", "archive": "log/archive/*",
-             "folded snapshot": "snap/*.parquet", "latest": "snap/LATEST.json", "overlay": "overlay/*/*"}
+             "latest": "snap/LATEST.json", "overlay": "overlay/*/*"}
     places = {name: [(path, [range(path.stat().st_size)]) for path in sorted(root.glob(pattern))]
               for name, pattern in whole.items()}
-    latest = fold_path(root)
-    places["folded snapshot"] = [place for place in places["folded snapshot"] if place[0] == latest]
+    latest = root / json.loads((root / snapfile.LATEST).read_bytes())["file"]
+    places["folded snapshot"] = [(latest, [range(latest.stat().st_size)])]
+    late = root / snapfile.beside(latest.relative_to(root).as_posix())
+    places["late values"] = [(late, [range(late.stat().st_size)])]
     live = {row.path for row in ReplayStore.open(root).snapshot().rows.values()}
     for path in sorted(root / name for name in live):
         for name, ranges in _parquet(path).items():
             places.setdefault(name, []).append((path, ranges))
     return places
-
-
-def fold_path(root: Path) -> Path:
-    """The folded snapshot in use."""
-    return max(root.glob("snap/*.parquet"), key=lambda path: path.stat().st_mtime_ns)
 
 
 def _parquet(path: Path) -> dict[str, list[range]]:

@@ -103,6 +103,7 @@ def _read_elsewhere(storage: Storage, fold: Fold, before: int) -> list[FileInfo]
     packed = {info.path for info in storage.list(f"log/{archive.FOLDER}") if info.mtime_us <= before}
     streams = {writer for writer, place in fold.archived.items() if place.path in packed}
     latest = snapfile.latest(storage)
-    old = [info for info in storage.list("snap") if latest and info.path not in (latest, snapfile.LATEST)]
+    kept = (latest, snapfile.beside(latest), snapfile.LATEST) if latest else ()
+    old = [info for info in storage.list("snap") if latest and info.path not in kept]
     logs = [info for info in storage.list("log") if info.path.split("/")[1] in streams] if streams else []
     return logs + [info for info in old if info.mtime_us <= before]

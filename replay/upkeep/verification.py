@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from agentsdpo.errors import AgentSdpoError, ConfigError, CorruptionError, StoreError
-from agentsdpo.replay import layout, overlay
+from agentsdpo.replay import layout, overlay, snapfile
 from agentsdpo.replay.folding import Fold
 from agentsdpo.replay.ids import Key
 from agentsdpo.replay.log import MAINT, entry_path
+from agentsdpo.replay.overlay import Overlays
 from agentsdpo.replay.rules import check_episode
 from agentsdpo.replay.storage import mend
 from agentsdpo.replay.store import ReplayStore
@@ -121,6 +122,7 @@ def _snapfile(walk: Walk) -> Iterator[Problem]:
         warnings.simplefilter("error")
         try:
             state.refresh()
+            snapfile.late(state)
         except RuntimeWarning as warning:
             yield Problem("fast", "snap", None, str(warning), fix)
             return
@@ -199,6 +201,7 @@ def _deep(store: ReplayStore, walk: Walk) -> Iterator[Problem]:
     """What only a look at the tokens shows, on everything that can be read."""
     yield from _overlay_targets(walk)
     try:
+        yield from _late_values(walk)
         view = store.snapshot()
     except StoreError:
         return  # the log or an overlay is damaged, and listed
@@ -236,6 +239,19 @@ def _summary(branch: Branch, low: int, high: int, n_tokens: int, n_trainable: in
     have = (oldest, newest, len(branch.token_ids), int((branch.token_kind == 1).sum()))
     want = (low, high, n_tokens, n_trainable)
     return "" if have == want else f"oldest and newest version, tokens, trained tokens are {have}, recorded as {want}"
+
+
+def _late_values(walk: Walk) -> Iterator[Problem]:
+    """The late values beside the folded snapshot are those of the overlays. Raises CorruptionError: one is damaged."""
+    state = Fold(walk.storage)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is damaged is listed by the first level
+        state.refresh()
+        kept = snapfile.late(state)
+    if kept.files and kept.read(state.overlays, state.outdone).latest != Overlays(walk.storage).read(
+            state.overlays, state.outdone).latest:
+        yield Problem("deep", "snap", None, "the folded snapshot says other late values than the overlays",
+                      snapfile.REBUILD)
 
 
 def _overlay_targets(walk: Walk) -> Iterator[Problem]:
