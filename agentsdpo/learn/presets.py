@@ -100,8 +100,10 @@ AROUND: dict[str, dict[str, Any]] = {
 """What presets set outside ``[learn]``, as nested settings of a run; a configuration's own win."""
 
 _SMALL = {"divergence": 6e-4, "sampled": 1e-4}
+_TRIED = {"sdpopp": 6e-4, "grpo": 3e-4, "opd_grpo": 3e-4, "safe_agent": 3e-4}
+"""The best of several rates (docs/staleness.md, docs/methods/grpo.md); for ``naive`` a larger one is the end."""
 TOY: dict[str, dict[str, Any]] = {
-    name: {"lr": _SMALL[fields["form"]], **({"teacher": "frozen"} if name == "sdpo" or (
+    name: {"lr": _TRIED.get(name, _SMALL[fields["form"]]), **({"teacher": "frozen"} if name == "sdpo" or (
         fields["teacher"] == "live" and fields.get("mix") != "grade") else {})}
     for name, fields in PRESETS.items()}
 """What a model of a few million parameters needs instead: higher learning rates, hence no teacher that moves."""

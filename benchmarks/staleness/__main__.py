@@ -45,8 +45,8 @@ MORE = (_arm("is-8", "naive", 8, "learn.ratio=is"), _arm("tis-8", "naive", 8, "l
         _arm("ungated-64", "robust", 64, "learn.gate=off", "learn.veto=none"),
         _arm("ema-8", "robust", 8, "learn.teacher=ema", "learn.ema_rate=0.01"),
         _arm("live-0", "robust", 0, "learn.teacher=live", "learn.allow_live_lr=true"),
-        _arm("sdpopp-8-3e-4", "sdpopp", 8, "learn.lr=3e-4"), _arm("sdpopp-8-6e-4", "sdpopp", 8, "learn.lr=6e-4"),
-        _arm("sdpopp-8-1e-3", "sdpopp", 8, "learn.lr=1e-3"), _arm("sdpopp-3-6e-4", "sdpopp", 3, "learn.lr=6e-4"),
+        _arm("sdpopp-3-1e-4", "sdpopp", 3, "learn.lr=1e-4"), _arm("sdpopp-8-1e-4", "sdpopp", 8, "learn.lr=1e-4"),
+        _arm("sdpopp-8-3e-4", "sdpopp", 8, "learn.lr=3e-4"), _arm("sdpopp-8-1e-3", "sdpopp", 8, "learn.lr=1e-3"),
         _arm("naive-8-3e-5", "naive", 8, "learn.lr=3e-5"), _arm("naive-8-3e-4", "naive", 8, "learn.lr=3e-4"),
         _arm("robust-16-n2", "robust", 16, "desk.n=[2]"), _arm("robust-16-n4", "robust", 16, "desk.n=[4]",
              "collect.window=1024"))

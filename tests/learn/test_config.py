@@ -18,7 +18,8 @@ def test_every_preset_resolves_alone_and_for_the_toy_model(name: str) -> None:
     published = {"conversations": 3e-5, "test_time": 1e-5, "parity_trl": 5e-5, "parity_lasgroup": 1e-5,
                  "parity_openclaw": 1e-5}
     assert resolve(name).lr == published.get(name, 1e-6)
-    assert resolve(name, TOY[name]).lr == (1e-4 if resolve(name).form == "sampled" else 6e-4)
+    tried = {"sdpopp": 6e-4, "grpo": 3e-4, "opd_grpo": 3e-4, "safe_agent": 3e-4}
+    assert resolve(name, TOY[name]).lr == tried.get(name, 1e-4 if resolve(name).form == "sampled" else 6e-4)
     assert resolve(name).parity == name.startswith("parity_"), "a known flaw is never the default"
 
 
@@ -34,7 +35,7 @@ def test_preset_fields_are_those_of_the_specification() -> None:
 def test_naive_differs_from_sdpopp_in_the_corrections_alone() -> None:
     ours, control = resolve("sdpopp").model_dump(), resolve("naive").model_dump()
     assert {key for key in ours if ours[key] != control[key]} == {"ratio", "adv_clip"}
-    assert TOY["naive"] == TOY["sdpopp"]
+    assert {**TOY["naive"], "lr": 6e-4} == TOY["sdpopp"]
 
 
 @pytest.mark.parametrize(("preset", "overrides", "reason"), [
