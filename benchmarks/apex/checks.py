@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future
 from importlib import import_module
+from math import nan
 from threading import Thread
 from typing import TypeVar
 
@@ -65,29 +66,27 @@ async def run_check(criterion: Criterion, task: Task, outcome: Outcome, *,
     assert criterion.check is not None
     answer = _started(find_check(criterion.check), task, outcome)
     try:
-        score = float(await asyncio.wait_for(asyncio.wrap_future(answer), patience))
-    except Exception as fault:  # noqa: BLE001 - anybody's code
-        if not answer.done():
-            return CriterionResult(id=criterion.id, status="error", score=None,
-                                   rationale=f"check {criterion.check} gave no answer within {patience:g} s")
+        score, problem = await asyncio.wait_for(asyncio.wrap_future(answer), patience)
+    except TimeoutError:
+        score, problem = nan, f"gave no answer within {patience:g} s"
+    if not problem and not 0.0 <= score <= 1.0:
+        problem = f"gave {score}, not 0 to 1"
+    if problem:
         return CriterionResult(id=criterion.id, status="error", score=None,
-                               rationale=f"check {criterion.check} broke: {type(fault).__name__}: {fault}")
-    if not 0.0 <= score <= 1.0:
-        return CriterionResult(id=criterion.id, status="error", score=None,
-                               rationale=f"check {criterion.check} gave {score}, not 0 to 1")
+                               rationale=f"check {criterion.check} {problem}")
     return CriterionResult(id=criterion.id, score=score, rationale=f"check {criterion.check}")
 
 
-def _started(function: Check, task: Task, outcome: Outcome) -> "Future[bool | float]":
-    """The answer to come. No pool: the end of the program would wait for a thread of it that hangs."""
-    answer: Future[bool | float] = Future()
+def _started(function: Check, task: Task, outcome: Outcome) -> "Future[tuple[float, str]]":
+    """Score and problem to come. No pool: the end of the program would wait for a thread of it that hangs."""
+    answer: Future[tuple[float, str]] = Future()
     answer.set_running_or_notify_cancel()  # so that nobody's loss of patience cancels it under the thread's hands
 
     def work() -> None:
         try:
-            answer.set_result(function(task, outcome))
-        except BaseException as fault:  # noqa: BLE001 - it is raised where the answer is waited for
-            answer.set_exception(fault)
+            answer.set_result((float(function(task, outcome)), ""))
+        except BaseException as fault:  # noqa: BLE001 - anybody's code, which may call sys.exit
+            answer.set_result((nan, f"broke: {type(fault).__name__}: {fault}"))
 
     Thread(target=work, name="check", daemon=True).start()
     return answer

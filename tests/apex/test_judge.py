@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import re
+import sys
 import threading
 import zipfile
 from collections.abc import Callable, Sequence
@@ -329,6 +330,12 @@ def breaks(task: Task, outcome: Outcome) -> bool:
 
 
 @check
+def leaves(task: Task, outcome: Outcome) -> bool:
+    """A check that was a program."""
+    sys.exit(3)
+
+
+@check
 def too_good(task: Task, outcome: Outcome) -> float:
     """A check with another bug."""
     return 7.0
@@ -358,9 +365,10 @@ def test_programs_check_without_a_judge() -> None:
     outcome = Outcome(answer="512", initial=b"{}", final=b"{}")
     grader = RubricGrader(None)
     assert asyncio.run(grader.grade(checked("says_512"), outcome)).passed is True
-    broken = asyncio.run(grader.grade(checked("says_512", "breaks", "too_good"), outcome))
-    assert ([r.status for r in broken.results], broken.passed) == (["ok", "error", "error"], None)
-    assert "KeyError" in broken.results[1].rationale
+    broken = asyncio.run(grader.grade(checked("says_512", "breaks", "too_good", "leaves"), outcome))
+    assert ([r.status for r in broken.results], broken.passed) == (["ok", "error", "error", "error"], None)
+    assert [r.rationale.partition(" ")[2].partition(" ")[2] for r in broken.results[1:]] == [
+        "broke: KeyError: 'oops'", "gave 7.0, not 0 to 1", "broke: SystemExit: 3"]
     assert grader.judged_by()["model"] is None
     with pytest.raises(ConfigError, match="not_marked is no check; mark the function with @check"):
         asyncio.run(grader.grade(checked("not_marked"), outcome))
