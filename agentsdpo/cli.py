@@ -90,7 +90,8 @@ def _global(version: Annotated[bool, typer.Option(
 
 def main() -> NoReturn:
     """Run the command line; errors raised on purpose become one sentence, faults keep their traceback."""
-    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is first imported
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is first imported
     try:
         app()
     except AgentSdpoError as error:

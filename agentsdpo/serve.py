@@ -29,6 +29,10 @@ _UNLESS_SET = {"HF_HUB_OFFLINE": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "65"}
 # On few cores nobody may spin: publish/in_vllm/agentsdpo_waiting.py.
 _CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_WAIT_POLICY": "PASSIVE"}
 
+_OURS = ("VIRTUAL_ENV", "PYTHONPATH", "GOMP_SPINCOUNT")
+"""What must not leak into vLLM: its environment is another, and the last, set by our own command line, would outdo
+``OMP_WAIT_POLICY``."""
+
 
 @dataclass(frozen=True)
 class ServeOptions:
@@ -115,8 +119,7 @@ def environment(options: ServeOptions) -> dict[str, str]:
     chosen = _UNLESS_SET if options.gpu else _UNLESS_SET | _CPU
     own = _CONTROL | {key: os.environ.get(key, value) for key, value in chosen.items()}
     own |= {} if options.gpu else {"PYTHONPATH": str(_IN_VLLM)}
-    # A virtual environment of the caller's must not leak into that of vLLM.
-    return {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "PYTHONPATH")} | own
+    return {key: value for key, value in os.environ.items() if key not in _OURS} | own
 
 
 def free_port(host: str = LOOPBACK, port: int = 0) -> int:

@@ -174,7 +174,7 @@ def _read(storage: Storage, path: str, sha: str) -> pa.Table:
     try:
         data = storage.read(path)
     except FileNotFoundError:
-        raise CorruptionError(f"{storage.uri}/{path} is missing though {LATEST} names it", fix=REBUILD) from None
+        raise CorruptionError(f"{storage.uri}/{path} is missing though {LATEST} leads to it", fix=REBUILD) from None
     if hashlib.sha256(data).hexdigest() != sha:
         raise CorruptionError(f"{storage.uri}/{path} is not the file that was written", fix=REBUILD)
     with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:  # read_table loads pandas
@@ -186,10 +186,12 @@ def late(fold: "Fold") -> Overlays:
 
     They are those of all overlays the snapshot knew; while one of these is given up, they are not believed.
     """
-    none, known = Overlays(fold.storage), {op["path"]: op for ops in fold.overlays.values() for op in ops}
-    if fold.late is None or not fold.late[1] <= known.keys():
+    none = Overlays(fold.storage)
+    if fold.late is None:
         return none
-    about, paths = fold.late
+    (about, paths), known = fold.late, {op["path"]: op for ops in fold.overlays.values() for op in ops}
+    if not paths <= known.keys():
+        return none
     try:
         table = _read(fold.storage, about["file"], about["sha256"])
         columns = [table.column(name).to_pylist() for name in LATE.names]

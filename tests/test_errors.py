@@ -160,14 +160,16 @@ def test_train_shows_what_came_of_it_and_finds_the_users_tasks(tmp_path: Path) -
     assert "curves" not in done.stderr
 
 
-@pytest.mark.parametrize(("given", "found"), [({}, cli.SPINS), ({"GOMP_SPINCOUNT": "7"}, "7")])
+@pytest.mark.parametrize(("given", "found"), [({}, cli.SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"),
+                                              ({"OMP_WAIT_POLICY": "ACTIVE"}, None)])
 def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(tmp_path: Path, given: dict[str, str],
-                                                                   found: str) -> None:
+                                                                   found: str | None) -> None:
     """OpenMP reads the variable once, when torch is imported."""
-    (tmp_path / "tasks.py").write_text("import os, sys\nNAME = os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules\n")
+    tasks = "import os, sys\nNAME = os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules\n"
+    (tmp_path / "tasks.py").write_text(tasks)
     (tmp_path / "child.py").write_text(CHILD)
     (tmp_path / "a.toml").write_text("")
-    env = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     done = subprocess.run([sys.executable, "child.py", "train", "a.toml", "--json"], cwd=tmp_path, text=True,
                           env={**env, **given, "HOW": "suite"}, capture_output=True, check=True)
     assert done.stdout.splitlines()[0] == str((found, False))

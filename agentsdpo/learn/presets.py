@@ -101,7 +101,8 @@ AROUND: dict[str, dict[str, Any]] = {
 
 _SMALL = {"divergence": 6e-4, "sampled": 1e-4}
 _TRIED = {"sdpopp": 6e-4, "grpo": 3e-4, "opd_grpo": 3e-4, "safe_agent": 3e-4}
-"""The best of several rates (docs/staleness.md, docs/methods/grpo.md); for ``naive`` a larger one is the end."""
+"""``sdpopp``, ``grpo``: the best of several (docs/staleness.md, docs/methods/grpo.md); the other two take that of
+``grpo``. For ``naive`` a larger one is the end."""
 TOY: dict[str, dict[str, Any]] = {
     name: {"lr": _TRIED.get(name, _SMALL[fields["form"]]), **({"teacher": "frozen"} if name == "sdpo" or (
         fields["teacher"] == "live" and fields.get("mix") != "grade") else {})}

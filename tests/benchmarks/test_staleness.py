@@ -56,7 +56,7 @@ def test_every_arm_can_be_configured_and_differs_from_the_others() -> None:
             for name, arm in staleness.ARMS.items()}
     assert len(set(told.values())) == len(told)
     naive, full = (staleness.ARMS[name].config(staleness.COMMON, 0).learn for name in ("naive-8", "sdpopp-8-1e-4"))
-    assert differing(naive, full) == {"ratio", "adv_clip"}, "at the rate at which naive moves and is not yet lost"
+    assert differing(naive, full) == {"ratio", "adv_clip"}, "at one rate"
     for name, base, keys in (("is-8", "naive-8", {"ratio"}), ("tis-8", "naive-8", {"ratio"}),
                              ("reverse-16", "robust-16", {"beta"}), ("ungated-64", "robust-64", {"gate", "veto"})):
         one, other = (staleness.ARMS[arm].config(staleness.COMMON, 0).learn for arm in (name, base))

@@ -43,10 +43,12 @@ def test_the_environment_hands_on_the_key_and_nothing_of_this_venv(monkeypatch: 
     monkeypatch.setenv("VLLM_API_KEY", "hush")
     monkeypatch.setenv("VIRTUAL_ENV", "/elsewhere")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "10000")
     own = environment(ServeOptions("m"))
     assert own["VLLM_API_KEY"] == "hush"
     assert own["VLLM_SERVER_DEV_MODE"] == "1"
     assert own["VLLM_CPU_KVCACHE_SPACE"] == "7"
+    assert "GOMP_SPINCOUNT" not in own, "set by our own command line, it would outdo OMP_WAIT_POLICY"
     assert "VIRTUAL_ENV" not in own
     assert "hush" not in " ".join(command(ServeOptions("m"), ["python"], 81))
 
