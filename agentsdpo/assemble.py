@@ -7,12 +7,13 @@ from typing import Any
 
 from agentsdpo.chat import ChatFormat
 from agentsdpo.collect.collector import Collector
+from agentsdpo.collect.config import CollectConfig
 from agentsdpo.collect.inprocess import InProcessEngine
 from agentsdpo.config import RunConfig
 from agentsdpo.errors import ConfigError, RunError, StoreError
 from agentsdpo.hint.hinter import Hinter, make_hinter
 from agentsdpo.learn.learner import Learner
-from agentsdpo.learn.load import load_chat, load_model
+from agentsdpo.learn.load import load_chat, load_model, pick_device
 from agentsdpo.learn.parallel import Ranks
 from agentsdpo.learn.trackers import check_trackers
 from agentsdpo.learning import Learning
@@ -97,10 +98,20 @@ def oldest_first(view: Snapshot) -> list[tuple[str, int]]:
 
 
 def make_learner(config: RunConfig, ranks: Ranks | None = None) -> Learner:
-    """The learner of one process, from the model that the configuration names."""
-    ranks, path = ranks or Ranks(), model_path(config)
+    """The learner of one process, from the model that the configuration names; on a GPU where there is one."""
+    ranks, path = ranks or Ranks(device=pick_device()), model_path(config)
     model = load_model(path, load_chat(path), dtype=config.learn.dtype)
     return Learner(model, config.learn, ranks=ranks, device=ranks.device)
+
+
+def inprocess_engine(config: CollectConfig, path: Path | str, chat: ChatFormat) -> InProcessEngine:
+    """A model that plays in this process, in float32 on ``collect.device``.
+
+    Raises:
+        ModelError, ConfigError: no such model or device, or a window that it does not have.
+    """
+    return InProcessEngine(load_model(path, chat, device=pick_device(config.device)), chat.eos_id,
+                           max_slots=config.concurrency, window=config.window)
 
 
 def check_request(config: RunConfig) -> tuple[Path | str, ChatFormat, Suite]:
@@ -141,8 +152,7 @@ def assemble(config: RunConfig, out: Path | str, *, resume: bool = False, ranks:
     """
     path, chat, suite = check_request(config)
     learner = make_learner(config, ranks)
-    engine = InProcessEngine(load_model(path, chat), chat.eos_id, max_slots=config.collect.concurrency,
-                             window=config.collect.window)
+    engine = inprocess_engine(config.collect, path, chat)
     collector = Collector.of_engine(suite, engine, chat, config.collect, run_id=run_id(config), model_id=config.model)
     folder = open_run(out, config, resume=resume)
     store = ReplayStore.open(folder.replay)

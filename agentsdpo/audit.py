@@ -22,7 +22,7 @@ from agentsdpo.hint.sources import task_of
 from agentsdpo.learn.config import LearnConfig
 from agentsdpo.learn.control import derange, empty_hint_gap
 from agentsdpo.learn.inspect import both_logps
-from agentsdpo.learn.load import load_chat, load_model
+from agentsdpo.learn.load import load_chat, load_model, pick_device
 from agentsdpo.learn.model import prepare_model
 from agentsdpo.learn.rows import LossRow, admit
 from agentsdpo.learning import train_rows
@@ -131,7 +131,7 @@ def audit_store(config: RunConfig, uri: Path | str, *, rows: int = 64, tasks: in
     """
     path, store = model_path(config), ReplayStore.open(uri, create=False)
     chat = load_chat(path)
-    model = load_model(path, chat)
+    model = load_model(path, chat, device=pick_device())
     prepare_model(model)
     try:
         return audit_hints(store.snapshot(), model, chat, config.learn, player=Player.of(config) if tasks else None,

@@ -3,18 +3,18 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from agentsdpo.assemble import inprocess_engine
 from agentsdpo.chat import ChatFormat
 from agentsdpo.collect.collector import Collector
 from agentsdpo.collect.config import CollectConfig
 from agentsdpo.collect.engine import Engine
-from agentsdpo.collect.inprocess import InProcessEngine
 from agentsdpo.collect.policy import EnginePolicy, Policy
 from agentsdpo.config import RunConfig
 from agentsdpo.errors import HintError
 from agentsdpo.hint.hinter import make_hinter
 from agentsdpo.hint.render import HintedChat
 from agentsdpo.learn.control import derange
-from agentsdpo.learn.load import load_chat, load_model
+from agentsdpo.learn.load import load_chat
 from agentsdpo.stats import Interval, bootstrap
 from agentsdpo.suites import TASKS_PER_SEED, make_suite, model_path
 from agentsdpo.types import Hint, Suite, Task
@@ -43,9 +43,7 @@ class Player:
         """
         path = model_path(config)
         chat = load_chat(path)
-        engine = InProcessEngine(load_model(path, chat), chat.eos_id, max_slots=config.collect.concurrency,
-                                 window=config.collect.window)
-        return cls(make_suite(config), engine, chat, config.collect)
+        return cls(make_suite(config), inprocess_engine(config.collect, path, chat), chat, config.collect)
 
     def scores(self, tasks: Places, hints: Mapping[str, Hint], seed: int) -> dict[str, float]:
         """Mean score of each task that could be graded, by task id.

@@ -15,16 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from agentsdpo.assemble import check_request, make_learner
+from agentsdpo.assemble import check_request, inprocess_engine, make_learner
 from agentsdpo.collect.collector import Collector, Stamp
-from agentsdpo.collect.inprocess import InProcessEngine
 from agentsdpo.collect.policy import EnginePolicy, Policy
 from agentsdpo.config import RunConfig
 from agentsdpo.errors import ConfigError, EngineError, NothingToLearn, TrainForbidden
 from agentsdpo.hint.hinter import make_hinter
 from agentsdpo.hint.peers import deeds
 from agentsdpo.hint.render import HintedChat
-from agentsdpo.learn.load import load_model
 from agentsdpo.learn.rows import TrainRow
 from agentsdpo.learning import train_rows
 from agentsdpo.publish.registry import PolicyRegistry
@@ -148,8 +146,7 @@ class Solver:
         if method != "best_of_k" and not self.task.train_allowed:
             raise TrainForbidden(f"task {self.task.task_id} must not be trained on, and {method} goes by the feedback "
                                  "of its grader", fix="use --method best_of_k, or a task whose licence allows it")
-        self.engine = InProcessEngine(load_model(path, self.chat), self.chat.eos_id, window=config.collect.window,
-                                      max_slots=config.collect.concurrency)
+        self.engine = inprocess_engine(config.collect, path, self.chat)
         self.learner = make_learner(config) if method == "sdpo" else None
         self.hinter = make_hinter(config.hint, self.suite)
         stamp = Stamp.of(self.engine, self.chat, run_id="solve", model_id=config.model)

@@ -31,6 +31,8 @@ class CollectConfig(Settings):
     """
 
     concurrency: int = Field(default=32, ge=1, le=100_000, description="episodes in flight at once, 1 or more")
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description=(
+        "where a model plays that is not behind a server: auto (a GPU where there is one), cpu, cuda or cuda:1"))
     window: int = Field(default=1536, ge=2, le=10_000_000, description="longest prompt plus completion, tokens")
     temperature: float = Field(default=1.0, ge=0.0, le=100.0, description="of sampling, 0 to 100; 0 is greedy")
     top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="nucleus mass kept, (0, 1]; 1 is off")

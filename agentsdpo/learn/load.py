@@ -4,11 +4,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from agentsdpo.chat import ChatFormat
-from agentsdpo.errors import ModelError, TokenizerMismatch
+from agentsdpo.errors import ConfigError, ModelError, TokenizerMismatch
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Where to compute: ``auto`` is this process's GPU where there is one, else the CPU; others are torch's names.
+
+    Raises:
+        ConfigError: there is no such GPU.
+
+    >>> pick_device("cpu")
+    device(type='cpu')
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if count else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ConfigError(f"the device is {name!r} but torch finds {count} GPUs", fix="name one that is there, or "
+                          "'auto' or 'cpu'; `agentsdpo doctor` says what torch finds")
+    return device
 
 
 def load_chat(path: Path | str) -> ChatFormat:
@@ -30,13 +50,15 @@ def load_chat(path: Path | str) -> ChatFormat:
     return ChatFormat(tokenizer)
 
 
-def load_model(path: Path | str, chat: ChatFormat, *, dtype: str = "float32") -> Any:
+def load_model(path: Path | str, chat: ChatFormat, *, dtype: str = "float32",
+               device: torch.device | str = "cpu") -> Any:
     """The causal LM of a model folder, eval mode.
 
     Args:
         path: folder or hub name.
         chat: its chat format; no id of the tokenizer may lie outside the model's vocabulary.
         dtype: of its weights, ``float32`` or ``bfloat16``.
+        device: where it is put, see :func:`pick_device`.
 
     Raises:
         ModelError: nothing can be loaded.
@@ -44,7 +66,7 @@ def load_model(path: Path | str, chat: ChatFormat, *, dtype: str = "float32") ->
     """
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     except (OSError, ValueError) as error:
         raise ModelError(f"no model can be loaded from {str(path)!r}: {_first_line(error)}",
                          fix="put config.json and model.safetensors of a causal language model there") from error
@@ -52,7 +74,7 @@ def load_model(path: Path | str, chat: ChatFormat, *, dtype: str = "float32") ->
     if chat.vocab_size > size:
         raise TokenizerMismatch(f"the tokenizer of {str(path)!r} has {chat.vocab_size} ids, its model {size}",
                                 fix="use the tokenizer the model was trained with, or resize the embedding")
-    return model.eval()
+    return model.to(device).eval()
 
 
 def take_weights(model: Any, weights: Mapping[str, Any]) -> None:

@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 from agentsdpo.errors import LearnError
 from agentsdpo.learn.batch import MicroBatch, collate, loss_weights
 from agentsdpo.learn.config import LearnConfig, ParallelConfig
+from agentsdpo.learn.load import pick_device
 from agentsdpo.learn.longcontext import decoder_layers
 from agentsdpo.learn.pack import RowCost, pack
 from agentsdpo.learn.records import Head, LossTokens, TokenStats, whole
@@ -206,7 +207,7 @@ def join_ranks(config: ParallelConfig, device: torch.device | str | None = None)
     Raises:
         LearnError: there are more or fewer processes than were asked for, or they are not connected.
     """
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = torch.device(device) if device else pick_device()
     if config.ranks == 1 and os.environ.get("WORLD_SIZE", "1") == "1":
         return Ranks(device=where)
     from accelerate.state import PartialState  # one second to import

@@ -320,11 +320,9 @@ def assemble_collector(config: RunConfig, uri: str, policies: str, *, engine: st
 def make_engine(name: str, config: RunConfig, path: Any, chat: Any) -> Any:
     """The engine of a collector or an evaluator: ``inprocess``, or a server's URL."""
     if name == "inprocess":
-        from agentsdpo.collect.inprocess import InProcessEngine
-        from agentsdpo.learn.load import load_model
+        from agentsdpo.assemble import inprocess_engine
 
-        return InProcessEngine(load_model(path, chat), chat.eos_id, max_slots=config.collect.concurrency,
-                               window=config.collect.window)
+        return inprocess_engine(config.collect, path, chat)
     from transformers import AutoConfig
 
     from agentsdpo.collect.vllm import VllmEngine

@@ -18,7 +18,7 @@ from agentsdpo.envs.desk.seed import seed_path
 from agentsdpo.errors import ConfigError, HintError, TokenizerMismatch
 from agentsdpo.learn.config import LearnConfig
 from agentsdpo.learn.inspect import Inspection, inspect_row
-from agentsdpo.learn.load import load_chat, load_model, take_weights
+from agentsdpo.learn.load import load_chat, load_model, pick_device, take_weights
 from agentsdpo.learn.model import prepare_model
 from agentsdpo.learn.presets import resolve
 from agentsdpo.learn.rows import admit
@@ -120,7 +120,7 @@ def _models(path: Path | str, chat: ChatFormat, wanted: Wanted) -> tuple[Any, An
 
 
 def _prepared(path: Path | str, chat: ChatFormat, weights: dict[str, Any] | None = None) -> Any:
-    model = load_model(path, chat)
+    model = load_model(path, chat, device=pick_device())
     if weights is not None:
         take_weights(model, weights)
     prepare_model(model)

@@ -103,11 +103,11 @@ def _guess(config: BenchConfig, scripts: Mapping[str, Agent]) -> str:
 def _inprocess(config: BenchConfig) -> Agent:
     from agentsdpo.collect.inprocess import InProcessEngine
     from agentsdpo.envs.desk.seed import seed_path
-    from agentsdpo.learn.load import load_chat, load_model
+    from agentsdpo.learn.load import load_chat, load_model, pick_device
 
     path = seed_path() if config.model == "seed" else config.model
     chat = load_chat(path)
-    model = load_model(path, chat)
+    model = load_model(path, chat, device=pick_device())
     threads = 1 if model.num_parameters() < SMALL else None
     engine = InProcessEngine(model, chat.eos_id, max_slots=min(config.concurrency, 64), window=config.sampling.window,
                              threads=threads)
