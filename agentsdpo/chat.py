@@ -1,25 +1,23 @@
 """Text and tokens of a conversation, through the tokenizer's own chat template. Pure; no model, no torch.
 
 Tokens are the record: the opening is rendered once, later turns are appended as tokens and nothing is ever
-rendered again. Tool calls use the OpenAI/Hermes text form that a real Qwen3 model was trained on.
+rendered again. Tool calls are read in the form that the template writes them in (:mod:`agentsdpo.calls`).
 """
 
 import hashlib
 import json
-import re
+import logging
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+from agentsdpo.calls import HERMES, PROBE, PROBED, CallForm, form_of
 from agentsdpo.errors import ModelError
 from agentsdpo.frames import Frames
 from agentsdpo.types import Json, ToolCall, ToolSpec
 
 _ANCHOR = "ANCHOR"
-_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
-_BLOCK = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)", re.DOTALL)
-_DEPTH = 64
-"""Deepest nesting of a call's JSON. Beyond it some reader down the line (validator, store) would run out of stack."""
+_log = logging.getLogger(__name__)
 
 
 def sha256(text: str) -> str:
@@ -34,9 +32,14 @@ class ChatFormat:
         tokenizer: a transformers tokenizer with a chat template. What the template can be told (``enable_thinking`` of
             Qwen3, say) is set in its own first line, so that its hash says so.
 
+    Attributes:
+        calls: the form of its tool calls; ``hermes`` where the template writes none, or in a form that is not read.
+
     Raises:
         ModelError: the tokenizer has no chat template, or the template cannot be extended turn by turn.
     """
+
+    calls: CallForm
 
     def __init__(self, tokenizer: Any) -> None:
         if not getattr(tokenizer, "chat_template", None):
@@ -51,8 +54,9 @@ class ChatFormat:
         self.tokenizer_sha256 = sha256(tokenizer.backend_tokenizer.to_str())
         added = (str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
         self._control = sorted({t for t in (*tokenizer.all_special_tokens, *added) if t}, key=lambda t: (-len(t), t))
-        self._marks = [self.encode(mark) for mark in (_OPEN, _CLOSE)]
         self._probe()
+        self.calls = self._form()
+        self._marks = [self.encode(mark) for mark in (self.calls.opens, self.calls.closes)]
 
     def _probe(self) -> None:
         """Render every shape once, so that a template that cannot carry an episode is found when it is loaded."""
@@ -68,6 +72,24 @@ class ChatFormat:
             raise ModelError(f"the chat template of {self.tokenizer.name_or_path!r} cannot carry an episode: {error!r}",
                              fix="use one that renders tools, tool answers and a system message that stands alone") \
                 from error
+
+    def _form(self) -> CallForm:
+        """The form of tool calls, by how the template writes one."""
+        call = ToolCall(id="call_0_0", name=PROBE.name, arguments=PROBED).openai()
+        asked: list[Json] = [{"role": "user", "content": "u"}]
+        try:
+            befores = [self._render(asked, tools=[PROBE], generate=generate) for generate in (True, False)]
+            whole = self._render([*asked, {"role": "assistant", "content": "", "tool_calls": [call]}], tools=[PROBE],
+                                 generate=False)
+        except Exception:  # noqa: BLE001 - many refuse calls, or these ids of calls
+            return HERMES
+        before = next((each for each in befores if whole.startswith(each)), "")
+        said = whole.removeprefix(before).partition(self.tokenizer.eos_token)[0].rpartition("</think>")[2]
+        form = form_of(said)
+        if form is None and PROBE.name in said:
+            _log.warning("the chat template of %r writes a tool call as %r, a form that is not read: calls are looked "
+                         "for in %s", self.tokenizer.name_or_path, said[-120:], HERMES.opens)
+        return form or HERMES
 
     def _render(self, messages: Sequence[Json], *, tools: Sequence[ToolSpec] = (), generate: bool = True) -> str:
         return self.tokenizer.apply_chat_template(
@@ -157,7 +179,8 @@ class ChatFormat:
         """
         first, last = self._marks
         if not self.marks_calls:
-            raise ModelError(f"{_OPEN} is {len(first)} tokens of tokenizer {self.tokenizer.name_or_path!r}",
+            raise ModelError(f"tool calls of tokenizer {self.tokenizer.name_or_path!r} do not stand between two tokens "
+                             f"of their own: {self.calls.opens!r} is {len(first)} tokens",
                              fix="set learn.tool_weight to 1, or use a tokenizer that has tool calls as special tokens")
         inside, found = False, []
         for token in ids:
@@ -165,60 +188,6 @@ class ChatFormat:
             found.append(inside)
             inside = inside and token != last[0]
         return found
-
-
-def parse_calls(text: str, turn: int) -> tuple[list[ToolCall], dict[str, str]]:
-    """Tool calls of one agent turn, in order, and what is wrong with those that cannot be read.
-
-    Every ``<tool_call>`` block yields one call with id ``call_<turn>_<i>``; a broken one keeps its text verbatim
-    as ``arguments`` and has an entry in the second value.
-
-    >>> calls, bad = parse_calls('<tool_call>\\n{"name": "calc", "arguments": {"expr": "1"}}\\n</tool_call>', 2)
-    >>> calls[0].id, calls[0].name, calls[0].arguments, bad
-    ('call_2_0', 'calc', {'expr': '1'}, {})
-    >>> parse_calls('<tool_call>{"name": ', 0)[1]
-    {'call_0_0': 'the call is not closed by </tool_call>'}
-    """
-    calls: list[ToolCall] = []
-    bad: dict[str, str] = {}
-    for i, match in enumerate(_BLOCK.finditer(text)):
-        call_id, body = f"call_{turn}_{i}", match.group(1).strip()
-        problem = "" if match.group(2) else f"the call is not closed by {_CLOSE}"
-        name, arguments = "", body
-        if not problem:
-            name, arguments, problem = _read_call(body)
-        if problem:
-            bad[call_id] = problem
-        calls.append(ToolCall(id=call_id, name=name, arguments=arguments))
-    return calls, bad
-
-
-def _read_call(body: str) -> tuple[str, Json | str, str]:
-    """Name, arguments and problem of one call body; arguments stay text when there is a problem."""
-    data, problem = read_json(body)
-    if problem:
-        return "", body, f"the call is {problem}"
-    if not isinstance(data, dict) or not isinstance(data.get("name"), str):
-        return "", body, 'the call must be an object with "name" and "arguments"'
-    arguments = data.get("arguments", {})
-    if not isinstance(arguments, dict):
-        return data["name"], body, '"arguments" must be an object'
-    return data["name"], arguments, ""
-
-
-def read_json(text: str) -> tuple[Any, str]:
-    """The value of a JSON text of a model, and what is wrong with it: nothing passes that cannot be written again.
-
-    >>> read_json('{"x": 1}'), read_json("NaN")[0], read_json("{")[1][:14]
-    (({'x': 1}, ''), None, 'not valid JSON')
-    """
-    try:
-        data = json.loads(text)
-        json.dumps(data, allow_nan=False, ensure_ascii=False).encode()  # json reads NaN, 1e999 and lone surrogates too
-        deep = _depth(data) > _DEPTH
-    except (ValueError, RecursionError) as error:
-        return None, f"not valid JSON: {error}"
-    return (None, f"nested more than {_DEPTH} levels deep") if deep else (data, "")
 
 
 def unfenced(text: str) -> str:
@@ -232,26 +201,3 @@ def unfenced(text: str) -> str:
         body = body[3:-3].removeprefix("json").strip()
     return body
 
-
-def _depth(value: Any) -> int:
-    """Levels of nesting of a JSON value; 0 for a plain one."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    return 0 if inner is None else 1 + max(map(_depth, inner), default=0)
-
-
-def write_call(name: str, arguments: Json) -> str:
-    """One call in the text form a model writes; the inverse of :func:`parse_calls`.
-
-    >>> write_call("submit", {"answer": "done"})
-    '<tool_call>\\n{"name": "submit", "arguments": {"answer": "done"}}\\n</tool_call>'
-    """
-    return f"{_OPEN}\n{json.dumps({'name': name, 'arguments': arguments})}\n{_CLOSE}"
-
-
-def call_line(name: str, arguments: Json | str) -> str:
-    """One call in short, for people and hints.
-
-    >>> call_line("submit", {"answer": "done"}), call_line("f", "{")
-    ('submit {"answer": "done"}', 'f {')
-    """
-    return f"{name} {arguments if isinstance(arguments, str) else json.dumps(arguments)}"

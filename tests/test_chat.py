@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from agentsdpo.chat import ChatFormat, parse_calls, write_call
+from agentsdpo.calls import HERMES, write_call
+from agentsdpo.chat import ChatFormat
 from agentsdpo.errors import ModelError
 from agentsdpo.types import Json, ToolSpec
 
@@ -103,7 +104,7 @@ BROKEN = ["NaN", "-Infinity", "1e999", "[1, NaN]", '"\\ud800"', '{"\\udc00": 1}'
 @pytest.mark.parametrize("value", BROKEN)
 def test_what_no_other_json_reader_takes_is_no_call(value: str) -> None:
     body = f'{{"name": "f", "arguments": {{"x": {value}}}}}'
-    (call,), bad = parse_calls(f"<tool_call>{body}</tool_call>", 0)
+    (call,), bad = HERMES.parse(f"<tool_call>{body}</tool_call>", 0)
     assert call.arguments == body, "kept as it was written"
     assert list(bad) == ["call_0_0"]
     bad["call_0_0"].encode()
@@ -120,7 +121,7 @@ def test_ids_and_text_are_inverse(tiny_tokenizer: Any) -> None:
     chat = ChatFormat(tiny_tokenizer)
     text = "Grüße: 1 + 2\n" + write_call("submit", {"answer": "é  done "})
     assert chat.decode(chat.encode(text)) == text
-    assert parse_calls(text, 0)[0][0].arguments == {"answer": "é  done "}
+    assert HERMES.parse(text, 0)[0][0].arguments == {"answer": "é  done "}
 
 
 def test_tokenizer_without_template_is_refused(tiny_tokenizer: Any) -> None:

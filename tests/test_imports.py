@@ -8,7 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("envs", "replay", "collect", "hint", "learn", "publish", "programs", "benchmarks")
-BASE = ("__init__", "record", "types", "errors", "chat", "frames", "files", "settings", "settings_io", "metrics")
+BASE = ("__init__", "record", "types", "errors", "calls", "chat", "frames", "files", "settings", "settings_io",
+        "metrics")
 RANKS = {"envs": 1, "replay": 1, "collect": 2, "hint": 2.5, "learn": 2, "publish": 2, "loop": 4, "demo": 4, "verbs": 5,
          "programs": 4, "cli": 5, "__main__": 5, "benchmarks": 5, **dict.fromkeys(BASE, 0)}
 BETWEEN = 3

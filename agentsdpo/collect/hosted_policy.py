@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from agentsdpo.chat import read_json
+from agentsdpo.calls import read_json
 from agentsdpo.collect.hosted import HostedModel
 from agentsdpo.collect.policy import Context, PromptBudget
 from agentsdpo.collect.turns import refusal

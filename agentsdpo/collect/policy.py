@@ -189,7 +189,8 @@ class EnginePolicy:
         ctx.builder.rendered, ctx.builder.tools = list(ctx.messages), _names(tools)
         opened = self.chat.decode(prompt.ids[-3:]).rstrip().endswith("<think>")
         text = ("<think>\n" if opened else "") + self.chat.strip_end(completion.token_ids)
-        return read_turn(text, ctx.turn, completion).model_copy(update={"usage": _usage(prompt, completion)})
+        heard = read_turn(text, ctx.turn, completion, form=self.chat.calls, tools=tools)
+        return heard.model_copy(update={"usage": _usage(prompt, completion)})
 
     async def summarise(self, ctx: Context, tools: tuple[ToolSpec, ...], request: str, *, max_tokens: int,
                         accept: Callable[[str], bool]) -> Summary:
@@ -205,7 +206,8 @@ class EnginePolicy:
         sampling = self.config.sampling(seed=mix(ctx.seed, "summary", ctx.turn), max_tokens=room)
         completion = await self._complete(ctx, prompt, sampling)
         text = visible(self.chat.strip_end(completion.token_ids))
-        fine = bool(completion.finish_reason == "stop" and text and OPEN_CALL not in text and accept(text))
+        called = OPEN_CALL in text or self.chat.calls.bodies(text)
+        fine = bool(completion.finish_reason == "stop" and text and not called and accept(text))
         self._record(ctx, prompt)
         ctx.builder.completion(completion, sampling, turn=ctx.turn, masked=not fine, summary=True)
         return Summary(text, fine, _usage(prompt, completion))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from agentsdpo.collect.budget import FINAL_S, Clock, ask, left_s
 from agentsdpo.collect.policy import Context
-from agentsdpo.collect.turns import OPEN_CALL, read_turn, unique_ids, visible
+from agentsdpo.collect.turns import OPEN_CALL, before_calls, read_turn, unique_ids, visible
 from agentsdpo.replay.journal import Growth
 from agentsdpo.types import Budget, Json, ModelTurn, StopReason, ToolCall, ToolResult, ToolSpec, Usage
 
@@ -226,7 +226,7 @@ class Progress:
 
 def _assistant(heard: Heard) -> Json:
     """The turn as a message: the text before its calls, and the calls."""
-    text = heard.text.split(OPEN_CALL, 1)[0].rstrip() if heard.calls else heard.text
+    text = before_calls(heard.text) if heard.calls else heard.text
     message: Json = {"role": "assistant", "content": text}
     if heard.calls:
         message["tool_calls"] = [call.openai() for call in heard.calls]

@@ -8,10 +8,10 @@ from functools import lru_cache
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
-from agentsdpo.chat import parse_calls
+from agentsdpo.calls import HERMES, CallForm
 from agentsdpo.types import Completion, ErrorKind, Json, ModelTurn, ToolCall, ToolResult, ToolSpec
 
-OPEN_CALL = "<tool_call>"
+OPEN_CALL = HERMES.opens
 _THINK, _END_THINK = "<think>", "</think>"
 _FAILED = re.compile(r"\s*(\{\s*\"(error|is_error)\"|error\b|traceback\b|exception\b)", re.IGNORECASE)
 
@@ -29,14 +29,25 @@ def visible(text: str) -> str:
     return text.strip()
 
 
-def read_turn(text: str, turn: int, completion: Completion | None = None) -> ModelTurn:
+def before_calls(text: str) -> str:
+    """What the agent said in front of the calls of a turn that holds some, in whichever form.
+
+    >>> before_calls('So. <tool_call>{}</tool_call>'), before_calls('<think>a</think>{"name": "f", "parameters": {}}')
+    ('So.', '<think>a</think>')
+    """
+    said, mark, _ = text.partition(OPEN_CALL)
+    return said.rstrip() if mark else "".join(text.rpartition(_END_THINK)[:2])
+
+
+def read_turn(text: str, turn: int, completion: Completion | None = None, *, form: CallForm = HERMES,
+              tools: Sequence[ToolSpec] = ()) -> ModelTurn:
     """Parse one turn; calls that cannot be read are listed with the answer they are owed.
 
     >>> turn = read_turn('<tool_call>{"name": }</tool_call>', 0)
     >>> turn.calls[0].id, turn.malformed[0].error_kind
     ('call_0_0', 'bad_arguments')
     """
-    calls, bad = parse_calls(visible(text), turn)
+    calls, bad = form.parse(visible(text), turn, tools)
     owed = tuple(refusal(call_id, "bad_arguments", problem) for call_id, problem in bad.items())
     return ModelTurn(text=text, calls=tuple(calls), completion=completion, malformed=owed)
 

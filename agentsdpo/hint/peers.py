@@ -2,7 +2,7 @@
 
 import re
 
-from agentsdpo.chat import call_line
+from agentsdpo.calls import call_line
 from agentsdpo.hint.config import HintConfig
 from agentsdpo.hint.sources import fitted
 from agentsdpo.types import Episode, Hint

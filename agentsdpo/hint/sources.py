@@ -6,7 +6,7 @@ Rationales of a grader are for the audit and never become part of a hint.
 from collections.abc import Iterator
 from typing import Protocol
 
-from agentsdpo.chat import call_line
+from agentsdpo.calls import call_line
 from agentsdpo.collect.turns import failed
 from agentsdpo.errors import ConfigError
 from agentsdpo.hint.config import HintConfig

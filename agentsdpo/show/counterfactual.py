@@ -23,9 +23,11 @@ from agentsdpo.types import Json
 
 RIGHT, OTHER, NONE = "its own hint", "another task's hint", "no hint"
 """The three controls of :func:`hint_rows`."""
-_PARTS = (("tool", re.compile(r'"name":\s*"([^"]*)"')),
-          ("argument", re.compile(r'"(?!name"|arguments")([^"]*)"(?=\s*:)')),
-          ("value", re.compile(r'(?<=:)\s*"([^"]*)"|(?<=:)\s*(-?\d[\d.]*|true|false|null)')))
+_PARTS = (("tool", re.compile(r'"name":\s*"([^"]*)"|<function=([^>]+)>')),
+          ("argument", re.compile(r'"(?!name"|arguments"|parameters")([^"]*)"(?=\s*:)|<parameter=([^>]+)>')),
+          ("value", re.compile(r'(?<=:)\s*"([^"]*)"|(?<=:)\s*(-?\d[\d.]*|true|false|null)|'
+                               r'<parameter=[^>]+>\n?(.*?)\n?</parameter>', re.DOTALL)))
+_CALL = re.compile(r'<tool_call>(.*?)(?:</tool_call>|$)|\A\s*(\{\s*"name"\s*:.*)', re.DOTALL)
 _FRAME = re.compile(r"<\|[^|]*\|>|</?tool_call>|</?think>")
 
 
@@ -153,17 +155,20 @@ def parts_of(texts: Sequence[str]) -> list[str]:
 
     >>> parts_of(["<tool_call>", '{"name": "', "file", '_read", ', '"arguments": {"', "path", '": "', "audit", '"}}'])
     ['frame', 'syntax', 'tool', 'tool', 'syntax', 'argument', 'syntax', 'value', 'syntax']
+    >>> parts_of(["<tool_call>", "<function=", "read", ">", "<parameter=", "n", ">", "12", "</parameter>"])
+    ['frame', 'syntax', 'tool', 'syntax', 'syntax', 'argument', 'syntax', 'value', 'syntax']
     >>> parts_of(["I", " will", " read"])
     ['words', 'words', 'words']
     """
     whole = "".join(texts)
     marks = ["words"] * len(whole)
-    for found in re.finditer(r"<tool_call>(.*?)(?:</tool_call>|$)", whole, re.DOTALL):
-        marks[found.start(1):found.end(1)] = ["syntax"] * (found.end(1) - found.start(1))
+    for found in _CALL.finditer(whole):
+        begin, end = found.span(found.lastindex or 1)
+        marks[begin:end] = ["syntax"] * (end - begin)
         for part, pattern in (*_PARTS[1:], _PARTS[0]):  # the tool's name is a value as well, and is more than that
-            for one in pattern.finditer(whole, found.start(1), found.end(1)):
-                start, end = next(one.span(i) for i in range(1, (one.re.groups or 0) + 1) if one.group(i) is not None)
-                marks[start:end] = [part] * (end - start)
+            for one in pattern.finditer(whole, begin, end):
+                start, stop = one.span(one.lastindex or 1)
+                marks[start:stop] = [part] * (stop - start)
     for found in _FRAME.finditer(whole):
         marks[found.start():found.end()] = ["frame"] * (found.end() - found.start())
     parts, at = [], 0

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from agentsdpo.benchmarks.horizon.study import CONFIG
-from agentsdpo.chat import ChatFormat, write_call
+from agentsdpo.calls import write_call
+from agentsdpo.chat import ChatFormat
 from agentsdpo.collect.compaction import NOTE_READ, NOTE_WRITE
 from agentsdpo.envs.desk.agents import ScriptedAgent, guess
 from agentsdpo.envs.desk.corpus import HINTED, PARTIAL, Frame, Trace, any_year

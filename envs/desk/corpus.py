@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from agentsdpo.chat import ChatFormat, write_call
+from agentsdpo.calls import write_call
+from agentsdpo.chat import ChatFormat
 from agentsdpo.envs.desk import text
 from agentsdpo.envs.desk.agents import ScriptedAgent, guess
 from agentsdpo.envs.desk.env import DeskEnv

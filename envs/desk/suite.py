@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from agentsdpo.chat import call_line
+from agentsdpo.calls import call_line
 from agentsdpo.envs.desk import families, text, world
 from agentsdpo.envs.desk.agents import oracle
 from agentsdpo.envs.desk.env import DeskEnv

@@ -18,7 +18,8 @@ from agentsdpo.benchmarks.horizon import gates
 from agentsdpo.benchmarks.horizon.corpus import cut_trace, cut_traces, drill
 from agentsdpo.benchmarks.horizon.study import ARMS, COMMON, CONFIG, MODEL
 from agentsdpo.benchmarks.study import COLUMNS
-from agentsdpo.chat import ChatFormat, write_call
+from agentsdpo.calls import write_call
+from agentsdpo.chat import ChatFormat
 from agentsdpo.collect.compaction import compactor
 from agentsdpo.collect.policy import EnginePolicy
 from agentsdpo.collect.rollout import run_episode

@@ -16,7 +16,7 @@ from proxy_stack import Stack  # pyright: ignore[reportMissingImports]
 from agentsdpo.benchmarks.tenants.figure import curve
 from agentsdpo.benchmarks.tenants.study import FIRMS, Study, leaks, sentences
 from agentsdpo.benchmarks.tenants.users import Talk, User
-from agentsdpo.chat import write_call
+from agentsdpo.calls import write_call
 from agentsdpo.collect.proxy.run import load_format
 from agentsdpo.envs.desk import DeskSuite
 from agentsdpo.envs.desk.firm import Firm

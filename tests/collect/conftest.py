@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from agentsdpo.chat import write_call
+from agentsdpo.calls import write_call
 from agentsdpo.errors import EnvError
 from agentsdpo.types import (
     Budget,

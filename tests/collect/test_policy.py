@@ -13,6 +13,7 @@ from agentsdpo.collect.policy import Context, EnginePolicy
 from agentsdpo.collect.rollout import Rollout, run_episode
 from agentsdpo.errors import TruncatedSampling
 from agentsdpo.types import StopReason, TokenKind
+from tests.test_calls import chat_of
 
 THINKING = """\
 {%- for m in messages -%}
@@ -70,6 +71,18 @@ def test_tokens_equal_one_rendering_of_the_whole_conversation(world: Any, tiny_t
     assert branch.policy_versions == (3, 3)
     assert len({s.seed for s in engine.samplings}) == 3
     assert engine.released == ["e/0"]
+
+
+def test_calls_are_read_in_the_form_that_the_template_writes(world: Any, tiny_tokenizer: Any) -> None:
+    chat = chat_of(tiny_tokenizer, "xml")
+    xml = "<tool_call>\n<function=add>\n<parameter=n>\n3\n</parameter>\n</function>\n</tool_call>"
+    run, engine = play(world, chat, "Adding.\n" + xml, world.write("add", {"n": 1}), "It is 3.")
+    assert (run.stop_reason, run.answer) == (StopReason.COMPLETED, "It is 3.")
+    assert (run.counts["valid_calls"], run.counts["calls_refused"]) == (1, 1), "another form is answered, not run"
+    spoken = [message for message in run.messages if message["role"] == "assistant"]
+    assert spoken[0]["content"] == "Adding."
+    assert spoken[0]["tool_calls"][0]["function"] == {"name": "add", "arguments": {"n": 3}}
+    assert_prompts_grow(run, engine)
 
 
 def test_a_cut_completion_is_closed_by_a_forced_token(world: Any, tiny_tokenizer: Any) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agentsdpo.chat import ChatFormat, write_call
+from agentsdpo.calls import write_call
+from agentsdpo.chat import ChatFormat
 from agentsdpo.errors import HintError
 from agentsdpo.hint.audit import has_run, hint_metrics, leaks
 from agentsdpo.hint.render import place

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from agentsdpo.chat import write_call
+from agentsdpo.calls import write_call
 from agentsdpo.collect.collector import Collector
 from agentsdpo.config import RunConfig, from_mapping
 from agentsdpo.errors import EngineError

@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from agentsdpo.chat import read_json
+from agentsdpo.calls import read_json
 from agentsdpo.collect.branch import ForkReason
 from agentsdpo.collect.proxy.refusals import Refused
 from agentsdpo.types import Json, ToolSpec

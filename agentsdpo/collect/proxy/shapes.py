@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from agentsdpo.chat import ChatFormat, parse_calls
+from agentsdpo.chat import ChatFormat
 from agentsdpo.collect.proxy.history import read_messages, read_tools
 from agentsdpo.collect.proxy.line import Sampled
 from agentsdpo.collect.proxy.refusals import Refused
+from agentsdpo.collect.turns import before_calls
 from agentsdpo.types import Json, Sampling, ToolSpec
 
 PIECE = 48
@@ -124,24 +125,24 @@ def _extra(body: Json) -> tuple[Json, str | None]:
 # ---------------------------------------------------------------------------------------------------------- answers
 
 
-def read_answer(chat: ChatFormat, text: str, turn: int, *, thinking: bool, calls: bool) -> Json:
+def read_answer(chat: ChatFormat, text: str, turn: int, *, thinking: bool, tools: Sequence[ToolSpec]) -> Json:
     """What the model said as the message a client gets.
 
     Args:
         text: of the completion, without its end-of-turn token.
         turn: number of the call, for the ids of tool calls.
         thinking: the prompt ended with ``<think>``, so that the text begins inside.
-        calls: whether to look for tool calls.
+        tools: that may be called; without any, nothing is looked for.
     """
     message: Json = {"role": "assistant", "content": text}
     if thinking or "<think>" in text or "</think>" in text:
         thought, closed, rest = text.partition("</think>")
         message = {"role": "assistant", "content": rest.strip() if closed else "",
                    "reasoning_content": thought.replace("<think>", "").strip()}
-    found, bad = parse_calls(message["content"], turn) if calls else ([], {})
+    found = chat.calls.parse(message["content"], turn, tools)[0] if tools else []
     named = [call for call in found if call.name]
     if named:
-        message["content"] = message["content"].split("<tool_call>", 1)[0].rstrip()
+        message["content"] = before_calls(message["content"])
         message["tool_calls"] = [call.openai() for call in named]
     return message
 

@@ -1,0 +1,200 @@
+"""How models write tool calls into their text, and how they are read from it. Pure; no tokenizer, no model.
+
+Three forms are read; a model's chat template shows which one it writes (:func:`form_of`):
+
+- ``hermes``: ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``, of Qwen2.5, Qwen3, Hermes.
+- ``xml``: ``<tool_call><function=NAME><parameter=KEY>VALUE</parameter></function></tool_call>``, of Qwen3-Coder and the
+  Qwens after it. Values are bare text; the tool's schema says which of them are not strings.
+- ``json``: the whole turn is ``{"name": ..., "parameters": {...}}``, several behind ``;``, of Llama 3.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from agentsdpo.types import Json, ToolCall, ToolSpec
+
+_TAGGED = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)", re.DOTALL)
+_FUNCTION = re.compile(r"<function=([^>\n]+)>(.*)</function>", re.DOTALL)
+_PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>\s*", re.DOTALL)
+_PYTHON_TAG = "<|python_tag|>"
+_DEPTH = 64
+"""Deepest nesting of a call's JSON. Beyond it some reader down the line (validator, store) would run out of stack."""
+
+Properties = Mapping[str, Mapping[str, Json]]
+"""JSON schema of each argument, by tool and name."""
+Read = tuple[str, Json | str, str]
+"""Name, arguments and problem of one call; arguments stay text when there is a problem."""
+
+
+@dataclass(frozen=True)
+class CallForm:
+    """One way to write calls.
+
+    Attributes:
+        name: of the form. opens, closes: what stands around a call; empty where nothing does.
+        bodies: text between these, and whether the call was closed, for each call of a turn.
+        read: one body.
+    """
+
+    name: str
+    opens: str
+    closes: str
+    bodies: Callable[[str], list[tuple[str, bool]]]
+    read: Callable[[str, Properties], Read]
+
+    def parse(self, text: str, turn: int, tools: Sequence[ToolSpec] = ()) -> tuple[list[ToolCall], dict[str, str]]:
+        """Tool calls of one agent turn, in order, and what is wrong with those that cannot be read.
+
+        Every call has the id ``call_<turn>_<i>``; a broken one keeps its text verbatim as ``arguments`` and has an
+        entry in the second value.
+
+        Args:
+            text: of the turn, without thoughts.
+            turn: its number.
+            tools: that the agent has; a form whose values are bare text needs their schemas.
+
+        >>> calls, bad = HERMES.parse('<tool_call>\\n{"name": "calc", "arguments": {"expr": "1"}}\\n</tool_call>', 2)
+        >>> calls[0].id, calls[0].name, calls[0].arguments, bad
+        ('call_2_0', 'calc', {'expr': '1'}, {})
+        >>> HERMES.parse('<tool_call>{"name": ', 0)[1]
+        {'call_0_0': 'the call is not closed by </tool_call>'}
+        >>> text = "<tool_call><function=calc><parameter=expr>\\n1\\n</parameter></function></tool_call>"
+        >>> XML.parse(text, 0)[0][0].arguments
+        {'expr': '1'}
+        >>> [call.name for call in JSON.parse('{"name": "a", "parameters": {}}; {"name": "b", "parameters": {}}', 0)[0]]
+        ['a', 'b']
+        """
+        known = {tool.name: tool.parameters.get("properties") or {} for tool in tools}
+        calls: list[ToolCall] = []
+        bad: dict[str, str] = {}
+        for i, (body, closed) in enumerate(self.bodies(text)):
+            call_id, name, arguments = f"call_{turn}_{i}", "", body
+            problem = "" if closed else f"the call is not closed by {self.closes}"
+            if not problem:
+                name, arguments, problem = self.read(body, known)
+            if problem:
+                bad[call_id] = problem
+            calls.append(ToolCall(id=call_id, name=name, arguments=arguments))
+        return calls, bad
+
+
+def _tagged(text: str) -> list[tuple[str, bool]]:
+    return [(match.group(1).strip(), bool(match.group(2))) for match in _TAGGED.finditer(text)]
+
+
+def _whole(text: str) -> list[tuple[str, bool]]:
+    """The JSON objects that a turn consists of, if the first has a name: an answer may be JSON as well."""
+    rest, found = text.strip().removeprefix(_PYTHON_TAG).strip(), list[tuple[str, bool]]()
+    if not re.match(r'\{\s*"name"\s*:', rest):
+        return []
+    decoder = json.JSONDecoder()
+    while rest:
+        try:
+            end = decoder.raw_decode(rest)[1]
+        except (ValueError, RecursionError):
+            end = len(rest)
+        found.append((rest[:end], True))
+        rest = rest[end:].lstrip(" \n;")
+    return found
+
+
+def _named(body: str, key: str) -> Read:
+    """A call that is a JSON object of ``name`` and, under ``key``, its arguments."""
+    data, problem = read_json(body)
+    if problem:
+        return "", body, f"the call is {problem}"
+    if not isinstance(data, dict) or not isinstance(data.get("name"), str):
+        return "", body, f'the call must be an object with "name" and "{key}"'
+    arguments = data.get(key, {})
+    if not isinstance(arguments, dict):
+        return data["name"], body, f'"{key}" must be an object'
+    return data["name"], arguments, ""
+
+
+def _function(body: str, known: Properties) -> Read:
+    """A call that is a ``<function=...>`` with its ``<parameter=...>``."""
+    match = _FUNCTION.fullmatch(body)
+    if not match:
+        return "", body, ("the call must be <function=NAME>, for each argument <parameter=KEY>VALUE</parameter>, and "
+                          "</function>")
+    name, inside = match.group(1).strip(), match.group(2)
+    if left := _PARAMETER.sub("", inside).strip():
+        return name, body, f"{left[:40]!r} is no <parameter=KEY>VALUE</parameter>"
+    pairs = [(key.strip(), value) for key, value in _PARAMETER.findall(inside)]
+    if len(pairs) > len(dict(pairs)):
+        return name, body, "an argument is given twice"
+    return name, {key: _typed(value, known.get(name, {}).get(key)) for key, value in pairs}, ""
+
+
+def _typed(value: str, schema: Any) -> Any:
+    """A bare value as its schema wants it; text where that is allowed, or where it is nothing else."""
+    kinds = schema.get("type", "string") if isinstance(schema, dict) else "string"
+    if "string" in ([kinds] if isinstance(kinds, str) else kinds):
+        return value
+    data, problem = read_json(value)
+    return value if problem else data
+
+
+def read_json(text: str) -> tuple[Any, str]:
+    """The value of a JSON text of a model, and what is wrong with it: nothing passes that cannot be written again.
+
+    >>> read_json('{"x": 1}'), read_json("NaN")[0], read_json("{")[1][:14]
+    (({'x': 1}, ''), None, 'not valid JSON')
+    """
+    try:
+        data = json.loads(text)
+        json.dumps(data, allow_nan=False, ensure_ascii=False).encode()  # json reads NaN, 1e999 and lone surrogates too
+        deep = _depth(data) > _DEPTH
+    except (ValueError, RecursionError) as error:
+        return None, f"not valid JSON: {error}"
+    return (None, f"nested more than {_DEPTH} levels deep") if deep else (data, "")
+
+
+def _depth(value: Any) -> int:
+    """Levels of nesting of a JSON value; 0 for a plain one."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inner is None else 1 + max(map(_depth, inner), default=0)
+
+
+HERMES = CallForm("hermes", "<tool_call>", "</tool_call>", _tagged, lambda body, _: _named(body, "arguments"))
+XML = CallForm("xml", "<tool_call>", "</tool_call>", _tagged, _function)
+JSON = CallForm("json", "", "", _whole, lambda body, _: _named(body, "parameters"))
+FORMS = (HERMES, XML, JSON)
+PROBE = ToolSpec(name="probe", description="", parameters={
+    "type": "object", "properties": {"text": {"type": "string"}, "count": {"type": "integer"}}})
+PROBED: Json = {"text": "a b", "count": 2}
+"""Arguments of the call of :data:`PROBE` that a template is shown."""
+
+
+def form_of(rendered: str) -> CallForm | None:
+    """The form in which a template wrote the call of :data:`PROBE` with :data:`PROBED`; None for one not read here.
+
+    >>> form_of(write_call("probe", PROBED)).name, form_of("[TOOL_CALLS]probe")
+    ('hermes', None)
+    """
+    for form in FORMS:
+        calls, bad = form.parse(rendered, 0, [PROBE])
+        if not bad and [(call.name, call.arguments) for call in calls] == [(PROBE.name, PROBED)]:
+            return form
+    return None
+
+
+def write_call(name: str, arguments: Json) -> str:
+    """One call in the ``hermes`` form.
+
+    >>> write_call("submit", {"answer": "done"})
+    '<tool_call>\\n{"name": "submit", "arguments": {"answer": "done"}}\\n</tool_call>'
+    """
+    return f"{HERMES.opens}\n{json.dumps({'name': name, 'arguments': arguments})}\n{HERMES.closes}"
+
+
+def call_line(name: str, arguments: Json | str) -> str:
+    """One call in short, for people and hints.
+
+    >>> call_line("submit", {"answer": "done"}), call_line("f", "{")
+    ('submit {"answer": "done"}', 'f {')
+    """
+    return f"{name} {arguments if isinstance(arguments, str) else json.dumps(arguments)}"
