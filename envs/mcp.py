@@ -181,8 +181,7 @@ class McpEnv:
         result = ToolResult(call_id=call.id, content=kept, is_error=kind != "none", error_kind=kind,
                             truncated=(MOST_CHARS, len(content)) if kept != content else None,
                             wall_s=time.monotonic() - began)
-        self._log.append((call, result.model_copy(update={"content": ""}), hashlib.sha256(
-            content.encode("utf-8", "surrogatepass")).hexdigest()))
+        self._log.append((call, result, hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()))
         return result
 
     async def _answered(self, call: ToolCall) -> tuple[str, ErrorKind]:
@@ -206,7 +205,8 @@ class McpEnv:
 
     def snapshot(self) -> bytes:
         """The calls so far with a hash of each answer."""
-        log = [[call.model_dump(mode="json"), result.model_dump(mode="json"), said] for call, result, said in self._log]
+        log = [[call.model_dump(mode="json"), result.model_dump(mode="json") | {"content": ""}, said]
+               for call, result, said in self._log]
         return json.dumps({"answer": self._answer, "log": log}, sort_keys=True).encode()
 
     async def restore(self, data: bytes) -> None:
@@ -227,7 +227,7 @@ class McpEnv:
                                fix="play the attempt again from its beginning: this server does not repeat itself")
 
     def outcome(self, answer: str | None) -> Outcome:
-        """The answer and the calls; what the server holds is not seen."""
+        """The answer, and the calls with what was answered; what the server holds is not seen."""
         return Outcome(answer=answer if self._answer is None else self._answer, initial=b"{}", final=b"{}",
                        calls=tuple((call, result) for call, result, _ in self._log))
 

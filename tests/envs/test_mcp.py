@@ -91,6 +91,8 @@ def test_the_tools_of_a_child_process() -> None:
         outcome = env.outcome("other")
         assert outcome.answer == "512"
         assert [call.name for call, _ in outcome.calls][-2:] == ["final_answer", "clock"]
+        assert outcome.calls[-2][1].content == "final answer taken", "a grader reads what was answered"
+        assert len(env.snapshot()) < 10_000, "a snapshot does not hold it"
 
     within(env, work)
     assert children() <= before, "the server is gone with the episode"
