@@ -18,7 +18,7 @@ from agentsdpo.types import Json, ToolCall, ToolSpec
 
 _TAGGED = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)", re.DOTALL)
 _FUNCTION = re.compile(r"<function=([^>\n]+)>(.*)</function>", re.DOTALL)
-_PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>\s*", re.DOTALL)
+_PARAMETER, _END_PARAMETER = "<parameter=", "</parameter>"
 _PYTHON_TAG = "<|python_tag|>"
 _DEPTH = 64
 """Deepest nesting of a call's JSON. Beyond it some reader down the line (validator, store) would run out of stack."""
@@ -121,12 +121,17 @@ def _function(body: str, known: Properties) -> Read:
         return "", body, ("the call must be <function=NAME>, for each argument <parameter=KEY>VALUE</parameter>, and "
                           "</function>")
     name, inside = match.group(1).strip(), match.group(2)
-    if left := _PARAMETER.sub("", inside).strip():
-        return name, body, f"{left[:40]!r} is no <parameter=KEY>VALUE</parameter>"
-    pairs = [(key.strip(), value) for key, value in _PARAMETER.findall(inside)]
-    if len(pairs) > len(dict(pairs)):
-        return name, body, "an argument is given twice"
-    return name, {key: _typed(value, known.get(name, {}).get(key)) for key, value in pairs}, ""
+    before, *parts = inside.split(_PARAMETER)  # by hand: a pattern would take the square of the time of what never ends
+    arguments: dict[str, Json] = {}
+    for part in ([f">{before}"] if before.strip() else []) + parts:
+        key, _, rest = part.partition(">")
+        value, closed, left = rest.rpartition(_END_PARAMETER)
+        if not closed or left.strip() or not key.strip():
+            return name, body, f"{(left or rest).strip()[:40]!r} is no <parameter=KEY>VALUE</parameter>"
+        if key in arguments:
+            return name, body, f"argument {key!r} is given twice"
+        arguments[key] = _typed(value.removeprefix("\n").removesuffix("\n"), known.get(name, {}).get(key))
+    return name, arguments, ""
 
 
 def _typed(value: str, schema: Any) -> Any:

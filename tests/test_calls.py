@@ -96,6 +96,16 @@ def test_a_broken_call_is_answered_and_kept_as_it_was_written(form: CallForm, te
     assert message in owed.content
 
 
+@pytest.mark.parametrize("noise", [" ", "\n<parameter=a>", "</parameter>", "<function=f>", "</function>", "{",
+                                   "<tool_call>"])
+def test_a_model_that_repeats_itself_for_a_whole_window_can_be_read(noise: str) -> None:
+    """Patterns that go back for every beginning would take hours."""
+    for form in FORMS:
+        for text in (noise * 100_000, f'<tool_call><function=f>{noise * 100_000}</function></tool_call>',
+                     '{"name": "f", "parameters": ' + noise * 100_000):
+            assert {call.name for call in read_turn(text, 0, form=form, tools=[TOOL]).calls} <= {"", "f"}
+
+
 def test_bare_values_that_do_not_fit_their_schema_stay_text() -> None:
     text = ("<tool_call><function=file><parameter=count>a dozen</parameter><parameter=new>1</parameter></function>"
             "</tool_call>")
