@@ -48,10 +48,12 @@ MORE = (_arm("is-8", "naive", 8, "learn.ratio=is"), _arm("tis-8", "naive", 8, "l
         _arm("sdpopp-3-1e-4", "sdpopp", 3, "learn.lr=1e-4"), _arm("sdpopp-8-1e-4", "sdpopp", 8, "learn.lr=1e-4"),
         _arm("sdpopp-8-3e-4", "sdpopp", 8, "learn.lr=3e-4"), _arm("sdpopp-8-1e-3", "sdpopp", 8, "learn.lr=1e-3"),
         _arm("naive-8-3e-5", "naive", 8, "learn.lr=3e-5"), _arm("naive-8-3e-4", "naive", 8, "learn.lr=3e-4"),
+        *(_arm(f"{ratio}-8-{rate}", "naive", 8, f"learn.ratio={ratio}", f"learn.lr={rate}")
+          for ratio in ("is", "tis") for rate in ("3e-4", "6e-4")),
         _arm("robust-16-n2", "robust", 16, "desk.n=[2]"), _arm("robust-16-n4", "robust", 16, "desk.n=[4]",
              "collect.window=1024"))
 """One thing changed at a time: a ratio on ``naive``'s sampled token; on ``robust`` the form, the gates, the teacher; on
-the sampled token its learning rate, so that it does not lose by the one it was given; episodes of 6 and 10 calls (two
+the sampled token, and its ratios, the learning rate, so that they do not lose by the one they were given; episodes of 6 and 10 calls (two
 and four clients), as many as the shipped model has learnt to make."""
 ARMS = {arm.name: arm for arm in (*MAIN, *MORE)}
 
