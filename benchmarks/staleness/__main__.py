@@ -53,8 +53,8 @@ MORE = (_arm("is-8", "naive", 8, "learn.ratio=is"), _arm("tis-8", "naive", 8, "l
         _arm("robust-16-n2", "robust", 16, "desk.n=[2]"), _arm("robust-16-n4", "robust", 16, "desk.n=[4]",
              "collect.window=1024"))
 """One thing changed at a time: a ratio on ``naive``'s sampled token; on ``robust`` the form, the gates, the teacher; on
-the sampled token, and its ratios, the learning rate, so that they do not lose by the one they were given; episodes of 6 and 10 calls (two
-and four clients), as many as the shipped model has learnt to make."""
+the sampled token, and its ratios, the learning rate, so that they do not lose by the one they were given; episodes of 6
+and 10 calls (two and four clients), as many as the shipped model has learnt to make."""
 ARMS = {arm.name: arm for arm in (*MAIN, *MORE)}
 
 
