@@ -26,8 +26,8 @@ def pick_device(name: str = "auto") -> torch.device:
         return torch.device("cuda" if count else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise ConfigError(f"the device is {name!r} but torch finds {count} GPUs", fix="name one that is there, or "
-                          "'auto' or 'cpu'; `agentsdpo doctor` says what torch finds")
+        raise ConfigError(f"the device is {name!r} but torch {torch.__version__} finds {count} GPUs",
+                          fix="name one that is there, or 'auto' or 'cpu'; a torch built for CPUs finds none")
     return device
 
 
