@@ -8,7 +8,7 @@ from functools import lru_cache
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
-from agentsdpo.calls import HERMES, CallForm
+from agentsdpo.calls import HERMES, JSON, CallForm
 from agentsdpo.types import Completion, ErrorKind, Json, ModelTurn, ToolCall, ToolResult, ToolSpec
 
 OPEN_CALL = HERMES.opens
@@ -30,13 +30,18 @@ def visible(text: str) -> str:
 
 
 def before_calls(text: str) -> str:
-    """What the agent said in front of the calls of a turn that holds some, in whichever form.
+    """What the agent said in front of the calls of a turn that made some, in whichever form; all of it where they came
+    beside the text.
 
     >>> before_calls('So. <tool_call>{}</tool_call>'), before_calls('<think>a</think>{"name": "f", "parameters": {}}')
     ('So.', '<think>a</think>')
+    >>> before_calls("I look it up.")
+    'I look it up.'
     """
     said, mark, _ = text.partition(OPEN_CALL)
-    return said.rstrip() if mark else "".join(text.rpartition(_END_THINK)[:2])
+    if mark:
+        return said.rstrip()
+    return "".join(text.rpartition(_END_THINK)[:2]) if JSON.bodies(visible(text)) else text
 
 
 def read_turn(text: str, turn: int, completion: Completion | None = None, *, form: CallForm = HERMES,

@@ -53,6 +53,13 @@ def test_text_without_a_call_is_the_answer_but_a_thought_or_a_call_is_not(world:
     assert run.messages[-2] == {"role": "user", "content": NUDGE}
 
 
+def test_what_is_said_beside_calls_stays_in_the_history(world: Any) -> None:
+    """A hosted model's calls come beside its text."""
+    turn = world.turn(("get", {})).model_copy(update={"text": "I look first."})
+    (said, _) = (message for message in play(world, turn, "0").messages if message["role"] == "assistant")
+    assert (said["content"], len(said["tool_calls"])) == ("I look first.", 1)
+
+
 def test_bad_calls_are_answered_and_siblings_still_run(world: Any) -> None:
     turn = world.turn(("add", {"n": "x"}), ("add", {}), ("fly", {}), ("add", "{n: 1}"), ("add", {"n": 2}),
                       ("add", {"n": 1, "m": 1}))
