@@ -46,6 +46,8 @@ def run_id(config: RunConfig) -> str:
     unnamed |= {"group"} if config.group == 1 else set()  # what later releases added counts only where it is used
     settings = config.model_dump(mode="json", exclude=unnamed) | {"replay": config.replay.identity()}
     settings["hint"].pop("min_lift")  # decides whether a run begins, nothing that is played or learnt
+    if config.collect.device == "auto":
+        settings["collect"].pop("device")
     text = json.dumps(settings, sort_keys=True)
     return f"{config.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 

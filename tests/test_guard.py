@@ -183,3 +183,9 @@ def test_the_guard_changes_no_name_of_a_run() -> None:
     default = from_mapping({"name": "x"})
     assert "tripwire" in default.to_toml()
     assert run_id(default) == run_id(default.model_copy(update={"steps": 9}))
+
+
+def test_settings_of_later_releases_change_no_name_of_a_run() -> None:
+    """Or the episodes of a run that is resumed would have other names than before."""
+    assert run_id(RunConfig()) == "run-b99ab4de8d25ce05", "a new setting counts only where it is used"
+    assert run_id(RunConfig()) != run_id(from_mapping({}, ["collect.device='cpu'"]))
