@@ -23,11 +23,15 @@ from agentsdpo.types import Json
 
 RIGHT, OTHER, NONE = "its own hint", "another task's hint", "no hint"
 """The three controls of :func:`hint_rows`."""
-_PARTS = (("tool", re.compile(r'"name":\s*"([^"]*)"|<function=([^>]+)>')),
-          ("argument", re.compile(r'"(?!name"|arguments"|parameters")([^"]*)"(?=\s*:)|<parameter=([^>]+)>')),
-          ("value", re.compile(r'(?<=:)\s*"([^"]*)"|(?<=:)\s*(-?\d[\d.]*|true|false|null)|'
-                               r'<parameter=[^>]+>\n?(.*?)\n?</parameter>', re.DOTALL)))
-_CALL = re.compile(r'<tool_call>(.*?)(?:</tool_call>|$)|\A\s*(\{\s*"name"\s*:.*)', re.DOTALL)
+_JSON = (("argument", re.compile(r'"(?!name"|arguments"|parameters")([^"]*)"(?=\s*:)')),
+         ("value", re.compile(r'(?<=:)\s*"([^"]*)"|(?<=:)\s*(-?\d[\d.]*|true|false|null)')),
+         ("tool", re.compile(r'"name":\s*"([^"]*)"')))  # the tool's name is a value as well, and is more than that
+_XML = (("argument", re.compile(r"<parameter=([^<>\n]+)>")),
+        ("value", re.compile(r"<parameter=[^<>\n]+>\n?((?:(?!<parameter=).)*?)\n?</parameter>", re.DOTALL)),
+        ("tool", re.compile(r"<function=([^<>\n]+)>")))
+_BARE = re.compile(r"\s*<function=")
+_CALL = re.compile(r'<tool_call>(.*?)(?:</tool_call>|$)|'
+                   r'(?:\A|</think>)\s*(?:<\|python_tag\|>\s*)?(\{\s*"name"\s*:.*)', re.DOTALL)
 _FRAME = re.compile(r"<\|[^|]*\|>|</?tool_call>|</?think>")
 
 
@@ -165,7 +169,7 @@ def parts_of(texts: Sequence[str]) -> list[str]:
     for found in _CALL.finditer(whole):
         begin, end = found.span(found.lastindex or 1)
         marks[begin:end] = ["syntax"] * (end - begin)
-        for part, pattern in (*_PARTS[1:], _PARTS[0]):  # the tool's name is a value as well, and is more than that
+        for part, pattern in _XML if _BARE.match(whole, begin, end) else _JSON:
             for one in pattern.finditer(whole, begin, end):
                 start, stop = one.span(one.lastindex or 1)
                 marks[start:stop] = [part] * (stop - start)

@@ -92,6 +92,22 @@ def test_parts_of_a_call_with_numbers_and_words() -> None:
     assert parts_of(["é", "", "x"]) == ["words", "words", "words"]
 
 
+def test_parts_of_calls_in_every_form() -> None:
+    json = ['{"name": "', "f", '", "parameters": {"', "a", '": "', "v", '"}}']
+    marks = ["syntax", "tool", "syntax", "argument", "syntax", "value", "syntax"]
+    assert parts_of(json) == marks
+    assert parts_of(["<|python_tag|>", *json]) == ["frame", *marks]
+    assert parts_of(["<think>", "so", "</think>", "\n", *json]) == ["frame", "words", "frame", "words", *marks]
+    bare = ["<tool_call>", "<function=", "f", "><parameter=", "a", ">\n", '{"name": "', "bob", '", "b": ', "3}",
+            "\n</parameter></function>"]
+    assert parts_of(bare) == ["frame", "syntax", "tool", "syntax", "argument", "syntax", *["value"] * 4, "syntax"]
+
+
+def test_a_turn_of_openings_alone_is_marked_in_linear_time() -> None:
+    marks = parts_of(["<tool_call>", "<function=f>", *["<parameter=", "a", ">"] * 20_000])
+    assert marks[:5] == ["frame", "syntax", "syntax", "argument", "syntax"]
+
+
 def test_apart_orders_by_size() -> None:
     row = {"branch": 0, "turn": 1, "token": 7, "text": "usd", "teacher_best": "m_usd", "teacher": -1.0}
     small = {**row, "token": 8, "teacher": -0.1}
