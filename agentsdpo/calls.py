@@ -5,14 +5,20 @@ Three forms are read; a model's chat template shows which one it writes (:func:`
 - ``hermes``: ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``, of Qwen2.5, Qwen3, Hermes.
 - ``xml``: ``<tool_call><function=NAME><parameter=KEY>VALUE</parameter></function></tool_call>``, of Qwen3-Coder and the
   Qwens after it. Values are bare text; the tool's schema says which of them are not strings.
-- ``json``: the whole turn is ``{"name": ..., "parameters": {...}}``, several behind ``;``, of Llama 3.
+- ``json``: the whole turn is ``{"name": ..., "parameters": {...}}``, several behind ``;``, of Llama 3. An object with a
+  name and other keys, but without arguments, is an answer.
 """
 
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
+
+from jsonschema import Draft202012Validator
+from jsonschema_specifications import REGISTRY
 
 from agentsdpo.types import Json, ToolCall, ToolSpec
 
@@ -20,11 +26,14 @@ _TAGGED = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)", re.DOTALL)
 _FUNCTION = re.compile(r"<function=([^>\n]+)>(.*)</function>", re.DOTALL)
 _PARAMETER, _END_PARAMETER = "<parameter=", "</parameter>"
 _PYTHON_TAG = "<|python_tag|>"
+_FIRST, _BETWEEN = re.compile(r'\{\s*"name"\s*:'), re.compile(r"[\s;]*")
+_SPOKEN = {"True": "true", "False": "false", "None": "null"}
+"""Templates that turn a value into text by ``string`` write it as Python does, and so do their models."""
 _DEPTH = 64
 """Deepest nesting of a call's JSON. Beyond it some reader down the line (validator, store) would run out of stack."""
 
-Properties = Mapping[str, Mapping[str, Json]]
-"""JSON schema of each argument, by tool and name."""
+Schemas = Mapping[str, Json]
+"""JSON schema of all arguments, by tool."""
 Read = tuple[str, Json | str, str]
 """Name, arguments and problem of one call; arguments stay text when there is a problem."""
 
@@ -43,7 +52,7 @@ class CallForm:
     opens: str
     closes: str
     bodies: Callable[[str], list[tuple[str, bool]]]
-    read: Callable[[str, Properties], Read]
+    read: Callable[[str, Schemas], Read]
 
     def parse(self, text: str, turn: int, tools: Sequence[ToolSpec] = ()) -> tuple[list[ToolCall], dict[str, str]]:
         """Tool calls of one agent turn, in order, and what is wrong with those that cannot be read.
@@ -67,7 +76,7 @@ class CallForm:
         >>> [call.name for call in JSON.parse('{"name": "a", "parameters": {}}; {"name": "b", "parameters": {}}', 0)[0]]
         ['a', 'b']
         """
-        known = {tool.name: tool.parameters.get("properties") or {} for tool in tools}
+        known = {tool.name: tool.parameters for tool in tools}
         calls: list[ToolCall] = []
         bad: dict[str, str] = {}
         for i, (body, closed) in enumerate(self.bodies(text)):
@@ -86,41 +95,50 @@ def _tagged(text: str) -> list[tuple[str, bool]]:
 
 
 def _whole(text: str) -> list[tuple[str, bool]]:
-    """The JSON objects that a turn consists of, if the first has a name: an answer may be JSON as well."""
-    rest, found = text.strip().removeprefix(_PYTHON_TAG).strip(), list[tuple[str, bool]]()
-    if not re.match(r'\{\s*"name"\s*:', rest):
+    """The JSON objects that a turn consists of, if the first is a call; what is no object is one body, to the end."""
+    rest, found, at = text.strip().removeprefix(_PYTHON_TAG).strip(), list[tuple[str, bool]](), 0
+    if not _FIRST.match(rest):
         return []
     decoder = json.JSONDecoder()
-    while rest:
-        try:
-            end = decoder.raw_decode(rest)[1]
-        except (ValueError, RecursionError):
-            end = len(rest)
-        found.append((rest[:end], True))
-        rest = rest[end:].lstrip(" \n;")
+    while at < len(rest):
+        data, end = None, len(rest)
+        if rest[at] == "{":
+            with suppress(ValueError, RecursionError):
+                data, end = decoder.raw_decode(rest, at)
+        if not found and data is not None and not _calls(data):
+            return []
+        found.append((rest[at:end], True))
+        at = _BETWEEN.match(rest, end).end()  # type: ignore[union-attr]
     return found
 
 
-def _named(body: str, key: str) -> Read:
-    """A call that is a JSON object of ``name`` and, under ``key``, its arguments."""
+def _calls(data: Json) -> bool:
+    """Whether an object with a name is a call: it has arguments, or nothing else."""
+    return "parameters" in data or "arguments" in data or data.keys() <= {"name", "type"}
+
+
+def _named(body: str, *keys: str) -> Read:
+    """A call that is a JSON object of ``name`` and, under the first of these keys that it has, its arguments."""
     data, problem = read_json(body)
     if problem:
         return "", body, f"the call is {problem}"
     if not isinstance(data, dict) or not isinstance(data.get("name"), str):
-        return "", body, f'the call must be an object with "name" and "{key}"'
+        return "", body, f'the call must be an object with "name" and "{keys[0]}"'
+    key = next((key for key in keys if key in data), keys[0])
     arguments = data.get(key, {})
     if not isinstance(arguments, dict):
         return data["name"], body, f'"{key}" must be an object'
     return data["name"], arguments, ""
 
 
-def _function(body: str, known: Properties) -> Read:
+def _function(body: str, known: Schemas) -> Read:
     """A call that is a ``<function=...>`` with its ``<parameter=...>``."""
     match = _FUNCTION.fullmatch(body)
     if not match:
         return "", body, ("the call must be <function=NAME>, for each argument <parameter=KEY>VALUE</parameter>, and "
                           "</function>")
     name, inside = match.group(1).strip(), match.group(2)
+    schema = known.get(name, {})
     before, *parts = inside.split(_PARAMETER)  # by hand: a pattern would take the square of the time of what never ends
     arguments: dict[str, Json] = {}
     for part in ([f">{before}"] if before.strip() else []) + parts:
@@ -130,17 +148,36 @@ def _function(body: str, known: Properties) -> Read:
             return name, body, f"{(left or rest).strip()[:40]!r} is no <parameter=KEY>VALUE</parameter>"
         if key in arguments:
             return name, body, f"argument {key!r} is given twice"
-        arguments[key] = _typed(value.removeprefix("\n").removesuffix("\n"), known.get(name, {}).get(key))
+        arguments[key] = _typed(value.removeprefix("\n").removesuffix("\n"), key, schema)
     return name, arguments, ""
 
 
-def _typed(value: str, schema: Any) -> Any:
-    """A bare value as its schema wants it; text where that is allowed, or where it is nothing else."""
-    kinds = schema.get("type", "string") if isinstance(schema, dict) else "string"
-    if "string" in ([kinds] if isinstance(kinds, str) else kinds):
+def _typed(value: str, key: str, tool: Json) -> Any:
+    """A bare value as the tool's schema wants it; text where that is allowed, or where it is nothing else."""
+    properties = tool.get("properties")
+    schema = properties.get(key) if isinstance(properties, dict) else None
+    kinds = schema.get("type") if isinstance(schema, dict) else "string"
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    data, problem = read_json(_SPOKEN.get(value.strip(), value))
+    if problem or (isinstance(kinds, list) and "string" in kinds):
         return value
-    data, problem = read_json(value)
-    return value if problem else data
+    if isinstance(kinds, list):
+        return data
+    return data if _accepts(tool, schema, data) and not _accepts(tool, schema, value) else value
+
+
+def _accepts(tool: Json, schema: Any, value: Any) -> bool:
+    """Whether a part of a tool's schema takes this; one that cannot be read (anybody wrote it) takes everything."""
+    try:
+        return validator(json.dumps(tool)).evolve(schema=schema).is_valid(value)
+    except Exception:  # noqa: BLE001 - a $ref to nowhere or in a circle, a type that is none
+        return True
+
+
+@lru_cache(maxsize=1024)
+def validator(schema: str) -> Draft202012Validator:
+    """What checks values against a JSON schema, which is given as its text; it fetches nothing that this refers to."""
+    return Draft202012Validator(json.loads(schema), registry=REGISTRY)
 
 
 def read_json(text: str) -> tuple[Any, str]:
@@ -166,7 +203,7 @@ def _depth(value: Any) -> int:
 
 HERMES = CallForm("hermes", "<tool_call>", "</tool_call>", _tagged, lambda body, _: _named(body, "arguments"))
 XML = CallForm("xml", "<tool_call>", "</tool_call>", _tagged, _function)
-JSON = CallForm("json", "", "", _whole, lambda body, _: _named(body, "parameters"))
+JSON = CallForm("json", "", "", _whole, lambda body, _: _named(body, "parameters", "arguments"))
 FORMS = (HERMES, XML, JSON)
 PROBE = ToolSpec(name="probe", description="", parameters={
     "type": "object", "properties": {"text": {"type": "string"}, "count": {"type": "integer"}}})
@@ -185,6 +222,30 @@ def form_of(rendered: str) -> CallForm | None:
         if not bad and [(call.name, call.arguments) for call in calls] == [(PROBE.name, PROBED)]:
             return form
     return None
+
+
+def one_by_one(messages: Sequence[Json], form: CallForm) -> list[Json]:
+    """A history with one call per message, and broken calls as the text they were: for templates that take no other.
+
+    >>> [two, good] = [{"function": {"name": "f", "arguments": arguments}} for arguments in ("<f", {})]
+    >>> told = one_by_one([{"role": "assistant", "content": "So.", "tool_calls": [two, good]}], XML)
+    >>> told[0]["content"], "tool_calls" in told[0], told[1]["content"], len(told[1]["tool_calls"])
+    ('So.\\n<tool_call>\\n<f\\n</tool_call>', False, '', 1)
+    """
+    told: list[Json] = []
+    for message in messages:
+        said = message["content"]
+        for call in message.get("tool_calls") or ():
+            broken = call["function"]["arguments"]
+            if isinstance(broken, str):
+                text = "\n".join(part for part in (said, form.opens, broken, form.closes) if part)
+                told.append({"role": message["role"], "content": text})
+            else:
+                told.append({**message, "content": said, "tool_calls": [call]})
+            said = ""
+        if not message.get("tool_calls"):
+            told.append(message)
+    return told
 
 
 def write_call(name: str, arguments: Json) -> str:

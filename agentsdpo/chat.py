@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from agentsdpo.calls import HERMES, PROBE, PROBED, CallForm, form_of
+from agentsdpo.calls import HERMES, PROBE, PROBED, CallForm, form_of, one_by_one
 from agentsdpo.errors import ModelError
 from agentsdpo.frames import Frames
 from agentsdpo.types import Json, ToolCall, ToolSpec
@@ -130,7 +130,17 @@ class ChatFormat:
         Control tokens inside anything but a system message are broken apart: no prompt can open a turn.
         """
         key = json.dumps([tool.openai() for tool in tools])
-        return self.encode(self._frames.text(key, self._safe(messages), lambda told: self._render(told, tools=tools)))
+        return self.encode(self._frames.text(key, self._safe(messages), lambda told: self._opening(told, tools)))
+
+    def _opening(self, messages: Sequence[Json], tools: Sequence[ToolSpec]) -> str:
+        """Text of the opening messages; Llama's template takes one call per turn, Qwen3-Coder's none that is broken."""
+        try:
+            return self._render(messages, tools=tools)
+        except Exception:
+            plain = one_by_one(messages, self.calls)
+            if plain == list(messages):
+                raise
+            return self._render(plain, tools=tools)
 
     def extend(self, messages: Sequence[Json]) -> list[int]:
         """Ids between an agent's end-of-turn token (exclusive) and the place where it writes again.

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import warnings
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from agentsdpo.calls import FORMS, HERMES, JSON, XML, CallForm
 from agentsdpo.chat import ChatFormat
 from agentsdpo.collect.proxy.shapes import read_answer
-from agentsdpo.collect.turns import read_turn
+from agentsdpo.collect.turns import before_calls, check_call, read_turn
 from agentsdpo.errors import ModelError
 from agentsdpo.types import Json, ToolCall, ToolSpec
 
@@ -110,6 +111,96 @@ def test_bare_values_that_do_not_fit_their_schema_stay_text() -> None:
     text = ("<tool_call><function=file><parameter=count>a dozen</parameter><parameter=new>1</parameter></function>"
             "</tool_call>")
     assert read_turn(text, 0, form=XML, tools=[TOOL]).calls[0].arguments == {"count": "a dozen", "new": "1"}
+
+
+def xml(value: str, key: str = "x") -> str:
+    return f"<tool_call>\n<function=f>\n<parameter={key}>\n{value}\n</parameter>\n</function>\n</tool_call>"
+
+
+WHOLE = {"type": "integer"}
+TYPED: list[tuple[Any, str, Any]] = [
+    ({"anyOf": [WHOLE, {"type": "null"}]}, "5", 5), ({"anyOf": [WHOLE, {"type": "null"}]}, "null", None),
+    ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "null", "null"),
+    ({"oneOf": [WHOLE, {"type": "string"}]}, "5", "5"),
+    ({"$ref": "#/$defs/n"}, "5", 5), ({"$ref": "#/$defs/n"}, "five", "five"), ({"enum": [1, 2]}, "2", 2),
+    ({"enum": ["1"]}, "1", "1"), ({"const": True}, "true", True), ({"allOf": [{"$ref": "#/$defs/n"}]}, "7", 7),
+    ({"type": "boolean"}, "True", True), ({"type": ["object", "null"]}, "None", None),
+    ({"type": "string"}, "None", "None")]
+
+
+@pytest.mark.parametrize(("schema", "value", "wanted"), TYPED)
+def test_a_bare_value_is_what_its_schema_takes(schema: Any, value: str, wanted: Any) -> None:
+    tool = ToolSpec(name="f", description="", parameters={"type": "object", "properties": {"x": schema},
+                                                          "required": ["x", "y"], "$defs": {"n": WHOLE}})
+    (call,) = read_turn(xml(value), 0, form=XML, tools=[tool]).calls
+    assert isinstance(call.arguments, dict)
+    assert call.arguments["x"] == wanted
+    assert type(call.arguments["x"]) is type(wanted)
+
+
+@pytest.mark.parametrize("properties", [
+    [1], "x", None, {"x": None}, {"x": True}, {"x": {"type": None}}, {"x": {"type": 5}}, {"x": {"$ref": "#/nowhere"}},
+    {"x": {"$ref": "#/properties/x"}}, {"x": {"$ref": 1}}, {"x": {"anyOf": 1}}, {"x": {"$schema": 1}}])
+def test_a_schema_that_is_none_leaves_values_as_text(properties: Any) -> None:
+    tool = ToolSpec(name="f", description="", parameters={"properties": properties})
+    for form in FORMS:
+        read_turn(xml("1"), 0, form=form, tools=[tool])
+    assert read_turn(xml("1"), 0, form=XML, tools=[tool]).calls[0].arguments == {"x": "1"}
+
+
+def test_no_schema_has_anything_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client of the proxy, or a server of tools, could have this machine ask any address."""
+    asked: list[Any] = []
+    monkeypatch.setattr("urllib.request.urlopen", lambda *args, **kwargs: asked.append(args))
+    tool = ToolSpec(name="f", description="", parameters={"properties": {"x": {"$ref": "http://10.0.0.1/x.json"}}})
+    with warnings.catch_warnings(action="ignore"):
+        (call,) = read_turn(xml("1"), 0, form=XML, tools=[tool]).calls
+        assert check_call(call, {"f": tool}) is None
+    assert not asked
+    assert call.arguments == {"x": "1"}
+
+
+def test_values_that_a_template_turned_into_text_as_python_does_are_read(tiny_tokenizer: Any) -> None:
+    """As that of Qwen3-Coder."""
+    TEMPLATES["spoken"] = TEMPLATES["xml"].replace("value | tojson)", "value | string)")
+    chat = chat_of(tiny_tokenizer, "spoken")
+    arguments: Json = {"on": True, "count": 2, "path": "True"}
+    text = said(chat, ToolCall(id="c", name="file", arguments=arguments))
+    assert "\nTrue\n" in text
+    assert read_turn(text, 0, form=chat.calls, tools=[TOOL]).calls[0].arguments == arguments
+
+
+def test_json_with_a_name_is_a_call_only_if_nothing_else_is_in_it() -> None:
+    def calls(text: str) -> list[Any]:
+        return [(call.name, call.arguments) for call in read_turn(text, 0, form=JSON).calls]
+
+    assert not calls('{"name": "Alice", "total": 3}'), "an answer"
+    assert calls('{"name": "get"}') == [("get", {})]
+    assert calls('{"name": "f", "arguments": {"x": 1}}') == [("f", {"x": 1})], "not run without what it was given"
+    two = '{"name": "f", "parameters": {}}\r\n\t{"name": "g", "parameters": {"a": "<tool_call>"}}'
+    assert calls(two) == [("f", {}), ("g", {"a": "<tool_call>"})]
+    assert before_calls(two) == ""
+    assert len(calls('{"name": "f"}' + " 1" * 300_000)) == 2, "what is no object is one broken call"
+
+
+@pytest.mark.parametrize("form", ["xml", "json"])
+def test_histories_that_a_template_refuses_are_told_one_call_at_a_time(form: str, tiny_tokenizer: Any) -> None:
+    """Llama's refuses several calls in a turn, Qwen3-Coder's one whose arguments are no object."""
+    once = "{{- raise_exception('one at a time') if message['tool_calls'] | length > 1 -}}"
+    TEMPLATES["strict"] = once + TEMPLATES[form]
+    chat = chat_of(tiny_tokenizer, "strict")
+    broken, calls = ToolCall(id="a", name="", arguments="<function=f"), [
+        ToolCall(id=name, name="file", arguments={"path": name}) for name in ("b", "c")]
+    asked: list[Json] = [{"role": "user", "content": "u"}]
+    turn = {"role": "assistant", "content": "So.", "tool_calls": [call.openai() for call in (broken, *calls)]}
+    answers = [{"role": "tool", "tool_call_id": call.id, "content": "r"} for call in (broken, *calls)]
+    text = chat.decode(chat.open([*asked, turn, *answers], [TOOL]))
+    after = text.partition("So.\n")[2].split("<|im_end|>")
+    assert after[0].removeprefix("<tool_call>\n").removesuffix("\n</tool_call>") == "<function=f"
+    for turn_text, call in zip(after[1:], calls, strict=False):
+        (read,) = read_turn(turn_text.partition("assistant\n")[2], 0, form=chat.calls, tools=[TOOL]).calls
+        assert read.arguments == call.arguments
+    assert text.count("<tool_response>\nr\n</tool_response>") == 3
 
 
 def test_a_form_nobody_reads_is_said(tiny_tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,12 +3,10 @@
 import json
 import re
 from collections.abc import Sequence
-from functools import lru_cache
 
-from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
-from agentsdpo.calls import HERMES, JSON, CallForm
+from agentsdpo.calls import HERMES, JSON, CallForm, read_json, validator
 from agentsdpo.types import Completion, ErrorKind, Json, ModelTurn, ToolCall, ToolResult, ToolSpec
 
 OPEN_CALL = HERMES.opens
@@ -30,18 +28,18 @@ def visible(text: str) -> str:
 
 
 def before_calls(text: str) -> str:
-    """What the agent said in front of the calls of a turn that made some, in whichever form; all of it where they came
-    beside the text.
+    """What the agent said in front of the calls of a turn that holds some, in whichever form, or beside its text.
 
     >>> before_calls('So. <tool_call>{}</tool_call>'), before_calls('<think>a</think>{"name": "f", "parameters": {}}')
     ('So.', '<think>a</think>')
-    >>> before_calls("I look it up.")
-    'I look it up.'
+    >>> before_calls("I look.")
+    'I look.'
     """
-    said, mark, _ = text.partition(OPEN_CALL)
-    if mark:
-        return said.rstrip()
-    return "".join(text.rpartition(_END_THINK)[:2]) if JSON.bodies(visible(text)) else text
+    thought, end, said = text.rpartition(_END_THINK)
+    bodies = JSON.bodies(said)
+    if bodies and (OPEN_CALL not in said or not any(read_json(body)[1] for body, _ in bodies)):  # or in an argument
+        return thought + end
+    return text.partition(OPEN_CALL)[0].rstrip()
 
 
 def read_turn(text: str, turn: int, completion: Completion | None = None, *, form: CallForm = HERMES,
@@ -118,11 +116,6 @@ def unique_ids(calls: Sequence[ToolCall], turn: int, taken: set[str]) -> tuple[l
     return renamed, now
 
 
-@lru_cache(maxsize=1024)
-def _validator(schema: str) -> Draft202012Validator:
-    return Draft202012Validator(json.loads(schema))
-
-
 def schema_error(spec: ToolSpec, arguments: Json) -> str | None:
     """What is wrong with the arguments under the tool's JSON schema, None when nothing is.
 
@@ -131,7 +124,7 @@ def schema_error(spec: ToolSpec, arguments: Json) -> str | None:
     ("arguments of f: 'x' is a required property", None)
     """
     try:
-        error = best_match(_validator(json.dumps(spec.parameters)).iter_errors(arguments))
+        error = best_match(validator(json.dumps(spec.parameters)).iter_errors(arguments))
     except Exception:  # noqa: BLE001 - a pattern of another dialect, a $ref to nowhere: anybody's schema
         return None  # the tool has to look for itself
     if error is None:

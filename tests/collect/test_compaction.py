@@ -24,6 +24,7 @@ from agentsdpo.replay import ReplayStore, Spool
 from agentsdpo.replay.rules import check_episode
 from agentsdpo.replay.salvage import salvage
 from agentsdpo.types import Completion, Episode, Hint, StopReason, TokenKind
+from tests.test_calls import TEMPLATES, chat_of
 
 WINDOW = 1600
 
@@ -248,3 +249,24 @@ def test_a_compacted_episode_goes_through_journal_and_store(world: Any, tiny_tok
     assert metrics["collect/branches/mean"] == len(episode.branches)
     assert metrics["collect/fork/compaction"] == len(episode.branches) - 1
     assert 0.0 < metrics["collect/merge_ratio"] < 1.0
+
+
+REFUSED = {  # of Qwen3-Coder's template, a broken call; of Llama's, two in a turn
+    "xml": "<tool_call>\n<function=add>\n<parameter=n>\n1\n",
+    "json": '{"name": "get", "parameters": {}}; {"name": "add", "parameters": {"n": 2}}'}
+TAKEN = {"xml": "<tool_call>\n<function=get>\n</function>\n</tool_call>", "json": '{"name": "get", "parameters": {}}'}
+
+
+@pytest.mark.parametrize("form", REFUSED)
+def test_turns_that_the_template_would_not_render_again_are_compacted_all_the_same(
+        world: Any, tiny_tokenizer: Any, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    once = "{{- raise_exception('one at a time') if message['tool_calls'] | length > 1 -}}"
+    monkeypatch.setitem(TEMPLATES, "strict", once + TEMPLATES[form])
+    chat = chat_of(tiny_tokenizer, "strict")
+    engine = world.text_engine(chat, *[REFUSED[form], TAKEN[form]] * 20)
+    run = asyncio.run(run_episode(
+        world.noting_env(), EnginePolicy(engine, chat, CollectConfig(window=WINDOW)), world.task(turns=20), seed=0,
+        episode_id="e", compaction=compactor(CompactionConfig(manager="notes", keep_turns=2))))
+    assert run.error == ""
+    assert run.counts["compactions"]
+    assert run.counts["valid_calls"] == {"xml": 10, "json": 30}[form]

@@ -324,7 +324,7 @@ def test_a_spent_prompt_budget(chat_server: Any) -> None:
 
 def test_a_hosted_agent_plays_an_episode(chat_server: Any) -> None:
     task = DeskSuite().task("val", 0)
-    turns = iter([chat_server.say("", calls=[call("note_get", '{"key": ""}', "a"), call("nope", "{}", "b")]),
+    turns = iter([chat_server.say("I look.", calls=[call("note_get", '{"key": ""}', "a"), call("nope", "{}", "b")]),
                   (500, "boom", {}), chat_server.say("", calls=[call("submit", '{"answer": "12"}', "a")])])
     chat_server.answer = lambda body: next(turns)
 
@@ -342,6 +342,7 @@ def test_a_hosted_agent_plays_an_episode(chat_server: Any) -> None:
     assert rollout.branches == (), "no token ids: nothing to train on"
     assert [m["tool_call_id"] for m in rollout.messages if m["role"] == "tool"] == ["a", "b", "call_1_0"]
     assert [m["role"] for m in chat_server.seen[-1]["messages"]] == ["system", "user", "assistant", "tool", "tool"]
+    assert chat_server.seen[-1]["messages"][2]["content"] == "I look.", "what was said beside calls stays"
 
 
 @pytest.mark.parametrize(("answer", "expected"), [((500, "boom", {}), StopReason.ENGINE_ERROR), (
