@@ -133,7 +133,8 @@ class Progress:
             elapsed: seconds it took, counted where the policy did not measure.
             growth: of the token record.
         """
-        if OPEN_CALL in visible(turn.text) and not turn.calls:
+        sampled = turn.completion is not None  # and read already, in the form of its model
+        if not sampled and not turn.calls and OPEN_CALL in visible(turn.text):
             read = read_turn(turn.text, self.ctx.turn)
             turn = turn.model_copy(update={"calls": read.calls, "malformed": read.malformed})
         calls, now = unique_ids(turn.calls, self.ctx.turn, set(self._ids))

@@ -85,6 +85,13 @@ def test_calls_are_read_in_the_form_that_the_template_writes(world: Any, tiny_to
     assert_prompts_grow(run, engine)
 
 
+def test_a_model_of_another_form_may_speak_of_tags(world: Any, tiny_tokenizer: Any) -> None:
+    said = 'They write <tool_call>{"name": "add", "arguments": {"n": 1}}</tool_call> there.'
+    run, _ = play(world, chat_of(tiny_tokenizer, "json"), '{"name": "add", "parameters": {"n": 3}}', said)
+    assert (run.stop_reason, run.answer) == (StopReason.COMPLETED, said)
+    assert (run.counts["valid_calls"], run.counts["calls_refused"]) == (1, 0)
+
+
 def test_a_cut_completion_is_closed_by_a_forced_token(world: Any, tiny_tokenizer: Any) -> None:
     chat = ChatFormat(tiny_tokenizer)
     run, engine = play(world, chat, '<tool_call>{"name": "a...', "", "3")
