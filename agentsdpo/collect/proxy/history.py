@@ -118,9 +118,11 @@ def after(digest: bytes, message: Json) -> bytes:
 
 
 def _identity(message: Json) -> bytes:
-    """What makes a message the same one: not the ids of its calls, nor the space around an agent's words."""
+    """What makes a message the same one: not the ids of its calls, nor the space around an agent's words, nor whether
+    arguments are an object or its text, as those of a broken call may be."""
     role, content = message["role"], message["content"]
-    calls = [(call["function"]["name"], call["function"]["arguments"]) for call in message.get("tool_calls", ())]
+    made = [call["function"] for call in message.get("tool_calls", ())]
+    calls = [(call["name"], _arguments(call["arguments"])) for call in made]
     said = json.dumps(calls, sort_keys=True) if calls else ""
     words = content.strip() if role == "assistant" else content
     return f"{role} {len(words)} {words}{said}".encode("utf-8", "surrogatepass")

@@ -80,6 +80,20 @@ def test_tools_go_out_as_calls_and_come_back_as_tool_tokens(stack: Stack) -> Non
     assert episode.tools[0]["function"]["name"] == "note_get"
 
 
+def test_a_call_whose_arguments_are_no_object_comes_back_as_the_same(stack: Stack) -> None:
+    """It goes out as its text, which may be an object when it comes back."""
+    stack.start()
+    call = '<tool_call>\n{"name": "note_get", "arguments": [1]}\n</tool_call>'
+    stack.engine.say = lambda prompt: "done" if "<tool_response>" in prompt else call
+    first = stack.ask("Read.", conversation="t", tools=[TOOL])
+    (sent,) = said(first)["tool_calls"]
+    answer = {"role": "tool", "tool_call_id": sent["id"], "content": "not an object"}
+    stack.ask("Read.", said(first), answer, conversation="t", tools=[TOOL])
+    stack.close("t")
+    (episode,) = stack.episodes()
+    assert [branch.fork_reason for branch in episode.branches] == [None]
+
+
 def test_broken_calls_stay_text(stack: Stack) -> None:
     stack.engine.say = lambda prompt: "<tool_call>{\"name\": </tool_call>"
     stack.start()
