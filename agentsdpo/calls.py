@@ -26,7 +26,8 @@ _TAGGED = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)", re.DOTALL)
 _FUNCTION = re.compile(r"<function=([^>\n]+)>(.*)</function>", re.DOTALL)
 _PARAMETER, _END_PARAMETER = "<parameter=", "</parameter>"
 _PYTHON_TAG = "<|python_tag|>"
-_FIRST, _BETWEEN = re.compile(r'\{\s*"name"\s*:'), re.compile(r"[\s;]*")
+_FIRST = re.compile(r'\{\s*("type"\s*:\s*"function"\s*,\s*)?"name"\s*:')
+_BETWEEN = re.compile(r"[\s;]*")
 _SPOKEN = {"True": "true", "False": "false", "None": "null"}
 """Templates that turn a value into text by ``string`` write it as Python does, and so do their models."""
 _DEPTH = 64
