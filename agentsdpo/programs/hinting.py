@@ -39,11 +39,12 @@ class HintWriter:
 
     Attributes:
         written, silent: hints written; episodes for which there is nothing to say.
+        broken: episodes of which a source failed, as a model that does not answer; not asked again in this life.
     """
 
     def __init__(self, store: ReplayStore, hinter: Hinter) -> None:
         self.store, self.hinter = store, hinter
-        self.written = self.silent = 0
+        self.written = self.silent = self.broken = 0
         self._looked: set[tuple[str, str]] = set()
         self._pinned = float("-inf")
         view = store.snapshot()
@@ -75,11 +76,24 @@ class HintWriter:
         some = list(view.gather(names))
         self.hinter.remember(episode for episode in some if episode.hint)
         bare = [episode for episode in some if not episode.hint]
-        found = zip(bare, self.hinter.hints(bare), strict=True)
-        hints: dict[Key | str, Hint] = {episode.episode_id: hint for episode, hint in found if hint}
+        broken = self.hinter.counts["broken"]
+        found = [(episode, hint) for episode, hint in zip(bare, self.hinter.hints(bare), strict=True) if hint]
+        hints: dict[Key | str, Hint] = {key: hint for episode, hint in found  # of this attempt, not of the latest one
+                                        for key in view.attempt(episode.episode_id, episode.attempt)}
         self.store.add_hints(hints)
-        self.silent += len(bare) - len(hints)
-        self.written += len(hints)
+        broken = self.hinter.counts["broken"] - broken
+        self.silent += len(bare) - len(found) - broken
+        self.broken += broken
+        self.written += len(found)
+
+    def words(self) -> str:
+        """What came of it so far, for people."""
+        failed = f", {self.broken} without a hint because a source failed" if self.broken else ""
+        return f"{self.written} hints written, {self.silent} episodes with nothing to say{failed}"
+
+    def json(self) -> Json:
+        """The same as numbers."""
+        return {"written": self.written, "silent": self.silent, "broken": self.broken}
 
 
 def write_hints(config: RunConfig, uri: Path | str, *, follow: bool = False,
@@ -93,7 +107,7 @@ def write_hints(config: RunConfig, uri: Path | str, *, follow: bool = False,
         say: told of progress, one line at a time.
 
     Returns:
-        ``written``, ``silent`` and ``store``.
+        ``store``, ``written``, ``silent``, ``broken``, and ``words``, which say it to people.
 
     Raises:
         StoreError: no such store. ConfigError: no such suite.
@@ -107,11 +121,11 @@ def write_hints(config: RunConfig, uri: Path | str, *, follow: bool = False,
             looked = writer.look()
             if looked and time.monotonic() - told > 10.0:
                 told = time.monotonic()
-                say(f"{writer.written} hints written, {writer.silent} episodes with nothing to say")
+                say(writer.words())
             if not follow:
                 break
             if not looked:
                 time.sleep(POLL_S)
     finally:
         store.close()
-    return {"store": store.storage.uri, "written": writer.written, "silent": writer.silent}
+    return {"store": store.storage.uri, **writer.json(), "words": writer.words()}

@@ -28,7 +28,7 @@ def write(
 
     with kept("hints written so far are in the store"):
         about = write_hints(resolved, store, follow=follow, say=say)
-    show(about, f"{about['written']} hints written, {about['silent']} episodes with nothing to say", as_json)
+    show(about, about.pop("words"), as_json)
 
 
 def audit(

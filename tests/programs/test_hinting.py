@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from agentsdpo.errors import StoreError
+from agentsdpo.errors import HintError, StoreError
 from agentsdpo.hint.config import HintConfig
 from agentsdpo.hint.hinter import Hinter
 from agentsdpo.hint.peers import Peer
@@ -19,7 +19,7 @@ from agentsdpo.programs.hinting import HintWriter, write_hints
 from agentsdpo.replay.example import episode
 from agentsdpo.replay.overlay import Slot
 from agentsdpo.replay.store import ReplayStore
-from agentsdpo.types import CriterionResult, Episode, Grade
+from agentsdpo.types import CriterionResult, Episode, Grade, Hint
 
 
 def bare(number: int, feedback: str = "name the file in lower case") -> Episode:
@@ -133,3 +133,29 @@ def test_killed_again_and_again_every_episode_gets_one_hint(store: ReplayStore, 
     assert {slot.key for slot in view.late.latest} == set(view.rows)
     assert all(Slot("hint", key) in view.late.latest for key in view.rows)
     assert all(e.hint is not None for e in view.episodes())
+
+
+def test_each_attempt_at_an_episode_gets_its_own_hint(store: ReplayStore) -> None:
+    first = bare(1, feedback="name the file in upper case")
+    store.append([first, first.model_copy(update={"attempt": 1, "grade": bare(1, feedback="").grade}),
+                  bare(2), bare(2, feedback="tell the cfo as well").model_copy(update={"attempt": 1})])
+    hints = writer(store)
+    hints.look()
+    assert (hints.written, hints.silent) == (3, 1)
+    assert {(e.episode_id, e.attempt): e.hint.text if e.hint else None for e in store.episodes()} == {
+        ("e-1", 0): "name the file in upper case", ("e-1", 1): None,
+        ("e-2", 0): "name the file in lower case", ("e-2", 1): "tell the cfo as well"}
+
+
+def test_a_source_that_breaks_is_not_a_source_with_nothing_to_say(store: ReplayStore) -> None:
+    class Broken(Criteria):
+        async def write(self, episode: Episode) -> Hint | None:
+            if episode.episode_id == "e-1":
+                raise HintError("the server is down", fix="start it")
+            return await super().write(episode)
+
+    store.append([bare(1), bare(2), bare(3, feedback="")])
+    hints = HintWriter(store, Hinter({"criteria": Broken("grader")}, HintConfig()))
+    hints.look()
+    assert (hints.written, hints.silent, hints.broken) == (1, 1, 1)
+    assert hints.words() == "1 hints written, 1 episodes with nothing to say, 1 without a hint because a source failed"
