@@ -7,7 +7,7 @@ from collections.abc import Awaitable
 from enum import StrEnum
 from typing import Literal, Protocol, runtime_checkable
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from agentsdpo.record import (
     Branch,
@@ -197,6 +197,14 @@ class Hint(Frozen):
                                              "last opening message; what begins with a later turn stands before it")
     scope: Literal["episode", "turn"] = "episode"
     answer_bearing: bool = False
+
+    @field_validator("text", "turns", "author")
+    @classmethod
+    def _printable(cls, said: str | tuple[tuple[int, str], ...]) -> str | tuple[tuple[int, str], ...]:
+        """Lone surrogates replaced: JSON can hold them, and no tokenizer reads them."""
+        if isinstance(said, str):
+            return said.encode("utf-8", "replace").decode()
+        return tuple((turn, text.encode("utf-8", "replace").decode()) for turn, text in said)
 
     @property
     def words(self) -> str:

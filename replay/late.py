@@ -35,6 +35,7 @@ class LateValues(ABC):
 
         Raises:
             StoreError: a key is not in the store, or the overlay cannot be written.
+            RowError: a hint says nothing, or does not say which turn it speaks of.
         """
         self._overlay("hint", lambda view: _hints(view, hints))
 
@@ -76,9 +77,32 @@ class LateValues(ABC):
 
 
 def _hints(view: Snapshot, values: Mapping[Key | str, Hint]) -> list[Entry]:
-    """Entries of late hints. Raises as :func:`_keys`."""
+    """Entries of late hints.
+
+    Raises:
+        RowError: a teacher could not read one. StoreError: as :func:`_keys`.
+    """
+    for name, hint in values.items():
+        if fault := _fault(hint):
+            raise RowError(f"the hint of {name} {fault}", fix="give a text, or turns = ((turn, text), ...), each turn "
+                           "once, with placement system_prefix or last_user_suffix and scope episode")
     return [Entry(Slot("hint", key), hint.author, canonical_json(hint.model_dump()).decode())
             for name, hint in values.items() for key in _keys(view, name)]
+
+
+def _fault(hint: Hint) -> str:
+    """Why a hint could not be read by a teacher: found here, where it can be mended, and not by a run days later."""
+    turns = [turn for turn, _ in hint.turns]
+    if hint.scope == "turn" or hint.placement == "turn_local":
+        return "does not say which turn it speaks of"
+    if not hint.turns and not hint.text.strip():
+        return "says nothing"
+    for turn, text in hint.turns:
+        fault = f"speaks of turn {turn}" if turn < 0 else f"says nothing of turn {turn}" if not text.strip() else (
+            f"speaks of turn {turn} twice" if turns.count(turn) > 1 else "")
+        if fault:
+            return fault
+    return ""
 
 
 def _rewards(view: Snapshot, values: Mapping[Key | str, float | Grade], author: str,

@@ -206,7 +206,7 @@ def label(
     text: Annotated[str | None, typer.Argument(help="The label for what --where chooses.")] = None, where: Where = None,
     source: Annotated[Path | None, typer.Option("--from", metavar="FILE", help="JSON lines; - is stdin.")] = None,
     kind: Annotated[str, typer.Option(help="What the lines of --from hold: label, reward or hint.")] = "label",
-    author: Annotated[str, typer.Option(help="Who says so.")] = "",
+    author: Annotated[str, typer.Option(help="Who says so, where a line does not.")] = "",
 ) -> None:
     """Add labels, rewards or hints that came late; stored rows stay as they are."""
     from agentsdpo.replay.cli import notes
@@ -216,7 +216,7 @@ def label(
                           f"{', '.join(notes.KINDS)}")
     opened = existing(store)
     values: dict[Any, Any] = dict.fromkeys(opened.snapshot().keys(where), text) if text is not None else notes.read(
-        sys.stdin if str(source) == "-" else _lines(source), kind)
+        sys.stdin if str(source) == "-" else _lines(source), kind, author)
     if kind == "hint":
         opened.add_hints(values)
     elif kind == "reward":

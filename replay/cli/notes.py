@@ -6,6 +6,7 @@
     {"episode_id": "...", "hint": {"text": "...", "source": "user", "author": "me"}}
 
 Without ``branch_id`` all branches of the episode's latest attempt are meant. A hint that is a text is the user's.
+What does not say its author is by whoever adds it.
 """
 
 import json
@@ -24,8 +25,8 @@ _SHAPES = {"reward": "0.5", "label": '"..."', "hint": '"..."} or {"episode_id": 
 _PLACE = ("episode_id", "branch_id", "attempt")
 
 
-def read(lines: Iterable[str], kind: str) -> dict[Key | str, Any]:
-    """Values of one kind by key, or by episode id; empty lines are passed over.
+def read(lines: Iterable[str], kind: str, author: str = "") -> dict[Key | str, Any]:
+    """Values of one kind by key, or by episode id; empty lines are passed over. ``author`` is that of hints without one.
 
     Raises:
         ConfigError: a line is not of the form above, or two are about the same; names the line.
@@ -38,7 +39,7 @@ def read(lines: Iterable[str], kind: str) -> dict[Key | str, Any]:
         if not line.strip():
             continue
         try:
-            place, value = _record(json.loads(line), kind)
+            place, value = _record(json.loads(line), kind, author)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             shape = f'{{"episode_id": "...", "{kind}": {_SHAPES[kind]}}}'
             raise ConfigError(f"line {number} is no {kind}: {_reason(error)}",
@@ -49,7 +50,7 @@ def read(lines: Iterable[str], kind: str) -> dict[Key | str, Any]:
     return found
 
 
-def _record(record: Json, kind: str) -> tuple[Key | str, Any]:
+def _record(record: Json, kind: str, author: str) -> tuple[Key | str, Any]:
     if not isinstance(record, dict):
         raise TypeError("not an object")
     if unknown := record.keys() - {*_PLACE, kind}:
@@ -63,14 +64,15 @@ def _record(record: Json, kind: str) -> tuple[Key | str, Any]:
     if any(type(number) is not int for number in numbers):  # 0.9 is not branch 0
         raise TypeError("branch_id and attempt are integers")
     place = Key(episode, *numbers) if "branch_id" in record or "attempt" in record else episode
-    return place, {"reward": float, "label": str, "hint": _hint}[kind](value)
+    return place, _hint(value, author) if kind == "hint" else {"reward": float, "label": str}[kind](value)
 
 
-def _hint(value: Any) -> Hint:
+def _hint(value: Any, author: str) -> Hint:
     """A hint from its fields, or from its text alone."""
     if not isinstance(value, str | dict) or not value:
         raise TypeError("a hint is a text or an object, and not empty")
-    return Hint(text=value, source="user", author="user") if isinstance(value, str) else Hint(**value)
+    said = {"text": value, "source": "user", "author": author or "user"} if isinstance(value, str) else value
+    return Hint(**({"author": author} if author else {}) | said)
 
 
 def _reason(error: Exception) -> str:

@@ -153,6 +153,11 @@ def test_labels_rewards_and_hints_come_late(own: Path, tmp_path: Path) -> None:
     assert "hint (user, by me): look twice" in good("show", own, "dddd").stdout
     good("label", own, "--from", "-", "--kind", "hint", input='{"episode_id": "dddd-5", "hint": "look thrice"}\n')
     assert "hint (user, by user): look thrice" in good("show", own, "dddd").stdout
+    good("label", own, "--from", "-", "--kind", "hint", "--author", "bob",
+         input='{"episode_id": "dddd-5", "hint": "look again"}\n')
+    assert "hint (user, by bob): look again" in good("show", own, "dddd").stdout
+    good("label", own, "--from", "-", "--kind", "hint", "--author", "bob", input=hint + "\n")
+    assert "hint (user, by me): look twice" in good("show", own, "dddd").stdout, "a line knows better"
 
 
 @pytest.mark.parametrize(("line", "said"), [

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -214,3 +215,24 @@ def test_asking_the_store() -> None:
         store.branches("rewardd > 0")
     empty = ReplayStore.open(store.root / "empty")
     assert (list(empty.branches("reward > 0")), empty.to_arrow().num_rows) == ([], 0)
+
+
+@pytest.mark.parametrize(("fields", "said"), [
+    ({}, "says nothing"), ({"text": " \n"}, "says nothing"), ({"turns": ((0, "a"), (1, " "))}, "says nothing of turn 1"),
+    ({"turns": ((-1, "a"),)}, "speaks of turn -1"), ({"turns": ((2, "a"), (2, "b"))}, "speaks of turn 2 twice"),
+    ({"text": "a", "placement": "turn_local"}, "does not say which turn"),
+    ({"text": "a", "scope": "turn"}, "does not say which turn")])
+def test_a_hint_that_no_teacher_could_read_is_refused(fields: dict[str, Any], said: str) -> None:
+    store = example()
+    with pytest.raises(RowError, match=f"the hint of e-0 {said}"):
+        store.add_hints({"e-1": Hint(text="fine", source="user", author="me"),
+                         "e-0": Hint(source="user", author="me", **fields)})
+    assert store.episode("e-1").hint == episode(1).hint, "nothing is added"
+
+
+def test_lone_surrogates_in_a_hint_become_question_marks() -> None:
+    store = example()
+    store.add_hints({"e-0": Hint(text="a\ud800", turns=((0, "b\udfff"),), source="user", author="me\ud800")})
+    hint = store.episode("e-0").hint
+    assert hint is not None
+    assert (hint.text, hint.turns, hint.author) == ("a?", ((0, "b?"),), "me?")
