@@ -5,6 +5,7 @@ from typing import Protocol
 
 from agentsdpo.chat import ChatFormat
 from agentsdpo.hint.render import place
+from agentsdpo.hint.sources import JOINT, QUOTING
 from agentsdpo.types import Branch, Hint
 
 LEAK_NGRAM = 8
@@ -51,10 +52,12 @@ def leaks(chat: ChatFormat, hint: Hint, branch: Branch) -> bool:
     """Whether :data:`LEAK_NGRAM` tokens of the hint in a row stand among the tokens the agent sampled.
 
     A student never read the hint, so a long literal run of it in its own words means the hint reached it. Runs are
-    looked for inside one completion at a time. A hint of fewer tokens cannot be told from chance: False.
+    looked for inside one completion at a time. A hint of fewer tokens cannot be told from chance: False. Nor can calls
+    and answers that it quotes: an agent that acts as another did says them by itself, and its own it has said.
     """
     said = [branch.token_ids[call.start:call.end].tolist() for call in branch.calls]
-    texts = [hint.text, *(text for _, text in hint.turns)]
+    parts = (part for text in (hint.text, *(text for _, text in hint.turns)) for part in text.split(JOINT))
+    texts = [part for part in parts if not part.startswith(QUOTING)]
     return any(has_run(chat.encode(text), said, LEAK_NGRAM) for text in texts)
 
 

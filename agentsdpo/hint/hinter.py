@@ -15,7 +15,7 @@ from agentsdpo.errors import AgentSdpoError, ConfigError, TrainForbidden
 from agentsdpo.hint.config import HintConfig
 from agentsdpo.hint.critic import Critic, NextStep, hosted
 from agentsdpo.hint.peers import Contrast, Peer
-from agentsdpo.hint.sources import Alone, Criteria, Expert, Feedback, Source
+from agentsdpo.hint.sources import JOINT, Alone, Criteria, Expert, Feedback, Source
 from agentsdpo.types import Episode, Hint, Suite
 
 _log = logging.getLogger(__name__)
@@ -149,8 +149,8 @@ class Hinter:
         turns: dict[int, list[str]] = {}
         for turn, text in (one for hint in said for one in hint.turns):
             turns.setdefault(turn, []).append(text)
-        return said[0].model_copy(update={"text": "\n\n".join(one.text for one in said if one.text),
-                                          "turns": tuple((turn, "\n\n".join(turns[turn])) for turn in sorted(turns)),
+        return said[0].model_copy(update={"text": JOINT.join(one.text for one in said if one.text),
+                                          "turns": tuple((turn, JOINT.join(turns[turn])) for turn in sorted(turns)),
                                           "author": ", ".join(dict.fromkeys(one.author for one in said)),
                                           "answer_bearing": any(one.answer_bearing for one in said),
                                           "placement": self.config.placement})

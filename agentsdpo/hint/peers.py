@@ -4,7 +4,7 @@ import re
 
 from agentsdpo.calls import call_line
 from agentsdpo.hint.config import HintConfig
-from agentsdpo.hint.sources import fitted
+from agentsdpo.hint.sources import MISSED, SIMILAR, SOLVED, VAIN, fitted
 from agentsdpo.types import Episode, Hint
 
 _WORD = re.compile(r"\w+")
@@ -41,8 +41,7 @@ class Peer:
         same, done = self._nearest(episode)
         if not done:
             return None
-        text = fitted([f"A colleague solved {'this' if same else 'a similar'} task like this:", *done],
-                      self.config.max_chars)
+        text = fitted([SOLVED if same else SIMILAR, *done], self.config.max_chars)
         return Hint(text=text, source="peer", author="peer", answer_bearing=same) if text else None
 
     def _nearest(self, episode: Episode) -> tuple[bool, list[str]]:
@@ -71,8 +70,8 @@ class Contrast(Peer):
         missed, vain = [one for one in done if one not in own], [one for one in own if one not in done]
         if not same or not (missed or vain):
             return None
-        lines = ["Another attempt at this task succeeded. What it did and you did not:", *missed] if missed else []
-        more = ["What you did and a successful attempt did not:", *vain] if vain else []
+        lines = [MISSED, *missed] if missed else []
+        more = [VAIN, *vain] if vain else []
         lines += ["\n".join(more[:2]), *more[2:]] if lines and more else more  # no heading without a line under it
         text = fitted(lines, self.config.max_chars)
         return Hint(text=text, source="contrast", author="peer", answer_bearing=True) if text else None

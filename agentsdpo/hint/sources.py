@@ -12,6 +12,15 @@ from agentsdpo.errors import ConfigError
 from agentsdpo.hint.config import HintConfig
 from agentsdpo.types import Episode, Hint, Suite, Task
 
+FAILED, GOLD, DEMO = "These calls failed, avoid them:", "The right answer:", "An expert did this task like this:"
+SOLVED, SIMILAR = "A colleague solved this task like this:", "A colleague solved a similar task like this:"
+MISSED = "Another attempt at this task succeeded. What it did and you did not:"
+VAIN = "What you did and a successful attempt did not:"
+QUOTING = (FAILED, GOLD, DEMO, SOLVED, SIMILAR, MISSED, VAIN)
+"""Headings of hints, or of parts of them, that quote calls and answers."""
+JOINT = "\n\n"
+"""Between what several sources say in one hint."""
+
 
 class Source(Protocol):
     """Writes hints."""
@@ -76,7 +85,7 @@ class Feedback(Alone):
         lines = [f"- {said} answered: {answer}" for said, answer in calls_of(episode) if failed(answer)]
         if not lines:
             return None
-        text = fitted(["These calls failed, avoid them:", *dict.fromkeys(lines)], self.config.max_chars)
+        text = fitted([FAILED, *dict.fromkeys(lines)], self.config.max_chars)
         return Hint(text=text, source="feedback", author=episode.env_id) if text else None
 
 
@@ -98,7 +107,7 @@ class Expert(Alone):
         text = getattr(self.suite, self.kind)(task).strip() if task else ""
         if not text:
             return None
-        head = "The right answer:" if self.kind == "gold" else "An expert did this task like this:"
+        head = GOLD if self.kind == "gold" else DEMO
         text = fitted([head, *text.splitlines()], self.config.max_chars)
         return Hint(text=text, source="gold" if self.kind == "gold" else "demo", author=f"{self.suite.name} expert",
                     answer_bearing=True) if text else None

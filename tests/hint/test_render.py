@@ -1,5 +1,6 @@
 """A hint is one system message and nothing else; leaks are seen in what the agent said alone."""
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -120,6 +121,22 @@ def test_leak_is_seen_in_what_the_agent_said_alone(chat: ChatFormat) -> None:
     assert not leaks(chat, hint_of(), branch_of(chat, ["done"], observed=TEXT)), "a tool may say what it likes"
     assert not leaks(chat, hint_of("tax"), branch_of(chat, ["tax"])), "too short to tell from chance"
     assert leaks(chat, hint_of("", turns=((0, TEXT),)), branch_of(chat, [f"ok {TEXT}"]))
+
+
+@pytest.mark.parametrize(("source", "quoted"), [
+    ("peer", "A colleague solved a similar task like this:\nread {call}\nand answered: {answer}"),
+    ("contrast", "What you did and a successful attempt did not:\nread {call}"),
+    ("feedback", "These calls failed, avoid them:\n- read {call} answered: error: {answer}"),
+    ("gold", "The right answer:\n{answer}"), ("demo", "An expert did this task like this:\n{answer}")])
+def test_calls_and_answers_that_a_hint_quotes_are_no_leak(chat: ChatFormat, source: Any, quoted: str) -> None:
+    call, answer = {"path": "audit/miwori", "row": "debt", "value": "315"}, "the debt of the second quarter is 315 k_usd."
+    hint = quoted.replace("{call}", json.dumps(call)).replace("{answer}", answer)
+    alike = branch_of(chat, [write_call("read", call), answer])
+    assert has_run(chat.encode(hint), [chat.encode(text) for text in (write_call("read", call), answer)], 8)
+    assert not leaks(chat, Hint(text=hint, source=source, author="peer"), alike), "an agent says these by itself"
+    if source in ("peer", "contrast", "feedback"):
+        both = Hint(text=f"{hint}\n\n{TEXT}", source=source, author="peer, desk")
+        assert leaks(chat, both, branch_of(chat, [f"ok {TEXT}"])), "words are still looked for"
 
 
 def test_a_run_is_not_pieced_together_from_two_turns() -> None:
