@@ -84,13 +84,18 @@ class Player:
 
 
 def difference(one: Mapping[str, float], other: Mapping[str, float]) -> Interval | None:
-    """Mean difference over what both have, with its bootstrap interval.
+    """Mean difference of scores in [0, 1] over the tasks that both have, with its bootstrap interval.
+
+    Of a single task nothing but the difference is known, so that the ends are those of any difference: redrawn, it
+    would always be the same, and its interval a certainty.
 
     >>> difference({"a": 1.0, "b": 0.5}, {"a": 0.5}), difference({"a": 1.0}, {})
-    (Interval(estimate=0.5, low=0.5, high=0.5), None)
+    (Interval(estimate=0.5, low=-1.0, high=1.0), None)
     """
-    both = sorted(one.keys() & other.keys())
-    return bootstrap([one[task] - other[task] for task in both]) if both else None
+    gaps = [one[task] - other[task] for task in sorted(one.keys() & other.keys())]
+    if len(gaps) == 1:
+        return Interval(gaps[0], -1.0, 1.0)
+    return bootstrap(gaps) if gaps else None
 
 
 def lift_before(config: RunConfig, *, tasks: int = TASKS) -> dict[str, Interval | None]:

@@ -122,6 +122,19 @@ def test_verdicts_go_by_the_interval() -> None:
     assert found[0].json()["lift"] == [0, 0.01, 0.2]
 
 
+def test_one_task_shows_nothing(hinted: list[Episode], tmp_path: Path) -> None:
+    ReplayStore.open(tmp_path / "store").append(hinted)
+    sets = [f"--set=collect.{key}" for key in ("window=768", "concurrency=24", "max_tokens=64")]
+    found = CliRunner().invoke(cli.app, ["hint", "audit", str(tmp_path / "store"), "--rows", "2", "--tasks", "1",
+                                         "--json", "--min-lift", "-0.9", *sets])
+    (about,) = json.loads(found.stdout)
+    assert about["lift"][1:] == [-1.0, 1.0]
+    assert about["verdict"] == "no evidence of use"
+    assert found.exit_code == 1
+    with pytest.raises(HintError, match=r"hints of peer lift the score by \+0.500 \[-1.000, \+1.000\]"):
+        lift.refuse_useless({"peer": lift.difference({"a": 0.75}, {"a": 0.25})}, 0.1)
+
+
 class Elsewhere(DeskSuite):
     """A suite of other tasks, with other splits."""
 
