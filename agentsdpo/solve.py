@@ -98,12 +98,14 @@ def solve(config: RunConfig, where: tuple[str, int], *, method: Method = "sdpo",
     Raises:
         TrainForbidden: the task must not be trained on, and the method would learn from its grader.
         ConfigError: a policy is to be kept of a method that makes none. EngineError: no attempt could be scored.
+        RegistryError: nothing can be kept in this folder; said before anything is played.
         ModelError, ConfigError: see :func:`~agentsdpo.assemble.check_request`.
     """
     if keep is not None and method != "sdpo":
         raise ConfigError(f"method {method!r} changes no weights, so there is no policy to keep",
                           fix="leave --keep out, or use --method sdpo")
     solver = Solver(config, where, method)
+    registry = solver.registry(keep) if keep is not None else None
     began, done = time.monotonic(), list[Attempt]()
     won, rounds = None, 0
     while len(done) < attempts and not any(one.passed for one in done):
@@ -116,8 +118,8 @@ def solve(config: RunConfig, where: tuple[str, int], *, method: Method = "sdpo",
         told(fresh)
         if not any(one.passed for one in fresh) and len(done) < attempts:
             solver.learn(episodes, updates)
-    if keep is not None:
-        solver.publish(keep)
+    if registry is not None:
+        solver.publish(registry)
     return Solution(task=solver.task.task_id, method=method, budget=attempts, attempts=tuple(done),
                     deeds="\n".join(deeds(won)) if won else None, wall_s=round(time.monotonic() - began, 3),
                     steps=solver.steps)
@@ -207,11 +209,20 @@ class Solver:
         self.steps += taken
         return taken
 
-    def publish(self, folder: Path | str) -> None:
-        """Keep the policy as it stands, as the next version of a registry."""
-        assert self.learner is not None
+    def registry(self, folder: Path | str) -> PolicyRegistry:
+        """Where the policy is to be kept.
+
+        Raises:
+            RegistryError: nothing can be written there.
+        """
         registry = PolicyRegistry(folder, base_model=self.config.model, tokenizer_sha256=self.chat.tokenizer_sha256,
                                   chat_template_sha256=self.chat.template_sha256)
+        registry.try_writing()
+        return registry
+
+    def publish(self, registry: PolicyRegistry) -> None:
+        """Keep the policy as it stands, as the next version."""
+        assert self.learner is not None
         registry.publish(self.learner.policy(), learner_step=self.steps)
 
 

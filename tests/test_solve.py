@@ -11,7 +11,7 @@ from agentsdpo import cli
 from agentsdpo.config import RunConfig, from_mapping
 from agentsdpo.envs.desk import DeskSuite
 from agentsdpo.envs.desk.agents import greedy, oracle
-from agentsdpo.errors import ConfigError, EngineError, TrainForbidden
+from agentsdpo.errors import ConfigError, EngineError, RegistryError, TrainForbidden
 from agentsdpo.publish.registry import PolicyRegistry
 from agentsdpo.solve import Attempt, Method, Solution, Solver, parse_task, solve
 from agentsdpo.types import Task
@@ -159,3 +159,12 @@ def test_a_success_in_words() -> None:
     assert strip(attempts) == "▅✗✓"
     assert words(found).splitlines() == ["t: solved by attempt 3 of at most 8, 4 optimiser steps, 1.2 s", "  ▅✗✓",
                                          "  a(b=1)", "  and answered: done"]
+
+
+def test_where_nothing_can_be_kept_nothing_is_played(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    rounds: list[list[Attempt]] = []
+    with pytest.raises(RegistryError, match=r"file cannot be written: .* give this user write permission"):
+        solve(small(), ("train", 3), attempts=4, keep=tmp_path / "file",
+              told=lambda fresh: rounds.append(list(fresh)))
+    assert rounds == [], "what was learnt would have been lost"

@@ -42,7 +42,7 @@ from agentsdpo.publish.manifest import (
     verify_files,
 )
 from agentsdpo.publish.served import Served, in_use, read_served
-from agentsdpo.publish.tensors import dtype_of, read_tensors, untie, write_tensors
+from agentsdpo.publish.tensors import dtype_of, read_tensors, untie, unwritten, write_tensors
 from agentsdpo.types import Json
 
 FOLDER = re.compile(r"\d{12}")
@@ -322,6 +322,15 @@ class PolicyRegistry:
         for path in (*(folder / name for name in manifest.files), folder / MANIFEST, folder):
             _sync(path)
 
+    def try_writing(self) -> None:
+        """Make the folder, for whoever must know early that a publish can succeed.
+
+        Raises:
+            RegistryError: it cannot be made or written to, or another program is publishing.
+        """
+        with self._writing():
+            pass
+
     def _announce(self, version: int) -> None:
         """Flip ``LATEST``; readers see the old or the new number, nothing else."""
         temporary = self.root / ".LATEST"
@@ -339,8 +348,12 @@ class PolicyRegistry:
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """One writer at a time; what an earlier, killed writer left behind is swept up first."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / "LOCK").open("w") as lock:
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            lock = (self.root / "LOCK").open("w")
+        except OSError as error:
+            raise unwritten(error, self.root) from error
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:

@@ -60,7 +60,7 @@ def write_tensors(tensors: Mapping[str, Any], path: Path) -> None:
         _save(tensors, path)
         path.chmod(0o644)  # the library leaves it to its owner alone
     except (SafetensorError, OSError) as error:
-        raise _unwritten(error, path) from error
+        raise unwritten(error, path) from error
 
 
 def _save(tensors: Mapping[str, Any], path: Path) -> None:
@@ -74,7 +74,7 @@ def _save(tensors: Mapping[str, Any], path: Path) -> None:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
-def _unwritten(error: Exception, path: Path) -> RegistryError:
+def unwritten(error: Exception, path: Path) -> RegistryError:
     """The sentence for a failed write. The library gives the system's error number in its text alone."""
     told = re.search(r"os error (\d+)", str(error))
     number = int(told[1]) if told else getattr(error, "errno", None)
