@@ -46,7 +46,10 @@ class Player:
         return cls(make_suite(config), inprocess_engine(config.collect, path, chat), chat, config.collect)
 
     def scores(self, tasks: Places, hints: Mapping[str, Hint], seed: int) -> dict[str, float]:
-        """Mean score of each task that could be graded, by task id.
+        """Mean score of each task that could be played and graded, by task id.
+
+        A task whose hint fills ``collect.window`` by itself ends before its first turn: its score would tell of the
+        window, not of the hint, and is left out.
 
         Args:
             tasks: to be played.
@@ -63,7 +66,8 @@ class Player:
         collector, found = Collector(self.suite, policy, self.config, evaluate=True), {}
         for split in sorted({split for split, _ in tasks.values()}):
             for episode in collector.collect(split, [i for s, i in tasks.values() if s == split], seed=seed):
-                if episode.reward is not None:
+                played = episode.task_id not in hints or any(branch.calls for branch in episode.branches)
+                if episode.reward is not None and played:
                     found[episode.task_id] = episode.reward
         return found
 

@@ -135,6 +135,14 @@ def test_one_task_shows_nothing(hinted: list[Episode], tmp_path: Path) -> None:
         lift.refuse_useless({"peer": lift.difference({"a": 0.75}, {"a": 0.25})}, 0.1)
 
 
+def test_a_hint_that_leaves_no_room_to_act_is_not_played(player: Player) -> None:
+    place = {"desk-mini-train-0": ("train", 0)}
+    hint = Hint(text="Read the sheet named audit. " * 200, source="user", author="u")
+    assert player.scores(place, {}, 0).keys() == place.keys()
+    assert player.scores(place, dict.fromkeys(place, hint), 0) == {}, "or it would pass for harmful"
+    assert player.lift(place, dict.fromkeys(place, hint), 0) is None
+
+
 class Elsewhere(DeskSuite):
     """A suite of other tasks, with other splits."""
 

@@ -129,7 +129,8 @@ def test_leak_is_seen_in_what_the_agent_said_alone(chat: ChatFormat) -> None:
     ("feedback", "These calls failed, avoid them:\n- read {call} answered: error: {answer}"),
     ("gold", "The right answer:\n{answer}"), ("demo", "An expert did this task like this:\n{answer}")])
 def test_calls_and_answers_that_a_hint_quotes_are_no_leak(chat: ChatFormat, source: Any, quoted: str) -> None:
-    call, answer = {"path": "audit/miwori", "row": "debt", "value": "315"}, "the debt of the second quarter is 315 k_usd."
+    call = {"path": "audit/miwori", "row": "debt", "value": "315"}
+    answer = "the debt of the second quarter is 315 k_usd."
     hint = quoted.replace("{call}", json.dumps(call)).replace("{answer}", answer)
     alike = branch_of(chat, [write_call("read", call), answer])
     assert has_run(chat.encode(hint), [chat.encode(text) for text in (write_call("read", call), answer)], 8)

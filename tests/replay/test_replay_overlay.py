@@ -218,7 +218,8 @@ def test_asking_the_store() -> None:
 
 
 @pytest.mark.parametrize(("fields", "said"), [
-    ({}, "says nothing"), ({"text": " \n"}, "says nothing"), ({"turns": ((0, "a"), (1, " "))}, "says nothing of turn 1"),
+    ({}, "says nothing"), ({"text": " \n"}, "says nothing"),
+    ({"turns": ((0, "a"), (1, " "))}, "says nothing of turn 1"),
     ({"turns": ((-1, "a"),)}, "speaks of turn -1"), ({"turns": ((2, "a"), (2, "b"))}, "speaks of turn 2 twice"),
     ({"text": "a", "placement": "turn_local"}, "does not say which turn"),
     ({"text": "a", "scope": "turn"}, "does not say which turn")])
