@@ -26,7 +26,7 @@ _PLACE = ("episode_id", "branch_id", "attempt")
 
 
 def read(lines: Iterable[str], kind: str, author: str = "") -> dict[Key | str, Any]:
-    """Values of one kind by key, or by episode id; ``author`` is that of hints without one. Empty lines are passed over.
+    """Values of one kind by key, or by episode id; ``author`` is that of hints without one. Empty lines do not count.
 
     Raises:
         ConfigError: a line is not of the form above, or two are about the same; names the line.
