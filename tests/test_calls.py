@@ -175,7 +175,7 @@ def test_json_with_a_name_is_a_call_only_if_nothing_else_is_in_it() -> None:
         return [(call.name, call.arguments) for call in read_turn(text, 0, form=JSON).calls]
 
     assert not calls('{"name": "Alice", "total": 3}'), "an answer"
-    assert calls('{"type": "function", "name": "f", "parameters": {"x": 1}}') == [("f", {"x": 1})], "as Llama often does"
+    assert calls('{"type": "function", "name": "f", "parameters": {"x": 1}}') == [("f", {"x": 1})], "as Llama does"
     assert calls('{"name": "get"}') == [("get", {})]
     assert calls('{"name": "f", "arguments": {"x": 1}}') == [("f", {"x": 1})], "not run without what it was given"
     two = '{"name": "f", "parameters": {}}\r\n\t{"name": "g", "parameters": {"a": "<tool_call>"}}'

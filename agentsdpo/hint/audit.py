@@ -53,11 +53,12 @@ def leaks(chat: ChatFormat, hint: Hint, branch: Branch) -> bool:
 
     A student never read the hint, so a long literal run of it in its own words means the hint reached it. Runs are
     looked for inside one completion at a time. A hint of fewer tokens cannot be told from chance: False. Nor can calls
-    and answers that it quotes: an agent that acts as another did says them by itself, and its own it has said.
+    and answers that it quotes: an agent that acts as another did says them by itself, and its own it has said. Of such
+    a part the heading alone counts.
     """
     said = [branch.token_ids[call.start:call.end].tolist() for call in branch.calls]
     parts = (part for text in (hint.text, *(text for _, text in hint.turns)) for part in text.split(JOINT))
-    texts = [part for part in parts if not part.startswith(QUOTING)]
+    texts = [part.partition("\n")[0] if part.startswith(QUOTING) else part for part in parts]
     return any(has_run(chat.encode(text), said, LEAK_NGRAM) for text in texts)
 
 

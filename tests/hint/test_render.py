@@ -138,6 +138,7 @@ def test_calls_and_answers_that_a_hint_quotes_are_no_leak(chat: ChatFormat, sour
     if source in ("peer", "contrast", "feedback"):
         both = Hint(text=f"{hint}\n\n{TEXT}", source=source, author="peer, desk")
         assert leaks(chat, both, branch_of(chat, [f"ok {TEXT}"])), "words are still looked for"
+        assert leaks(chat, both, branch_of(chat, [f"ok {quoted.splitlines()[0]} all"])), "so is the heading"
 
 
 def test_a_run_is_not_pieced_together_from_two_turns() -> None:
