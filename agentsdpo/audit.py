@@ -26,7 +26,7 @@ from agentsdpo.learn.load import load_chat, load_model, pick_device
 from agentsdpo.learn.model import prepare_model
 from agentsdpo.learn.rows import LossRow, admit
 from agentsdpo.learning import train_rows
-from agentsdpo.lift import TASKS, Player, refuse_useless
+from agentsdpo.lift import TASKS, Lifts, Player, refuse_useless
 from agentsdpo.replay.rows import Row
 from agentsdpo.replay.snapshot import Snapshot
 from agentsdpo.replay.store import ReplayStore
@@ -51,7 +51,7 @@ class Verdict:
         empty_gap: nats per token without any hint; must be below :data:`ALIGNED`.
         gap: mean |gap| in nats per token. wrong_gap: difference that another row's hint makes; None when all are alike.
         lift: score of the hinted model less that of the bare one, per task. wrong_lift: the same with another task's
-            hint. Both None when nothing was played.
+            hint. Both None when nothing was played. tasks: how many the lift is of.
         words: the verdict. warnings: what else is wrong.
     """
 
@@ -64,6 +64,7 @@ class Verdict:
     wrong_gap: Interval | None
     lift: Interval | None
     wrong_lift: Interval | None
+    tasks: int = 0
 
     @property
     def words(self) -> str:
@@ -211,10 +212,10 @@ def _verdict(source: str, own: Sample, view: Snapshot, model: Any, chat: ChatFor
              player: Player | None, sizes: tuple[int, int, int]) -> Verdict:
     rows, tasks, seed = sizes
     empty, gap, wrong = _gaps(*_admitted(own.rows[:rows], chat, config, model), model, config, seed)
-    lift, wrong_lift = lifts(own.rows, view, player, tasks, seed) if player else (None, None)
+    played = lifts(own.rows, view, player, tasks, seed) if player else Lifts()
     return Verdict(source=source, branches=own.branches, distinct=len(own.texts) / own.branches,
-                   leaked=own.leaked / own.branches, empty_gap=empty, gap=gap, wrong_gap=wrong, lift=lift,
-                   wrong_lift=wrong_lift)
+                   leaked=own.leaked / own.branches, empty_gap=empty, gap=gap, wrong_gap=wrong, lift=played.right,
+                   wrong_lift=played.wrong, tasks=played.tasks)
 
 
 def _admitted(rows: Sequence[Row], chat: ChatFormat, config: LearnConfig, model: Any) -> tuple[list[LossRow], int]:
@@ -250,11 +251,10 @@ def _gaps(rows: list[LossRow], window: int, model: Any, config: LearnConfig, see
     return empty_hint_gap(model, rows[:8], config), bootstrap(gaps), bootstrap(wrong) if wrong else None
 
 
-def lifts(rows: Sequence[Row], view: Snapshot, player: Player, count: int, seed: int
-          ) -> tuple[Interval | None, Interval | None]:
-    """Lift of hints and of wrong ones over at most ``count`` tasks that the suite still knows; None without any."""
+def lifts(rows: Sequence[Row], view: Snapshot, player: Player, count: int, seed: int) -> Lifts:
+    """Lift of hints and of wrong ones over at most ``count`` tasks that the suite still knows."""
     places, hints = _places(rows, view, player.suite, count)
-    return player.lifts(places, hints, seed) if places else (None, None)
+    return player.lifts(places, hints, seed) if places else Lifts()
 
 
 def _places(rows: Sequence[Row], view: Snapshot, suite: Suite, count: int

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from agentsdpo.assemble import inprocess_engine
 from agentsdpo.chat import ChatFormat
@@ -75,16 +76,25 @@ class Player:
         """Score with the hint less the score without, over tasks that could be graded; None without any."""
         return difference(self.scores(tasks, hints, seed), self.scores(tasks, {}, seed))
 
-    def lifts(self, tasks: Places, hints: Mapping[str, Hint], seed: int) -> tuple[Interval | None, Interval | None]:
-        """Score with the hint, and with another task's, less the score without, over tasks that could be graded.
-
-        None where there is no such task, and for the second where all hints are alike.
-        """
+    def lifts(self, tasks: Places, hints: Mapping[str, Hint], seed: int) -> "Lifts":
+        """What hints, and those of other tasks, are worth on tasks that could be graded."""
         bare, names = self.scores(tasks, {}, seed), list(tasks)
         order = derange([tuple(hints[task].text.encode()) for task in names], seed)
         wrong = {task: hints[names[other]] for task, other in zip(names, order, strict=True)} if order else None
-        return difference(self.scores(tasks, hints, seed), bare), (
-            difference(self.scores(tasks, wrong, seed), bare) if wrong else None)
+        right = self.scores(tasks, hints, seed)
+        return Lifts(difference(right, bare), difference(self.scores(tasks, wrong, seed), bare) if wrong else None,
+                     len(right.keys() & bare.keys()))
+
+
+class Lifts(NamedTuple):
+    """Score with the hint, and with another task's, less the score without.
+
+    None where no task could be played; ``wrong`` also where all hints are alike. ``tasks`` is how many ``right`` is of.
+    """
+
+    right: Interval | None = None
+    wrong: Interval | None = None
+    tasks: int = 0
 
 
 def difference(one: Mapping[str, float], other: Mapping[str, float]) -> Interval | None:

@@ -72,6 +72,7 @@ def test_right_hints_are_useful(judged: Callable[..., list[Verdict]], hinted: li
     assert found.empty_gap < 1e-3
     assert found.lift is not None
     assert found.wrong_lift is not None
+    assert found.tasks == 12
     assert found.wrong_gap is not None
     assert found.wrong_gap.low > 0.01
     assert found.lift.low > 0.1
@@ -128,7 +129,7 @@ def test_one_task_shows_nothing(hinted: list[Episode], tmp_path: Path) -> None:
     found = CliRunner().invoke(cli.app, ["hint", "audit", str(tmp_path / "store"), "--rows", "2", "--tasks", "1",
                                          "--json", "--min-lift", "-0.9", *sets])
     (about,) = json.loads(found.stdout)
-    assert about["lift"][1:] == [-1.0, 1.0]
+    assert (about["tasks"], about["lift"][1:]) == (1, [-1.0, 1.0])
     assert about["verdict"] == "no evidence of use"
     assert found.exit_code == 1
     with pytest.raises(HintError, match=r"hints of peer lift the score by \+0.500 \[-1.000, \+1.000\]"):
@@ -174,10 +175,10 @@ def test_no_more_episodes_are_read_than_tasks_are_played(hinted: list[Episode], 
             yield episode
 
     monkeypatch.setattr(Snapshot, "gather", gather)
-    monkeypatch.setattr(Player, "lifts", lambda self, places, hints, seed: (places, hints))
+    monkeypatch.setattr(Player, "lifts", lambda self, places, hints, seed: (places, hints, 0))
     rows = samples(view, player.chat, size=64, seed=0)["criteria"].rows
     assert len(rows) == 24
-    places, hints = audit.lifts(rows, view, player, 5, 0)
+    places, hints, _ = audit.lifts(rows, view, player, 5, 0)
     assert len(read) == len(places) == 5 == len(hints)  # type: ignore[arg-type]
     audit.lifts(rows, view, player, 99, 0)
     assert sorted(read[5:]) == sorted({e.task_id for e in hinted}), "one episode for each task"

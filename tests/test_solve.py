@@ -142,6 +142,12 @@ def test_the_verb_says_what_came_of_it_and_fails_where_nothing_did() -> None:
     assert (about["solved_at"], about["kept"], len(about["attempts"])) == (None, None, 2)
 
 
+def test_a_policy_that_learnt_nothing_is_kept_and_that_is_said(tmp_path: Path) -> None:
+    found = run("train/3", "--attempts", "1", "--keep", str(tmp_path / "kept"))
+    assert f"the policy is kept in {tmp_path / 'kept'}, as it was: there was nothing to learn" in found.stderr
+    assert PolicyRegistry(tmp_path / "kept").versions() == [0]
+
+
 @pytest.mark.parametrize(("more", "message"), [
     (("train/3", "--method", "wish"), "method is 'wish'; use one of sdpo, best_of_k, multi_turn"),
     (("nowhere",), "the task is 'nowhere'; give it as SPLIT/INDEX"),

@@ -68,8 +68,10 @@ def _words(about: dict[str, Any]) -> str:
         value = about[name]
         return "not measured" if value is None else f"{value[0]:+.3f} {unit} [{value[1]:+.3f}, {value[2]:+.3f}]"
 
+    over = f" over {about['tasks']} task{'s' * (about['tasks'] > 1)}" if about["tasks"] else ""
     lines = [f"{about['source']}: {about['verdict']}",
-             f"  lift            {ends('lift', 'of score')}", f"  of a wrong hint {ends('wrong_lift', 'of score')}",
+             f"  lift            {ends('lift', 'of score')}{over}",
+             f"  of a wrong hint {ends('wrong_lift', 'of score')}",
              f"  gap             {ends('gap', 'nats')}", f"  wrong hint      {ends('wrong_gap', 'nats')}",
              f"  {about['branches']} branches, {about['distinct']:.1%} of the texts differ"]
     return "\n".join([*lines, *(f"  ! {warning}" for warning in about["warnings"])])

@@ -42,6 +42,8 @@ def solve(
         raise ConfigError(f"method is {method!r}", fix=f"use one of {', '.join(get_args(Method))}")
     found = run(resolved, parse_task(task), method=cast("Method", method), attempts=attempts, updates=updates,
                 keep=keep, told=lambda fresh: say(_line(fresh)))
+    if keep:
+        say(f"the policy is kept in {keep}" + ("" if found.steps else ", as it was: there was nothing to learn"))
     typer.echo(json.dumps({**found.json(), "kept": str(keep) if keep else None}) if as_json else words(found))
     if found.solved_at is None:
         raise typer.Exit(1)
