@@ -210,4 +210,3 @@ def unfenced(text: str) -> str:
     if body.startswith("```") and body.endswith("```") and body.count("```") == 2:
         body = body[3:-3].removeprefix("json").strip()
     return body
-

@@ -26,6 +26,17 @@ Places = Mapping[str, tuple[str, int]]
 """(split, index) by task id."""
 
 
+class Lifts(NamedTuple):
+    """Score with the hint, and with another task's, less the score without.
+
+    None where no task could be played; ``wrong`` also where all hints are alike. ``tasks`` is how many ``right`` is of.
+    """
+
+    right: Interval | None = None
+    wrong: Interval | None = None
+    tasks: int = 0
+
+
 @dataclass(frozen=True)
 class Player:
     """Plays tasks with and without hints."""
@@ -76,7 +87,7 @@ class Player:
         """Score with the hint less the score without, over tasks that could be graded; None without any."""
         return difference(self.scores(tasks, hints, seed), self.scores(tasks, {}, seed))
 
-    def lifts(self, tasks: Places, hints: Mapping[str, Hint], seed: int) -> "Lifts":
+    def lifts(self, tasks: Places, hints: Mapping[str, Hint], seed: int) -> Lifts:
         """What hints, and those of other tasks, are worth on tasks that could be graded."""
         bare, names = self.scores(tasks, {}, seed), list(tasks)
         order = derange([tuple(hints[task].text.encode()) for task in names], seed)
@@ -84,17 +95,6 @@ class Player:
         right = self.scores(tasks, hints, seed)
         return Lifts(difference(right, bare), difference(self.scores(tasks, wrong, seed), bare) if wrong else None,
                      len(right.keys() & bare.keys()))
-
-
-class Lifts(NamedTuple):
-    """Score with the hint, and with another task's, less the score without.
-
-    None where no task could be played; ``wrong`` also where all hints are alike. ``tasks`` is how many ``right`` is of.
-    """
-
-    right: Interval | None = None
-    wrong: Interval | None = None
-    tasks: int = 0
 
 
 def difference(one: Mapping[str, float], other: Mapping[str, float]) -> Interval | None:

@@ -181,6 +181,15 @@ class Grade(Frozen):
         return cls(results=tuple(results), mean=sum(scores) / len(scores), passed=passed, feedback=feedback)
 
 
+def printable(text: str) -> str:
+    """The text with lone surrogates replaced, which neither a tokenizer nor the store can write as UTF-8.
+
+    >>> printable("a" + chr(0xd800))
+    'a?'
+    """
+    return text.encode("utf-8", "replace").decode()
+
+
 class Hint(Frozen):
     """Privileged text only the teacher reads, and what it may speak of.
 
@@ -203,8 +212,8 @@ class Hint(Frozen):
     def _printable(cls, said: str | tuple[tuple[int, str], ...]) -> str | tuple[tuple[int, str], ...]:
         """Lone surrogates replaced: JSON can hold them, and no tokenizer reads them."""
         if isinstance(said, str):
-            return said.encode("utf-8", "replace").decode()
-        return tuple((turn, text.encode("utf-8", "replace").decode()) for turn, text in said)
+            return printable(said)
+        return tuple((turn, printable(text)) for turn, text in said)
 
     @property
     def words(self) -> str:

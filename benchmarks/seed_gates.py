@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from agentsdpo.assemble import inprocess_engine
 from agentsdpo.chat import ChatFormat
 from agentsdpo.collect.collector import Collector
 from agentsdpo.collect.config import CollectConfig
@@ -91,7 +92,7 @@ def gates(path: Path, tasks: int) -> list[dict[str, Any]]:
     """All gates as rows: name, value, limit, whether it is kept."""
     chat = load_chat(path)
     model = load_model(path, chat)
-    engine = InProcessEngine(load_model(path, chat), chat.eos_id, max_slots=CONFIG.concurrency, window=CONFIG.window)
+    engine = inprocess_engine(CONFIG, path, chat)
     rows: list[dict[str, Any]] = []
 
     def gate(name: str, value: float, limit: float, *, least: bool) -> None:

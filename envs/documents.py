@@ -10,6 +10,7 @@ from functools import lru_cache
 from xml.etree import ElementTree
 
 from agentsdpo.errors import ConfigError
+from agentsdpo.types import printable
 
 MOST_PAGES = 500
 """Pages of a PDF that are read."""
@@ -55,7 +56,7 @@ def headers(mail: EmailMessage) -> dict[str, str]:
             value = str(mail.policy.header_fetch_parse(name, raw))
         except Exception:  # noqa: BLE001 - the library's parser of addresses raises IndexError, AttributeError and more
             value = " ".join(str(raw).split())
-        found.setdefault(name.lower(), value.encode("utf-8", "replace").decode())
+        found.setdefault(name.lower(), printable(value))
     return found
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from agentsdpo.envs.archives import Entry, Files, UnsafePath, safe_path, zip_bytes
 from agentsdpo.envs.documents import body, headers, parsed_mail, readable
-from agentsdpo.types import ErrorKind, Json, Outcome, Task, ToolCall, ToolResult, ToolSpec
+from agentsdpo.types import ErrorKind, Json, Outcome, Task, ToolCall, ToolResult, ToolSpec, printable
 
 SYSTEM = """\
 You work in an office with a file system and a mailbox. Do what the request asks, with the tools you have.
@@ -225,7 +225,7 @@ class OfficeEnv:
     def _send_mail(self, to: str, subject: str, body: str) -> str:
         number = 1 + sum(name.startswith("sent/") for name in self._mails())
         mail = EmailMessage(policy=email.policy.SMTP)
-        to, subject, body = (text.encode("utf-8", "replace").decode() for text in (to, subject, body))
+        to, subject, body = map(printable, (to, subject, body))
         try:
             mail["From"], mail["To"], mail["Subject"] = "me", " ".join(to.split()), " ".join(subject.split())
             mail.set_content(body, cte="base64")

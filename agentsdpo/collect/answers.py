@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from agentsdpo.collect.budget import FINISHERS, NO_MORE, left
 from agentsdpo.collect.progress import Progress
-from agentsdpo.collect.turns import check_call, printable, refusal
+from agentsdpo.collect.turns import check_call, refusal
 from agentsdpo.errors import EnvError
-from agentsdpo.types import Env, Frozen, ToolCall, ToolResult
+from agentsdpo.types import Env, Frozen, ToolCall, ToolResult, printable
 
 
 class OutputLimit(Frozen):

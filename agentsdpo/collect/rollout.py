@@ -15,10 +15,9 @@ from agentsdpo.collect.episode_log import EpisodeLog, LogError
 from agentsdpo.collect.policy import Context, Policy, Releases
 from agentsdpo.collect.progress import MAX_UNUSABLE, NUDGE, Progress, zero_counts
 from agentsdpo.collect.running import Running
-from agentsdpo.collect.turns import printable
 from agentsdpo.errors import ConfigError, ModelError, RowError, TokenizerMismatch, TrainForbidden, TruncatedSampling
 from agentsdpo.replay.journal import Journal, JournalError
-from agentsdpo.types import Branch, Budget, Env, Json, Outcome, StopReason, Task, ToolSpec
+from agentsdpo.types import Branch, Budget, Env, Json, Outcome, StopReason, Task, ToolSpec, printable
 
 __all__ = ["MAX_UNUSABLE", "MISUSE", "NUDGE", "Rollout", "describe", "run_episode"]
 

@@ -55,15 +55,6 @@ def read_turn(text: str, turn: int, completion: Completion | None = None, *, for
     return ModelTurn(text=text, calls=tuple(calls), completion=completion, malformed=owed)
 
 
-def printable(text: str) -> str:
-    """The text with lone surrogates replaced, which neither a tokenizer nor the store can write as UTF-8.
-
-    >>> printable("a" + chr(0xd800))
-    'a?'
-    """
-    return text.encode("utf-8", "replace").decode()
-
-
 def refusal(call_id: str, kind: ErrorKind, why: str) -> ToolResult:
     """The answer to a call that no environment will see."""
     return ToolResult(call_id=call_id, content=f"Error: {why}", is_error=True, error_kind=kind)

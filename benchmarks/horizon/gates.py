@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
+from agentsdpo.assemble import inprocess_engine
 from agentsdpo.benchmarks.horizon.study import CONFIG, LENGTHS, MODEL, existing
 from agentsdpo.benchmarks.seed_gates import play
-from agentsdpo.collect.inprocess import InProcessEngine
 from agentsdpo.evaluate import scores
-from agentsdpo.learn.load import load_chat, load_model
+from agentsdpo.learn.load import load_chat
 from agentsdpo.provenance import git_commit, hardware
 from agentsdpo.types import Episode, Json
 
@@ -27,7 +27,7 @@ from agentsdpo.types import Episode, Json
 def measure(path: Path, tasks: int, lengths: tuple[int, ...] = LENGTHS) -> list[Json]:
     """Pass rate and mean criterion score, hinted and not, calls and branches an episode, for each n."""
     chat = load_chat(path)
-    engine = InProcessEngine(load_model(path, chat), chat.eos_id, max_slots=CONFIG.concurrency, window=CONFIG.window)
+    engine = inprocess_engine(CONFIG, path, chat)
     rows = []
     for n in lengths:
         told, blind = (play(engine, chat, n=n, split="test_names", hinted=hinted, greedy=False, tasks=tasks,

@@ -22,6 +22,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from agentsdpo.assemble import inprocess_engine
 from agentsdpo.benchmarks.methods.continual_learn import (
     LR,
     Distilled,
@@ -114,8 +115,7 @@ def run(arm: Arm, seed: int, plan: Plan, say: Callable[[str], None]) -> list[Jso
 
 def _engine(chat: ChatFormat) -> InProcessEngine:
     """The first model, ready to act."""
-    return InProcessEngine(load_model(seed_path(), chat), chat.eos_id, max_slots=COLLECT.concurrency,
-                           window=COLLECT.window)
+    return inprocess_engine(COLLECT, seed_path(), chat)
 
 
 def _student(arm: Arm, seed: int, plan: Plan, chat: ChatFormat, house: House, store: ReplayStore) -> Student:
