@@ -27,6 +27,8 @@ Mix = Literal["pure", "blend", "add", "credit", "grade"]
 
 CREDIT = (0.5, 1.5)
 """Least and largest factor by which the gap may change a token's credit."""
+LIKED = 10.0
+"""Most that a token may be likelier under the initial weights than under the student, as the pull to them counts it."""
 
 
 def credit(advantage: Tensor, gap: Tensor) -> Tensor:
@@ -60,8 +62,10 @@ def reference_penalty(student_logp: Tensor, reference_logp: Tensor, beta_kl: flo
     """Weight of ``-log p`` whose gradient is that of ``beta_kl K3``, ``K3 = x - 1 - log x``, ``x = ref/p``.
 
     ``d K3 / d log p = 1 - x`` (GRPO, 2402.03300): pulls down what the student likes more than the initial weights do.
+    ``x`` counts as :data:`LIKED` at most: on-policy its mean is 1, but of a token that an older policy sampled and the
+    student no longer says it has no bound, and one such token would be the whole step.
 
-    >>> reference_penalty(torch.tensor([0.5]).log(), torch.tensor([0.25]).log(), 0.01)
-    tensor([-0.0050])
+    >>> reference_penalty(torch.tensor([0.5, 1e-6]).log(), torch.tensor([0.25, 0.5]).log(), 0.01)
+    tensor([-0.0050,  0.0900])
     """
-    return -beta_kl * (1.0 - (reference_logp - student_logp).clamp(-20.0, 20.0).exp())
+    return -beta_kl * (1.0 - (reference_logp - student_logp).exp().clamp(max=LIKED))
