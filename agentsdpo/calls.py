@@ -4,7 +4,8 @@ Three forms are read; a model's chat template shows which one it writes (:func:`
 
 - ``hermes``: ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``, of Qwen2.5, Qwen3, Hermes.
 - ``xml``: ``<tool_call><function=NAME><parameter=KEY>VALUE</parameter></function></tool_call>``, of Qwen3-Coder and the
-  Qwens after it. Values are bare text; the tool's schema says which of them are not strings.
+  Qwens after it. Values are bare text; the tool's schema says which of them are not strings. These models forget
+  ``<tool_call>`` at times: a line that begins with ``<function=`` is a call as well.
 - ``json``: the whole turn is ``{"name": ..., "parameters": {...}}``, several behind ``;``, of Llama 3. An object with a
   name and other keys, but without arguments, is an answer.
 """
@@ -23,6 +24,7 @@ from jsonschema_specifications import REGISTRY
 from agentsdpo.types import Json, ToolCall, ToolSpec
 
 _TAGGED = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)", re.DOTALL)
+_BARE = re.compile(_TAGGED.pattern + r"|^[ \t]*(<function=.*?(</function>|\Z))", re.DOTALL | re.MULTILINE)
 _FUNCTION = re.compile(r"<function=([^>\n]+)>(.*)</function>", re.DOTALL)
 _PARAMETER, _END_PARAMETER = "<parameter=", "</parameter>"
 _PYTHON_TAG = "<|python_tag|>"
@@ -35,6 +37,8 @@ _DEPTH = 64
 
 Schemas = Mapping[str, Json]
 """JSON schema of all arguments, by tool."""
+Found = tuple[int, str, bool]
+"""Where a call begins in the turn's text, what stands inside it, and whether it was closed."""
 Read = tuple[str, Json | str, str]
 """Name, arguments and problem of one call; arguments stay text when there is a problem."""
 
@@ -45,15 +49,23 @@ class CallForm:
 
     Attributes:
         name: of the form. opens, closes: what stands around a call; empty where nothing does.
-        bodies: text between these, and whether the call was closed, for each call of a turn.
+        find: the calls of a turn, in order.
         read: one body.
     """
 
     name: str
     opens: str
     closes: str
-    bodies: Callable[[str], list[tuple[str, bool]]]
+    find: Callable[[str], list[Found]]
     read: Callable[[str, Schemas], Read]
+
+    def begin(self, text: str) -> int | None:
+        """Where the calls of a turn begin in its text; None without any.
+
+        >>> HERMES.begin("So. <tool_call>{}</tool_call>"), JSON.begin('{"name": "f"}'), HERMES.begin("I look.")
+        (4, 0, None)
+        """
+        return next((at for at, _, _ in self.find(text)), None)
 
     def parse(self, text: str, turn: int, tools: Sequence[ToolSpec] = ()) -> tuple[list[ToolCall], dict[str, str]]:
         """Tool calls of one agent turn, in order, and what is wrong with those that cannot be read.
@@ -80,7 +92,7 @@ class CallForm:
         known = {tool.name: tool.parameters for tool in tools}
         calls: list[ToolCall] = []
         bad: dict[str, str] = {}
-        for i, (body, closed) in enumerate(self.bodies(text)):
+        for i, (_, body, closed) in enumerate(self.find(text)):
             call_id, name, arguments = f"call_{turn}_{i}", "", body
             problem = "" if closed else f"the call is not closed by {self.closes}"
             if not problem:
@@ -91,13 +103,18 @@ class CallForm:
         return calls, bad
 
 
-def _tagged(text: str) -> list[tuple[str, bool]]:
-    return [(match.group(1).strip(), bool(match.group(2))) for match in _TAGGED.finditer(text)]
+def _tagged(text: str) -> list[Found]:
+    return [(match.start(), match[1].strip(), bool(match[2])) for match in _TAGGED.finditer(text)]
 
 
-def _whole(text: str) -> list[tuple[str, bool]]:
+def _tagged_or_bare(text: str) -> list[Found]:
+    return [(match.start(), (match[1] or match[3] or "").strip(), bool(match[2] or match[4]))
+            for match in _BARE.finditer(text)]
+
+
+def _whole(text: str) -> list[Found]:
     """The JSON objects that a turn consists of, if the first is a call; what is no object is one body, to the end."""
-    rest, found, at = text.strip().removeprefix(_PYTHON_TAG).strip(), list[tuple[str, bool]](), 0
+    rest, found, at = text.strip().removeprefix(_PYTHON_TAG).strip(), list[Found](), 0
     if not _FIRST.match(rest):
         return []
     decoder = json.JSONDecoder()
@@ -108,7 +125,7 @@ def _whole(text: str) -> list[tuple[str, bool]]:
                 data, end = decoder.raw_decode(rest, at)
         if not found and data is not None and not _calls(data):
             return []
-        found.append((rest[at:end], True))
+        found.append((0, rest[at:end], True))  # a turn that consists of calls says nothing in front of them
         at = _BETWEEN.match(rest, end).end()  # type: ignore[union-attr]
     return found
 
@@ -203,7 +220,7 @@ def _depth(value: Any) -> int:
 
 
 HERMES = CallForm("hermes", "<tool_call>", "</tool_call>", _tagged, lambda body, _: _named(body, "arguments"))
-XML = CallForm("xml", "<tool_call>", "</tool_call>", _tagged, _function)
+XML = CallForm("xml", "<tool_call>", "</tool_call>", _tagged_or_bare, _function)
 JSON = CallForm("json", "", "", _whole, lambda body, _: _named(body, "parameters", "arguments"))
 FORMS = (HERMES, XML, JSON)
 PROBE = ToolSpec(name="probe", description="", parameters={

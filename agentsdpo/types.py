@@ -297,6 +297,7 @@ class ModelTurn(Frozen):
 
     text: str
     calls: tuple[ToolCall, ...] = ()
+    calls_at: int | None = Field(default=None, ge=0, description="where in the text they begin; None: beside it")
     completion: Completion | None = None
     usage: Usage | None = None
     malformed: tuple[ToolResult, ...] = Field(default=(), description="answers already owed to calls that do not parse")

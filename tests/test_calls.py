@@ -10,7 +10,7 @@ import pytest
 from agentsdpo.calls import FORMS, HERMES, JSON, XML, CallForm
 from agentsdpo.chat import ChatFormat
 from agentsdpo.collect.proxy.shapes import read_answer
-from agentsdpo.collect.turns import before_calls, check_call, read_turn
+from agentsdpo.collect.turns import check_call, read_turn
 from agentsdpo.errors import ModelError
 from agentsdpo.types import Json, ToolCall, ToolSpec
 
@@ -107,6 +107,32 @@ def test_a_model_that_repeats_itself_for_a_whole_window_can_be_read(noise: str) 
             assert {call.name for call in read_turn(text, 0, form=form, tools=[TOOL]).calls} <= {"", "f"}
 
 
+def test_a_call_whose_first_tag_was_forgotten_is_one() -> None:
+    """Qwen3-Coder's at times; what it says of its calls inside a line is none."""
+    inside = "<function=file>\n<parameter=count>\n2\n</parameter>\n</function>"
+    for text in (f"I look.\n{inside}\n</tool_call>", f"I look.\n{inside}",
+                 f"I look.\n<tool_call>\n{inside}\n</tool_call>"):
+        turn = read_turn(text, 0, form=XML, tools=[TOOL])
+        assert [(call.name, call.arguments) for call in turn.calls] == [("file", {"count": 2})]
+        assert not turn.malformed
+        assert text[:turn.calls_at].rstrip() == "I look."
+    assert len(read_turn(f"{inside}\n{inside}", 0, form=XML, tools=[TOOL]).calls) == 2
+    assert "not closed" in read_turn("<function=file>\n<parameter=cou", 0, form=XML, tools=[TOOL]).malformed[0].content
+    assert not read_turn("A call is <function=file>, as you know.", 0, form=XML, tools=[TOOL]).calls
+    assert not read_turn(inside, 0, form=HERMES, tools=[TOOL]).calls
+
+
+@pytest.mark.parametrize(("form", "text", "said"), [
+    (HERMES, "<think>I write <tool_call> now.</think>So.\n<tool_call>{}</tool_call>",
+     "<think>I write <tool_call> now.</think>So."),
+    (JSON, '<think>a</think>{"name": "f", "parameters": {"x": "<tool_call>"}}', "<think>a</think>"),
+    (HERMES, '{"name": "f"} <tool_call>{}</tool_call>', '{"name": "f"}')])
+def test_what_is_said_in_front_of_calls_is_read_in_the_same_form_as_these(form: CallForm, text: str, said: str) -> None:
+    turn = read_turn(text, 0, form=form)
+    assert turn.calls
+    assert text[:turn.calls_at].rstrip() == said
+
+
 def test_bare_values_that_do_not_fit_their_schema_stay_text() -> None:
     text = ("<tool_call><function=file><parameter=count>a dozen</parameter><parameter=new>1</parameter></function>"
             "</tool_call>")
@@ -180,7 +206,7 @@ def test_json_with_a_name_is_a_call_only_if_nothing_else_is_in_it() -> None:
     assert calls('{"name": "f", "arguments": {"x": 1}}') == [("f", {"x": 1})], "not run without what it was given"
     two = '{"name": "f", "parameters": {}}\r\n\t{"name": "g", "parameters": {"a": "<tool_call>"}}'
     assert calls(two) == [("f", {}), ("g", {"a": "<tool_call>"})]
-    assert before_calls(two) == ""
+    assert read_turn(two, 0, form=JSON).calls_at == 0
     assert len(calls('{"name": "f"}' + " 1" * 300_000)) == 2, "what is no object is one broken call"
 
 

@@ -32,6 +32,8 @@ def heard_json(turn: int, heard: Heard) -> Json:
     """A turn of the agent: ``text`` as sampled, ``calls`` with the ids they are answered under, ``tokens``."""
     event: Json = {"turn": turn, "text": heard.text, "calls": [call.model_dump() for call in heard.calls],
                    "usage": heard.usage.model_dump(exclude_defaults=True)}
+    if heard.calls_at is not None:
+        event["calls_at"] = heard.calls_at
     if heard.owed:
         event["owed"] = [result.model_dump(exclude_defaults=True) for result in heard.owed.values()]
     if heard.renamed:
@@ -43,7 +45,7 @@ def heard_of(event: Json) -> Heard:
     """The inverse of :func:`heard_json`."""
     owed = [ToolResult(**result) for result in event.get("owed", ())]
     return Heard(event["text"], tuple(ToolCall(**call) for call in event["calls"]), {r.call_id: r for r in owed},
-                 Usage(**event["usage"]), growth_of(event), event.get("renamed", {}))
+                 Usage(**event["usage"]), growth_of(event), event.get("renamed", {}), event.get("calls_at"))
 
 
 def result_json(result: ToolResult) -> Json:

@@ -206,7 +206,7 @@ class EnginePolicy:
         sampling = self.config.sampling(seed=mix(ctx.seed, "summary", ctx.turn), max_tokens=room)
         completion = await self._complete(ctx, prompt, sampling)
         text = visible(self.chat.strip_end(completion.token_ids))
-        called = OPEN_CALL in text or self.chat.calls.bodies(text)
+        called = OPEN_CALL in text or self.chat.calls.find(text)
         fine = bool(completion.finish_reason == "stop" and text and not called and accept(text))
         self._record(ctx, prompt)
         ctx.builder.completion(completion, sampling, turn=ctx.turn, masked=not fine, summary=True)

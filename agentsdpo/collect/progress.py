@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from agentsdpo.collect.budget import FINAL_S, Clock, ask, left_s
 from agentsdpo.collect.policy import Context
-from agentsdpo.collect.turns import OPEN_CALL, before_calls, read_turn, unique_ids, visible
+from agentsdpo.collect.turns import OPEN_CALL, read_turn, unique_ids, visible
 from agentsdpo.replay.journal import Growth
 from agentsdpo.types import Budget, Json, ModelTurn, StopReason, ToolCall, ToolResult, ToolSpec, Usage
 
@@ -38,6 +38,7 @@ class Heard:
         usage: what it cost, ``working_s`` filled in.
         growth: what the token record grew by; () for scripted agents.
         renamed: ids the agent wrote that were taken, and those given instead.
+        calls_at: where in the text the calls begin; None: they are no part of it.
     """
 
     text: str
@@ -46,6 +47,7 @@ class Heard:
     usage: Usage
     growth: Sequence[Growth] = ()
     renamed: Mapping[str, list[str]] = field(default_factory=dict)
+    calls_at: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +138,11 @@ class Progress:
         sampled = turn.completion is not None  # and read already, in the form of its model
         if not sampled and not turn.calls and OPEN_CALL in visible(turn.text):
             read = read_turn(turn.text, self.ctx.turn)
-            turn = turn.model_copy(update={"calls": read.calls, "malformed": read.malformed})
+            turn = turn.model_copy(update={"calls": read.calls, "malformed": read.malformed, "calls_at": read.calls_at})
         calls, now = unique_ids(turn.calls, self.ctx.turn, set(self._ids))
         renamed = {old: ids for old, ids in now.items() if ids != [old]}
-        return Heard(turn.text, tuple(calls), _owed(turn, now), _usage(turn, elapsed), growth, renamed)
+        return Heard(turn.text, tuple(calls), _owed(turn, now), _usage(turn, elapsed), growth, renamed,
+                     turn.calls_at)
 
     def took(self, heard: Heard) -> None:
         """The agent took a turn; its calls wait for answers, unless the turn was an answer itself."""
@@ -227,7 +230,7 @@ class Progress:
 
 def _assistant(heard: Heard) -> Json:
     """The turn as a message: the text before its calls, and the calls."""
-    text = before_calls(heard.text) if heard.calls else heard.text
+    text = heard.text[:heard.calls_at].rstrip() if heard.calls else heard.text
     message: Json = {"role": "assistant", "content": text}
     if heard.calls:
         message["tool_calls"] = [call.openai() for call in heard.calls]

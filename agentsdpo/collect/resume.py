@@ -114,7 +114,8 @@ def _run_of(events: Sequence[Json], at: int) -> Iterator[Json]:
 
 
 def _turn(heard: Heard) -> ModelTurn:
-    return ModelTurn(text=heard.text, calls=heard.calls, malformed=tuple(heard.owed.values()), usage=heard.usage)
+    return ModelTurn(text=heard.text, calls=heard.calls, calls_at=heard.calls_at, malformed=tuple(heard.owed.values()),
+                     usage=heard.usage)
 
 
 def _compare(was: ToolResult, now: ToolResult, call: str) -> None:

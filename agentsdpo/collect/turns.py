@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from jsonschema.exceptions import best_match
 
-from agentsdpo.calls import HERMES, JSON, CallForm, read_json, validator
+from agentsdpo.calls import HERMES, CallForm, validator
 from agentsdpo.types import Completion, ErrorKind, Json, ModelTurn, ToolCall, ToolResult, ToolSpec
 
 OPEN_CALL = HERMES.opens
@@ -20,26 +20,13 @@ def visible(text: str) -> str:
     >>> visible("<think>maybe 4</think>\\n\\nIt is 5."), visible("<think>so long"), visible("It is 5.")
     ('It is 5.', '', 'It is 5.')
     """
-    if _END_THINK in text:
-        text = text.rsplit(_END_THINK, 1)[1]
-    elif _THINK in text:
-        return ""
-    return text.strip()
+    return text[_thought_to(text):].strip()
 
 
-def before_calls(text: str) -> str:
-    """What the agent said in front of the calls of a turn that holds some, in whichever form, or beside its text.
-
-    >>> before_calls('So. <tool_call>{}</tool_call>'), before_calls('<think>a</think>{"name": "f", "parameters": {}}')
-    ('So.', '<think>a</think>')
-    >>> before_calls("I look.")
-    'I look.'
-    """
-    thought, end, said = text.rpartition(_END_THINK)
-    bodies = JSON.bodies(said)
-    if bodies and (OPEN_CALL not in said or not any(read_json(body)[1] for body, _ in bodies)):  # or in an argument
-        return thought + end
-    return text.partition(OPEN_CALL)[0].rstrip()
+def _thought_to(text: str) -> int:
+    """Where a turn's thought ends in its text: at 0 without one, at the end of the text when it never ends."""
+    end = text.rfind(_END_THINK)
+    return end + len(_END_THINK) if end >= 0 else len(text) if _THINK in text else 0
 
 
 def read_turn(text: str, turn: int, completion: Completion | None = None, *, form: CallForm = HERMES,
@@ -50,9 +37,13 @@ def read_turn(text: str, turn: int, completion: Completion | None = None, *, for
     >>> turn.calls[0].id, turn.malformed[0].error_kind
     ('call_0_0', 'bad_arguments')
     """
-    calls, bad = form.parse(visible(text), turn, tools)
+    thought = _thought_to(text)
+    said = text[thought:]
+    calls, bad = form.parse(said, turn, tools)
+    at = form.begin(said)
     owed = tuple(refusal(call_id, "bad_arguments", problem) for call_id, problem in bad.items())
-    return ModelTurn(text=text, calls=tuple(calls), completion=completion, malformed=owed)
+    return ModelTurn(text=text, calls=tuple(calls), calls_at=None if at is None else thought + at,
+                     completion=completion, malformed=owed)
 
 
 def refusal(call_id: str, kind: ErrorKind, why: str) -> ToolResult:

@@ -30,7 +30,7 @@ _XML = (("argument", re.compile(r"<parameter=([^<>\n]+)>")),
         ("value", re.compile(r"<parameter=[^<>\n]+>\n?((?:(?!<parameter=).)*?)\n?</parameter>", re.DOTALL)),
         ("tool", re.compile(r"<function=([^<>\n]+)>")))
 _BARE = re.compile(r"\s*<function=")
-_CALL = re.compile(r'<tool_call>(.*?)(?:</tool_call>|$)|'
+_CALL = re.compile(r'<tool_call>(.*?)(?:</tool_call>|$)|(?:\A|\n)[ \t]*(<function=.*?(?:</function>|\Z))|'
                    r'(?:\A|</think>)\s*(?:<\|python_tag\|>\s*)?(\{\s*"name"\s*:.*)', re.DOTALL)
 _FRAME = re.compile(r"<\|[^|]*\|>|</?tool_call>|</?think>")
 
@@ -161,6 +161,8 @@ def parts_of(texts: Sequence[str]) -> list[str]:
     ['frame', 'syntax', 'tool', 'tool', 'syntax', 'argument', 'syntax', 'value', 'syntax']
     >>> parts_of(["<tool_call>", "<function=", "read", ">", "<parameter=", "n", ">", "12", "</parameter>"])
     ['frame', 'syntax', 'tool', 'syntax', 'syntax', 'argument', 'syntax', 'value', 'syntax']
+    >>> parts_of(["<function=", "read", ">", "</function>", "</tool_call>"])
+    ['syntax', 'tool', 'syntax', 'syntax', 'frame']
     >>> parts_of(["I", " will", " read"])
     ['words', 'words', 'words']
     """

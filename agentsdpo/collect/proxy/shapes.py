@@ -11,7 +11,6 @@ from agentsdpo.chat import ChatFormat
 from agentsdpo.collect.proxy.history import read_messages, read_tools
 from agentsdpo.collect.proxy.line import Sampled
 from agentsdpo.collect.proxy.refusals import Refused
-from agentsdpo.collect.turns import before_calls
 from agentsdpo.types import Json, Sampling, ToolSpec
 
 PIECE = 48
@@ -139,10 +138,11 @@ def read_answer(chat: ChatFormat, text: str, turn: int, *, thinking: bool, tools
         thought, closed, rest = text.partition("</think>")
         message = {"role": "assistant", "content": rest.strip() if closed else "",
                    "reasoning_content": thought.replace("<think>", "").strip()}
-    found = chat.calls.parse(message["content"], turn, tools)[0] if tools else []
+    content = message["content"]
+    found = chat.calls.parse(content, turn, tools)[0] if tools else []
     named = [call for call in found if call.name]
     if named:
-        message["content"] = before_calls(message["content"])
+        message["content"] = content[:chat.calls.begin(content)].rstrip()
         message["tool_calls"] = [call.openai() for call in named]
     return message
 
