@@ -100,16 +100,17 @@ class Player:
 def difference(one: Mapping[str, float], other: Mapping[str, float]) -> Interval | None:
     """Mean difference of scores in [0, 1] over the tasks that both have, with its bootstrap interval.
 
-    Of a single task nothing but the difference is known, so that the ends are those of any difference: redrawn, it
-    would always be the same, and its interval a certainty.
+    Where n tasks all differ alike, as one always does, what is redrawn is always the same, and would pass for a
+    certainty. Of all tasks a share of up to ``1 - 0.025^(1/n)`` may still differ by anything, and not have been seen.
 
-    >>> difference({"a": 1.0, "b": 0.5}, {"a": 0.5}), difference({"a": 1.0}, {})
-    (Interval(estimate=0.5, low=-1.0, high=1.0), None)
+    >>> [round(end, 4) for end in difference({"a": 1.0, "b": 0.5}, {"a": 0.5})]
+    [0.5, -0.9625, 0.9875]
     """
     gaps = [one[task] - other[task] for task in sorted(one.keys() & other.keys())]
-    if len(gaps) == 1:
-        return Interval(gaps[0], -1.0, 1.0)
-    return bootstrap(gaps) if gaps else None
+    if not gaps or max(gaps) - min(gaps) > 1e-9:
+        return bootstrap(gaps) if gaps else None
+    gap, unseen = gaps[0], 1.0 - 0.025 ** (1 / len(gaps))
+    return Interval(gap, gap - unseen * (1.0 + gap), gap + unseen * (1.0 - gap))
 
 
 def lift_before(config: RunConfig, *, tasks: int = TASKS) -> dict[str, Interval | None]:
