@@ -60,6 +60,7 @@ class Arm:
             longer holds).
         updates: optimiser steps in each step of the stream; those behind the first are on older attempts alone.
         lr: learning rate.
+        brakes: of SDPO: the gate and the pull to the first model are on, as in the preset.
     """
 
     learns: str
@@ -68,6 +69,7 @@ class Arm:
     newest: bool = True
     updates: int = 1
     lr: float = LR
+    brakes: bool = False
 
 
 ARMS = {"sdpo-earlier": Arm("sdpo", earlier=0.3), "sdpo-earlier-half": Arm("sdpo", earlier=0.5),
@@ -76,7 +78,9 @@ ARMS = {"sdpo-earlier": Arm("sdpo", earlier=0.3), "sdpo-earlier-half": Arm("sdpo
         "sft-retries-earlier-half-x4": Arm("retries", earlier=0.5, updates=4),
         "sdpo-replay": Arm("sdpo"), "sdpo-fresh": Arm("sdpo", replay=False),
         "sft-retries-earlier": Arm("retries", earlier=0.3), "sft-retries": Arm("retries"),
-        "sdpo-as-said": Arm("sdpo", newest=False), "sft-words": Arm("words")}
+        "sdpo-as-said": Arm("sdpo", newest=False), "sft-words": Arm("words"),
+        "conversations": Arm("sdpo", brakes=True),
+        "conversations-earlier-half-x4-4e-4": Arm("sdpo", earlier=0.5, updates=4, lr=4e-4, brakes=True)}
 
 
 def run(arm: Arm, seed: int, plan: Plan, say: Callable[[str], None]) -> list[Json]:
@@ -123,7 +127,7 @@ def _student(arm: Arm, seed: int, plan: Plan, chat: ChatFormat, house: House, st
     past = earlier_work(first, chat, store, plan.past, seed) if arm.earlier else []
     if arm.learns == "sdpo":
         return Distilled(model, chat, store, batch=batch, newest=arm.newest, seed=seed, earlier=past, share=arm.earlier,
-                         lr=arm.lr)
+                         lr=arm.lr, brakes=arm.brakes)
     make: Any = Words(chat, store) if arm.learns == "words" else Retried(first, chat, house, plan, seed)
     return Tuned(model, make, batch=batch, newest=arm.newest, seed=seed, earlier=lines_of(store, past),
                  share=arm.earlier, lr=arm.lr)

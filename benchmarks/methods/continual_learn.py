@@ -41,10 +41,10 @@ from agentsdpo.types import Episode, Hint, Json, Task, TokenKind
 
 LR = 8e-4
 """For a model of a few million parameters; the same for SDPO and for fine-tuning."""
-OBJECTIVE: Json = {"beta_kl": 0.0, "gate": "off", "veto": None}
-"""What is changed in the preset, because replay is the point here. Both of its brakes compare with the past: the gate
-drops the turns in which the student has changed its mind since it sampled them, and the K3 pull to the first weights
-grows with p_first / p without bound on options that were sampled once and are wrong, so that they keep a share."""
+NO_BRAKES: Json = {"beta_kl": 0.0, "gate": "off", "veto": None}
+"""What most arms change in the preset, because replay is the point here. Both of its brakes compare with the past: the
+gate drops the turns in which the student has changed its mind since it sampled them, and the K3 pull to the first
+weights holds on to options that were sampled once and are wrong, so that they keep a share."""
 EARLIER = ("lookup", "correct", "reconcile")
 """Families of earlier work."""
 
@@ -86,11 +86,15 @@ def earlier_work(engine: InProcessEngine, chat: ChatFormat, store: ReplayStore, 
 
 
 class Distilled:
-    """SDPO from the store, with hints that were attached late; ``earlier`` work takes ``share`` of each batch."""
+    """SDPO from the store, with hints that were attached late; ``earlier`` work takes ``share`` of each batch.
+
+    With ``brakes`` the preset is used as it is, but for the learning rate.
+    """
 
     def __init__(self, model: Any, chat: ChatFormat, store: ReplayStore, *, batch: int, newest: bool, seed: int,
-                 earlier: Sequence[str] = (), share: float = 0.0, lr: float = LR) -> None:
-        config = resolve("conversations", {**TOY["conversations"], **OBJECTIVE, "lr": lr, "control_every": 0})
+                 earlier: Sequence[str] = (), share: float = 0.0, lr: float = LR, brakes: bool = False) -> None:
+        objective = {**TOY["conversations"], **({} if brakes else NO_BRAKES), "lr": lr, "control_every": 0}
+        config = resolve("conversations", objective)
         self.learner, self.chat, self.store, self.batch = Learner(model, config), chat, store, batch
         self.model, self.version = self.learner.model, 0
         self.memory, self._rng, self.earlier = Memory(newest=newest), random.Random(seed), list(earlier)

@@ -38,6 +38,7 @@ MARKS = "<!-- numbers -->", "<!-- end of numbers -->"
 """What stands around the numbers in the page."""
 KEPT = 0.95
 """Share of an earlier skill that is to be left."""
+BRAKED = "#5b8c5a"
 STYLES: dict[str, tuple[str, Any]] = {
     "sdpo-earlier": (ROLES["student"], "-"), "sdpo-earlier-half": (ROLES["student"], (0, (7, 1.5, 1.5, 1.5))),
     "sdpo-earlier-half-x4": (ROLES["teacher"], "-"), "sdpo-earlier-half-x4-4e-4": (ROLES["teacher"], (0, (5, 2))),
@@ -45,7 +46,8 @@ STYLES: dict[str, tuple[str, Any]] = {
     "sdpo-replay": (ROLES["student"], (0, (5, 2))),
     "sdpo-fresh": (ROLES["student"], (0, (1, 1.2))), "sdpo-as-said": (ROLES["hint"], (0, (5, 2))),
     "sft-retries-earlier": ("#b85c96", "-"), "sft-retries": ("#b85c96", (0, (5, 2))),
-    "sft-words": (ROLES["behaviour"], "-")}
+    "sft-words": (ROLES["behaviour"], "-"),
+    "conversations": (BRAKED, (0, (5, 2))), "conversations-earlier-half-x4-4e-4": (BRAKED, "-")}
 """Colour says what is learnt from (SDPO, second attempts, words), the line what is replayed."""
 
 
