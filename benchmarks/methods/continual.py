@@ -60,7 +60,7 @@ class Arm:
             longer holds).
         updates: optimiser steps in each step of the stream; those behind the first are on older attempts alone.
         lr: learning rate.
-        brakes: of SDPO: the gate and the pull to the first model are on, as in the preset.
+        brakes: of SDPO, which of ``gate`` and ``pull`` are on; the preset has both.
     """
 
     learns: str
@@ -69,7 +69,7 @@ class Arm:
     newest: bool = True
     updates: int = 1
     lr: float = LR
-    brakes: bool = False
+    brakes: tuple[str, ...] = ()
 
 
 ARMS = {"sdpo-earlier": Arm("sdpo", earlier=0.3), "sdpo-earlier-half": Arm("sdpo", earlier=0.5),
@@ -79,8 +79,9 @@ ARMS = {"sdpo-earlier": Arm("sdpo", earlier=0.3), "sdpo-earlier-half": Arm("sdpo
         "sdpo-replay": Arm("sdpo"), "sdpo-fresh": Arm("sdpo", replay=False),
         "sft-retries-earlier": Arm("retries", earlier=0.3), "sft-retries": Arm("retries"),
         "sdpo-as-said": Arm("sdpo", newest=False), "sft-words": Arm("words"),
-        "conversations": Arm("sdpo", brakes=True),
-        "conversations-earlier-half-x4-4e-4": Arm("sdpo", earlier=0.5, updates=4, lr=4e-4, brakes=True)}
+        "conversations": Arm("sdpo", brakes=("gate", "pull")), "sdpo-replay-gate": Arm("sdpo", brakes=("gate",)),
+        "sdpo-replay-pull": Arm("sdpo", brakes=("pull",)),
+        "conversations-earlier-half-x4-4e-4": Arm("sdpo", earlier=0.5, updates=4, lr=4e-4, brakes=("gate", "pull"))}
 
 
 def run(arm: Arm, seed: int, plan: Plan, say: Callable[[str], None]) -> list[Json]:

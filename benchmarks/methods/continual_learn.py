@@ -41,10 +41,10 @@ from agentsdpo.types import Episode, Hint, Json, Task, TokenKind
 
 LR = 8e-4
 """For a model of a few million parameters; the same for SDPO and for fine-tuning."""
-NO_BRAKES: Json = {"beta_kl": 0.0, "gate": "off", "veto": None}
-"""What most arms change in the preset, because replay is the point here. Both of its brakes compare with the past: the
-gate drops the turns in which the student has changed its mind since it sampled them, and the K3 pull to the first
-weights holds on to options that were sampled once and are wrong, so that they keep a share."""
+WITHOUT: dict[str, Json] = {"gate": {"gate": "off", "veto": None}, "pull": {"beta_kl": 0.0}}
+"""What takes each of the preset's two brakes out. Both compare with the past: the gate drops the turns in which the
+student has changed its mind since it sampled them, and the K3 pull to the first weights holds on to options that were
+sampled once and are wrong, so that they keep a share."""
 EARLIER = ("lookup", "correct", "reconcile")
 """Families of earlier work."""
 
@@ -88,13 +88,13 @@ def earlier_work(engine: InProcessEngine, chat: ChatFormat, store: ReplayStore, 
 class Distilled:
     """SDPO from the store, with hints that were attached late; ``earlier`` work takes ``share`` of each batch.
 
-    With ``brakes`` the preset is used as it is, but for the learning rate.
+    With both ``brakes`` the preset is used as it is, but for the learning rate.
     """
 
     def __init__(self, model: Any, chat: ChatFormat, store: ReplayStore, *, batch: int, newest: bool, seed: int,
-                 earlier: Sequence[str] = (), share: float = 0.0, lr: float = LR, brakes: bool = False) -> None:
-        objective = {**TOY["conversations"], **({} if brakes else NO_BRAKES), "lr": lr, "control_every": 0}
-        config = resolve("conversations", objective)
+                 earlier: Sequence[str] = (), share: float = 0.0, lr: float = LR, brakes: Sequence[str] = ()) -> None:
+        off = {key: value for name, change in WITHOUT.items() if name not in brakes for key, value in change.items()}
+        config = resolve("conversations", {**TOY["conversations"], **off, "lr": lr, "control_every": 0})
         self.learner, self.chat, self.store, self.batch = Learner(model, config), chat, store, batch
         self.model, self.version = self.learner.model, 0
         self.memory, self._rng, self.earlier = Memory(newest=newest), random.Random(seed), list(earlier)

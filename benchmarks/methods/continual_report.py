@@ -47,7 +47,8 @@ STYLES: dict[str, tuple[str, Any]] = {
     "sdpo-fresh": (ROLES["student"], (0, (1, 1.2))), "sdpo-as-said": (ROLES["hint"], (0, (5, 2))),
     "sft-retries-earlier": ("#b85c96", "-"), "sft-retries": ("#b85c96", (0, (5, 2))),
     "sft-words": (ROLES["behaviour"], "-"),
-    "conversations": (BRAKED, (0, (5, 2))), "conversations-earlier-half-x4-4e-4": (BRAKED, "-")}
+    "conversations": (BRAKED, (0, (5, 2))), "sdpo-replay-gate": (BRAKED, (0, (7, 1.5, 1.5, 1.5))),
+    "sdpo-replay-pull": (BRAKED, (0, (1, 1.2))), "conversations-earlier-half-x4-4e-4": (BRAKED, "-")}
 """Colour says what is learnt from (SDPO, second attempts, words), the line what is replayed."""
 
 
