@@ -7,7 +7,7 @@ The store takes nothing that must not be trained on. Such conversations become o
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +20,8 @@ from agentsdpo.replay.canonical import canonical_json
 from agentsdpo.replay.formats.redact import Redactor
 from agentsdpo.replay.ids import Key, uuid7
 from agentsdpo.replay.journal import SUFFIX, Journal, try_lock
-from agentsdpo.replay.rows import to_rows
+from agentsdpo.replay.log import Located
+from agentsdpo.replay.rows import content_of, to_rows
 from agentsdpo.replay.salvage import Salvage, salvage
 from agentsdpo.replay.segment import encode
 from agentsdpo.replay.spool import LOST, Spool, set_aside
@@ -117,6 +118,8 @@ class StoreShelf:
 
     def _append(self, episodes: Sequence[Episode], *, salvaged: bool = False) -> None:
         """Into the store, and what is known of the policies that sampled them."""
+        rows = self.store.fold().rows
+        episodes = [self._placed(episode, rows) for episode in episodes]
         self.store.append(episodes, salvaged=salvaged)
         for version, episode in {v: e for e in episodes for b in e.branches for c in b.calls for s in c.versions
                                  if (v := s.version) >= 0}.items():
@@ -126,6 +129,18 @@ class StoreShelf:
                     "tokenizer_sha256": episode.tokenizer_sha256, "model_id": episode.model_id,
                     "chat_template_sha256": episode.chat_template_sha256, **size})
         self._label(episodes)
+
+    def _placed(self, episode: Episode, rows: Mapping[Key, Located]) -> Episode:
+        """The episode, under the next attempt where another proxy on this store has kept one of that name meanwhile."""
+        name, attempt = episode.episode_id, episode.attempt
+        held = [rows.get(Key(name, branch.branch_id, attempt)) for branch in episode.branches]
+        if Key(name, 0, attempt) not in rows or all(
+                row and row.content_sha256 == content_of(branch)
+                for row, branch in zip(held, episode.branches, strict=True)):
+            return episode
+        log.warning("attempt %d of %s in %s is another conversation of that name: give each proxy a --store of its own",
+                    attempt, name, self.store.storage.uri)
+        return episode.model_copy(update={"attempt": self.attempts(name)})
 
     def _label(self, episodes: Sequence[Episode]) -> None:
         """Mark those that got a thumb."""
@@ -168,9 +183,8 @@ class StoreShelf:
         return found
 
     def _salvaged(self, left: Salvage) -> None:
-        episode = left.episode
-        if episode is not None and self.attempts(episode.episode_id) <= episode.attempt:
-            self._append([finished(episode, self._clean)], salvaged=True)
+        if left.episode is not None:
+            self._append([finished(left.episode, self._clean)], salvaged=True)
 
     def close(self) -> None:
         """See :meth:`Shelf.close`."""

@@ -120,6 +120,28 @@ def test_two_proxies_on_one_folder_lose_nothing(tmp_path: Path, caplog: pytest.L
     assert len(recordings(tmp_path)) == 2
 
 
+def test_two_proxies_on_one_store_lose_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As while one takes over from another: both have the conversation open, as the same attempt."""
+    caplog.set_level(logging.WARNING, logger="agentsdpo")
+    first, second = (shelf_at(tmp_path, train_allowed=True) for _ in range(2))
+    episode, other, third = (plan(1, number)[0].model_copy(update={"episode_id": plan(1, 0)[0].episode_id})
+                             for number in range(3))
+    journal = begun(first, 0)
+    first.put([episode])
+    assert shelf_at(tmp_path, train_allowed=True).recover() == 1, "its proxy was killed before it deleted the journal"
+    assert not journal.exists()
+    assert not caplog.text
+    second.put([other])
+    begun(second, 2, episode_id=episode.episode_id)
+    assert shelf_at(tmp_path, train_allowed=True).recover() == 1, "that of a proxy that was killed"
+    assert f"attempt 0 of {episode.episode_id} in {tmp_path} is another conversation of that name" in caplog.text
+    view = ReplayStore.open(tmp_path, create=False).snapshot()
+    for attempt, put in enumerate((episode, other, third)):
+        assert view.episode(episode.episode_id, attempt).branches[0].token_ids.tolist() == \
+            put.branches[0].token_ids.tolist()
+    assert len(view.rows) == 3
+
+
 @pytest.mark.parametrize("train_allowed", [True, False])
 def test_a_journal_that_was_set_aside_stays_there(tmp_path: Path, train_allowed: bool) -> None:
     aside = set_aside(begun(shelf_at(tmp_path, train_allowed=train_allowed), 0))
