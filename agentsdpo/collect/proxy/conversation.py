@@ -23,6 +23,12 @@ def edited(line: Line, messages: Sequence[Json]) -> list[Json]:
     return [item("edit", messages[at]["content"], turn=line.turns[at])]
 
 
+def _fork(parent: Line | None, ids: Sequence[int], reason: ForkReason) -> Json:
+    """Where and why a prompt leaves another branch; {} where there is none."""
+    return {} if parent is None else {"parent_branch_id": parent.branch_id, "fork_at": parent.common(ids),
+                                      "fork_reason": reason}
+
+
 @dataclass(frozen=True)
 class Point:
     """A place in a branch that a request may go on from: the start of a call, or the end of one."""
@@ -146,9 +152,7 @@ class Conversation:
     def _whole(self, ids: list[int], reason: ForkReason, messages: list[Json] | None, tools: tuple[ToolSpec, ...],
                chain: list[bytes], *, parent: Line | None = None, text: str | None = None) -> Prompt:
         """A prompt that opens a branch, all of it context."""
-        parent = parent or self.last
-        fork = {} if parent is None else {"parent_branch_id": parent.branch_id, "fork_at": parent.common(ids),
-                                          "fork_reason": reason}
+        fork = _fork(parent or self.last, ids, reason)
         return Prompt(self, None, fork, ids, [(ids, TokenKind.CONTEXT)], messages, chain, tools, text)
 
     def text_prompt(self, prompt: str | list[int]) -> Prompt:
@@ -186,7 +190,7 @@ class Conversation:
         """
         line = prompt.line
         if line is None:
-            line = Line(len(self.lines), prompt.fork if self.lines else {})
+            line = Line(len(self.lines), prompt.fork or self._late_fork(prompt))
             self.lines.append(line)
         for ids, kind in prompt.parts:
             line.context(ids, kind)
@@ -199,6 +203,12 @@ class Conversation:
             line.text = prompt.text + self.chat.decode(sampled.completion.token_ids)
         self.last = line
         return line.grown()
+
+    def _late_fork(self, prompt: Prompt) -> Json:
+        """Where a branch leaves another that was not there yet when it was asked for; {} for the first."""
+        messages = prompt.messages
+        reason = "template_rewrite" if messages is None else self._why(messages, prompt.tools, prompt.chain)
+        return _fork(self.last, prompt.ids, reason)
 
     def _remember(self, line: Line, prompt: Prompt, answer: Json, start: int) -> None:
         """Where later requests may go on."""

@@ -293,8 +293,28 @@ def test_a_client_that_leaves_before_the_answer_loses_nothing_of_the_record(stac
         time.sleep(0.05)
     assert busy.json()["ended"] == 1
     (episode,) = stack.episodes()
-    assert sum(len(branch.calls) for branch in episode.branches) == 2
+    assert [(len(branch.calls), branch.fork_reason) for branch in episode.branches] == [(1, None), (1, "retry")]
     assert again["choices"][0]["message"]["content"] == "reply 1"
+
+
+@pytest.mark.parametrize(("path", "bodies", "reason"), [
+    ("chat/completions", [{"messages": [{"role": "system", "content": words}, {"role": "user", "content": "Go."}]}
+                          for words in ("Main.", "Sub.")], "subagent"),
+    ("completions", [{"prompt": "Main."}, {"prompt": "Sub."}], "template_rewrite")])
+def test_first_requests_at_once_are_branches_with_their_reason(stack: Stack, path: str, bodies: list[Json], reason: str
+                                                               ) -> None:
+    stack.engine.delay_s = 0.3
+    stack.start()
+    threads = [threading.Thread(target=stack.post, args=(f"/c/c/v1/{path}", body)) for body in bodies]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert stack.close("c") == 1
+    first, second = stack.episodes()[0].branches
+    assert (second.parent_branch_id, second.fork_reason) == (0, reason)
+    same = first.token_ids[:second.fork_at] == second.token_ids[:second.fork_at]
+    assert same.all()
 
 
 def test_a_client_that_leaves_in_mid_stream(stack: Stack) -> None:
