@@ -9,6 +9,7 @@ import asyncio
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -143,9 +144,12 @@ class Upstream:
             ask = _Call([*ids, *done], rest, model, salt, extra, logprobs, f"{call}-{len(parts)}", began)
             part = await self._attempts(ask)
             left -= len(part.completion.token_ids)
+            whole = _joined([*parts, part])
+            if part.completion.finish_reason != "abort":
+                return whole
+            if left < 1:
+                return replace(whole, completion=whole.completion.model_copy(update={"finish_reason": "length"}))
             parts.append(part)
-            if part.completion.finish_reason != "abort" or left < 1 or time.monotonic() - began >= self.timeout_s:
-                return _joined(parts)
 
     async def _attempts(self, ask: _Call) -> Sampled:
         """Ask until there is an answer; only calls that gave no token are made again."""
@@ -183,6 +187,8 @@ class Upstream:
                 raise
             empty = Completion(token_ids=(), logprobs=(), versions=(), logprob_kind="none", untrusted="no_token_ids")
             return Sampled(empty, ask.model, text)
+        if done.finish_reason == "abort" and not done.token_ids:
+            raise retry.Passing(f"{self.url} aborted the call before its first token")
         return Sampled(done, ask.model, None, _top(answer) if ask.logprobs else ())
 
     async def _post(self, path: str, body: Json, began: float) -> Any:

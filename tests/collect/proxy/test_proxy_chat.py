@@ -1,5 +1,7 @@
 """Chat through the proxy: what the engine is asked, what the client gets, and what the store holds afterwards."""
 
+import threading
+
 import numpy as np
 import pytest
 from proxy_stack import Json, Stack, said
@@ -138,6 +140,26 @@ def test_branches_are_gone_on_with_in_turn(stack: Stack) -> None:
     (episode,) = stack.episodes()
     assert [len(branch.calls) for branch in episode.branches] == [3, 3]
     assert episode.branches[1].fork_reason == "subagent"
+
+
+@pytest.mark.parametrize(("path", "bodies", "reason"), [
+    ("chat/completions", [{"messages": [{"role": "system", "content": words}, {"role": "user", "content": "Go."}]}
+                          for words in ("Main.", "Sub.")], "subagent"),
+    ("completions", [{"prompt": "Main."}, {"prompt": "Sub."}], "template_rewrite")])
+def test_first_requests_at_once_are_branches_with_their_reason(stack: Stack, path: str, bodies: list[Json], reason: str
+                                                               ) -> None:
+    stack.engine.delay_s = 0.3
+    stack.start()
+    threads = [threading.Thread(target=stack.post, args=(f"/c/c/v1/{path}", body)) for body in bodies]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert stack.close("c") == 1
+    first, second = stack.episodes()[0].branches
+    assert (second.parent_branch_id, second.fork_reason) == (0, reason)
+    same = first.token_ids[:second.fork_at] == second.token_ids[:second.fork_at]
+    assert same.all()
 
 
 def test_an_edited_answer_is_feedback(stack: Stack) -> None:

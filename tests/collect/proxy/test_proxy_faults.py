@@ -82,22 +82,6 @@ def test_a_version_change_in_one_answer_is_two_spans(stack: Stack) -> None:
     assert branch.n_trainable
 
 
-def test_an_answer_cut_off_by_a_publisher_is_gone_on_with(stack: Stack) -> None:
-    def abort(choice: Json) -> None:
-        choice["token_ids"], choice["finish_reason"] = choice["token_ids"][:2], "abort"
-        choice["logprobs"]["content"] = choice["logprobs"]["content"][:2]
-        choice["weight_versions"][0]["end"] = 2
-        stack.engine.version = "1"
-    stack.engine.say = lambda prompt: "reply 1"[len(prompt.rpartition("assistant\n")[2]):]
-    stack.engine.faults = [wrong(abort)]
-    stack.start()
-    assert stack.ask("Hi.", conversation="c")["choices"][0]["message"]["content"] == "reply 1"
-    stack.close("c")
-    (branch,) = stack.episodes()[0].branches
-    assert [span.version for span in branch.calls[0].versions] == [0, 1]
-    assert branch.n_trainable == branch.n_sampled
-
-
 def test_no_ids_gives_an_answer_and_a_new_branch(stack: Stack) -> None:
     def null(answer: Json) -> Json:
         answer["choices"][0]["token_ids"] = None
@@ -295,26 +279,6 @@ def test_a_client_that_leaves_before_the_answer_loses_nothing_of_the_record(stac
     (episode,) = stack.episodes()
     assert [(len(branch.calls), branch.fork_reason) for branch in episode.branches] == [(1, None), (1, "retry")]
     assert again["choices"][0]["message"]["content"] == "reply 1"
-
-
-@pytest.mark.parametrize(("path", "bodies", "reason"), [
-    ("chat/completions", [{"messages": [{"role": "system", "content": words}, {"role": "user", "content": "Go."}]}
-                          for words in ("Main.", "Sub.")], "subagent"),
-    ("completions", [{"prompt": "Main."}, {"prompt": "Sub."}], "template_rewrite")])
-def test_first_requests_at_once_are_branches_with_their_reason(stack: Stack, path: str, bodies: list[Json], reason: str
-                                                               ) -> None:
-    stack.engine.delay_s = 0.3
-    stack.start()
-    threads = [threading.Thread(target=stack.post, args=(f"/c/c/v1/{path}", body)) for body in bodies]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert stack.close("c") == 1
-    first, second = stack.episodes()[0].branches
-    assert (second.parent_branch_id, second.fork_reason) == (0, reason)
-    same = first.token_ids[:second.fork_at] == second.token_ids[:second.fork_at]
-    assert same.all()
 
 
 def test_a_client_that_leaves_in_mid_stream(stack: Stack) -> None:
