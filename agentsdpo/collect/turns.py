@@ -19,6 +19,8 @@ def visible(text: str) -> str:
 
     >>> visible("<think>maybe 4</think>\\n\\nIt is 5."), visible("<think>so long"), visible("It is 5.")
     ('It is 5.', '', 'It is 5.')
+    >>> visible("Put it behind <think>.")
+    'Put it behind <think>.'
     """
     return text[_thought_to(text):].strip()
 
@@ -26,7 +28,9 @@ def visible(text: str) -> str:
 def _thought_to(text: str) -> int:
     """Where a turn's thought ends in its text: at 0 without one, at the end of the text when it never ends."""
     end = text.rfind(_END_THINK)
-    return end + len(_END_THINK) if end >= 0 else len(text) if _THINK in text else 0
+    if end >= 0:
+        return end + len(_END_THINK)
+    return len(text) if text.lstrip().startswith(_THINK) else 0
 
 
 def read_turn(text: str, turn: int, completion: Completion | None = None, *, form: CallForm = HERMES,

@@ -134,7 +134,7 @@ def read_answer(chat: ChatFormat, text: str, turn: int, *, thinking: bool, tools
         tools: that may be called; without any, nothing is looked for.
     """
     message: Json = {"role": "assistant", "content": text}
-    if thinking or "<think>" in text or "</think>" in text:
+    if thinking or text.lstrip().startswith("<think>") or "</think>" in text:
         thought, closed, rest = text.partition("</think>")
         message = {"role": "assistant", "content": rest.strip() if closed else "",
                    "reasoning_content": thought.replace("<think>", "").strip()}

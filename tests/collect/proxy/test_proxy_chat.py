@@ -206,6 +206,15 @@ def test_thoughts_are_told_apart_and_kept_in_the_tokens(stack: Stack) -> None:
     assert "two and two" in stack.chat.decode(stack.engine.requests[1]["token_ids"])
 
 
+@pytest.mark.parametrize(("text", "content", "thought"), [
+    ("\n<think>so long", "", "so long"), ("Put it behind <think>.", "Put it behind <think>.", None)])
+def test_a_thought_begins_an_answer_or_is_none(stack: Stack, text: str, content: str, thought: str | None) -> None:
+    stack.engine.say = lambda prompt: text
+    stack.start()
+    message = stack.ask("How?")["choices"][0]["message"]
+    assert (message["content"], message.get("reasoning_content")) == (content, thought)
+
+
 def test_greedy_and_bent_sampling_is_recorded_but_not_trained_on(stack: Stack) -> None:
     stack.start()
     reasons = {}
