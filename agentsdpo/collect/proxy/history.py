@@ -34,7 +34,7 @@ def read_messages(value: Any) -> list[Json]:
 
 def _message(value: Any, where: str) -> Json:
     role = value.get("role") if isinstance(value, dict) else None
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise Refused(400, f"{where} has no known role", fix=f"use {', '.join(ROLES)}", param=where)
     message: Json = {"role": ROLES[role], "content": _text(value.get("content"), where)}
     if value.get("tool_calls"):

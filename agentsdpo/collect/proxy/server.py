@@ -129,6 +129,9 @@ class Proxy:
             raise self._too_long() from None
         except TimeoutError:
             raise Refused(408, f"the request did not arrive within {self.config.body_s:g} s") from None
+        except (web.RequestPayloadError, ConnectionError):  # no gzip that says it is, or a client that left
+            raise Refused(400, "the body cannot be read to its end", fix="send it whole, and in the encoding that "
+                          "Content-Encoding names", code="bad_body") from None
         try:
             body = orjson.loads(raw)  # lone surrogates, which are no text, are errors to it
         except ValueError:

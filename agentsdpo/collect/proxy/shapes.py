@@ -58,7 +58,8 @@ def read_completion(body: Json, default_max: int) -> Asked:
     prompt = body.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
         prompt = prompt[0]
-    whole = isinstance(prompt, str) or (isinstance(prompt, list) and all(type(i) is int and i >= 0 for i in prompt))
+    whole = isinstance(prompt, str) or (isinstance(prompt, list)
+                                        and all(type(i) is int and 0 <= i < 2**31 for i in prompt))
     if not whole or not prompt:
         raise Refused(400, "prompt is neither a text nor a list of token ids", param="prompt",
                       fix="send one prompt that is not empty; several at once are several requests")
