@@ -243,8 +243,6 @@ def _joined(parts: Sequence[Sampled]) -> Sampled:
 def cut(sampled: Sampled, n: int) -> Sampled:
     """The first ``n`` tokens of what was sampled, as if the engine had stopped there."""
     done = sampled.completion
-    if n >= len(done.token_ids):
-        return sampled
     spans = [VersionSpan(version=s.version, start=s.start, end=min(s.end, n)) for s in done.versions if s.start < n]
     logps = done.logprobs[:n] if len(done.logprobs) == len(done.token_ids) else done.logprobs
     completion = done.model_copy(update={

@@ -206,6 +206,16 @@ def test_thoughts_are_told_apart_and_kept_in_the_tokens(stack: Stack) -> None:
     assert "two and two" in stack.chat.decode(stack.engine.requests[1]["token_ids"])
 
 
+def test_a_stop_text_that_the_last_token_completes_ends_the_answer(stack: Stack) -> None:
+    stack.engine.say = lambda prompt: "look Observation:"
+    stack.start()
+    last = len(stack.chat.encode("look Observation:"))
+    (choice,) = stack.ask("Go.", conversation="c", stop=["Observation:"], max_tokens=last)["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("look ", "stop")
+    stack.close("c")
+    assert stack.episodes()[0].branches[0].calls[0].finish_reason == "stop"
+
+
 @pytest.mark.parametrize(("text", "content", "thought"), [
     ("\n<think>so long", "", "so long"), ("Put it behind <think>.", "Put it behind <think>.", None)])
 def test_a_thought_begins_an_answer_or_is_none(stack: Stack, text: str, content: str, thought: str | None) -> None:
