@@ -146,9 +146,9 @@ class Proxy:
 
     @staticmethod
     def _name(request: web.Request, body: Json | None = None) -> str | None:
-        """The conversation a request names, by address, header or body."""
-        found = request.match_info.get("conversation") or request.headers.get(HEADER) or (body or {}).get(
-            "conversation")
+        """The conversation a request names, by body, address or header: a body alone can hold the id of an answer."""
+        found = (body or {}).get("conversation") or request.match_info.get("conversation") or request.headers.get(
+            HEADER)
         if found is None:
             return None
         if not isinstance(found, str) or not 0 < len(found) <= LONGEST_NAME or not found.isprintable():

@@ -72,6 +72,21 @@ def test_the_id_of_an_answer_names_its_attempt(stack: Stack) -> None:
     assert [row.key.attempt for row in store.branches("label == 'thumb_down'")] == [0]
 
 
+def test_below_an_address_the_id_of_an_answer_counts(stack: Stack) -> None:
+    """A client that has the address of its conversation as base sends its feedback there too."""
+    stack.start()
+    first = stack.ask("Sum?", conversation="c")
+    stack.ask("Sum?", said(first), "Thanks!", conversation="c")
+    told = stack.post("/c/c/v1/feedback", {"conversation": first["id"], "text": "In thousands."})
+    assert told.json() == {"conversation": "c", "state": "open", "items": 1}
+    assert stack.post("/c/c/v1/feedback", {"conversation": "d", "text": "x"}).status_code == 404
+    assert stack.post("/c/c/v1/close", {"conversation": "d"}).json() == {"conversation": "d", "ended": 0}
+    assert stack.post("/c/c/v1/close", {}).json() == {"conversation": "c", "ended": 1}
+    hint = stack.episodes()[0].hint
+    assert hint is not None
+    assert (hint.text, hint.turns) == ("", ((0, "In thousands."),))
+
+
 def test_of_an_attempt_that_nobody_may_train_on(stack: Stack) -> None:
     stack.start(train_allowed=False)
     answers = []
