@@ -6,7 +6,7 @@ An item is ``{"kind", "turn", "text", "value", "author"}``. Kinds: ``text`` (som
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from agentsdpo.collect.proxy.refusals import Refused
@@ -67,6 +67,21 @@ def read_feedback(body: Json) -> list[Json]:
     if not made:
         raise Refused(400, "the feedback says nothing", fix=f"give one of {', '.join(_READ)}")
     return [{**one, "turn": turn, "author": author} for one in made]
+
+
+def check_turns(items: Sequence[Json], known: Collection[int]) -> None:
+    """Refuse feedback on a turn that there is not: no teacher would ever read it.
+
+    Args:
+        items: what is said. known: turns of the conversation.
+
+    Raises:
+        Refused: 400, with the turns there are.
+    """
+    for one in items:
+        if one["turn"] is not None and one["turn"] not in known:
+            raise Refused(400, f"there is no turn {one['turn']} in this conversation, the last one is {max(known)}",
+                          fix="count its answers from 0, or name one by its id", param="turn")
 
 
 def _words(value: Any, param: str) -> str:

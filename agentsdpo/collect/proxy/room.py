@@ -10,6 +10,7 @@ from typing import TypeVar
 from agentsdpo.chat import ChatFormat
 from agentsdpo.collect.proxy.config import ProxyConfig
 from agentsdpo.collect.proxy.conversation import Conversation, Prompt
+from agentsdpo.collect.proxy.feedback import check_turns
 from agentsdpo.collect.proxy.history import digests
 from agentsdpo.collect.proxy.line import Sampled
 from agentsdpo.collect.proxy.refusals import Refused
@@ -212,13 +213,14 @@ class Room:
             attempt: which one of that name; None is the one that is open, or else the latest.
 
         Raises:
-            Refused: 404, there is no such conversation; 503, it cannot be written.
+            Refused: 404, there is no such conversation; 400, no such turn in it; 503, it cannot be written.
         """
         async with self._ending:
             conversation = self.open.get(name)
             if conversation is not None and attempt not in (None, conversation.attempt):
                 conversation = None  # another attempt goes on meanwhile
             if conversation is not None and conversation.journal is not None and conversation.lines:
+                check_turns(items, range(conversation.turns))
                 async with conversation.lock:
                     conversation.feedback += items
                     journal, about = conversation.journal, {"metadata": self._metadata(conversation)}

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from agentsdpo.collect.proxy.feedback import grade_of, hint_of, label_of
+from agentsdpo.collect.proxy.feedback import check_turns, grade_of, hint_of, label_of
 from agentsdpo.replay.canonical import canonical_json
 from agentsdpo.replay.formats.redact import Redactor
 from agentsdpo.replay.ids import Key, uuid7
@@ -64,7 +64,7 @@ class Shelf(Protocol):
 
     def say(self, episode_id: str, items: Sequence[Json], attempt: int | None = None) -> bool:
         """Attach what is said about a conversation that has ended, the latest attempt unless named; False when there is
-        none. Raises StoreError."""
+        none. Raises StoreError, and Refused for a turn that it has not."""
         ...
 
     def recover(self) -> int:
@@ -164,6 +164,7 @@ class StoreShelf:
             return False
         items = _said(items, self._words)
         rows = view.read(keys)
+        check_turns(items, {call.turn for row in rows for call in row.branch.calls})
         hint = hint_of(items, [row.branch for row in rows], rows[0].hint)
         grade, label = grade_of(items), label_of(items)
         author = items[-1]["author"]
@@ -247,8 +248,11 @@ class FolderShelf:
     def _holds(self, path: str, rows: pa.Table) -> bool:
         """Whether a recording says the same."""
         names = ["content_sha256", "messages_json"]
-        found = pq.read_table(pa.BufferReader(self._storage.read(path)), columns=names)
-        return found.to_pylist() == rows.select(names).to_pylist()
+        return self._read(path, names).to_pylist() == rows.select(names).to_pylist()
+
+    def _read(self, path: str, names: list[str]) -> pa.Table:
+        """Columns of a recording."""
+        return pq.read_table(pa.BufferReader(self._storage.read(path)), columns=names)
 
     def _path(self, episode_id: str, attempt: int) -> str:
         return f"recordings/{episode_id}-{attempt:04d}.parquet"
@@ -266,6 +270,8 @@ class FolderShelf:
         attempt = latest if attempt is None else attempt
         if not 0 <= attempt <= latest:
             return False
+        calls = self._read(self._path(episode_id, attempt), ["calls"])["calls"].to_pylist()
+        check_turns(items, {call["turn"] for branch in calls for call in branch})
         said = {"episode_id": episode_id, "attempt": attempt, "items": _said(items, self._words)}
         self._storage.create(f"recordings/feedback/{uuid7()}.json", canonical_json(said))
         return True

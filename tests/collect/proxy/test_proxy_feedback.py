@@ -151,6 +151,21 @@ def test_feedback_that_says_nothing(stack: Stack, body: dict[str, Any]) -> None:
     assert stack.episodes()[0].hint is None
 
 
+@pytest.mark.parametrize("train_allowed", [True, False])
+@pytest.mark.parametrize("open_", [True, False])
+def test_of_a_turn_that_there_is_not(stack: Stack, train_allowed: bool, open_: bool) -> None:
+    """Who counts from 1 must be told: the words would be read by nobody."""
+    stack.start(train_allowed=train_allowed)
+    answer = stack.ask("Sum?", conversation="c")
+    if not open_:
+        stack.close("c")
+    for name, turn in {"c": {"turn": 1}, answer["id"].replace("-0", "-7"): {}}.items():
+        told = tell(stack, conversation=name, text="No.", **turn)
+        assert told.status_code == 400
+        assert "the last one is 0" in told.json()["error"]["message"]
+    assert tell(stack, conversation=answer["id"], text="No.").status_code == 200
+
+
 def test_of_no_conversation(stack: Stack) -> None:
     stack.start()
     assert tell(stack, conversation="nobody", text="x").status_code == 404
