@@ -46,7 +46,7 @@ class House:
                  upstream: Upstream | None = None) -> None:
         self.config, self.chat, self.tenants, self._vocab = config, chat, tenants, vocab_size
         self.upstream = upstream or Upstream(config.upstream, eos_id=chat.eos_id, timeout_s=config.timeout_s,
-                                             retry_s=config.retry_s)
+                                             retry_s=config.retry_s, vocab_size=vocab_size)
         self.rooms: dict[str, Room] = {}
         self._opening = asyncio.Lock()
         self.recovered = 0

@@ -43,7 +43,7 @@ class Upstream:
     """One engine.
 
     Args:
-        url: its address. eos_id: ends an answer.
+        url: its address. eos_id: ends an answer. vocab_size: ids lie below it; 0 does not check.
         timeout_s: for one answer. retry_s: how long to go on asking an engine that is away.
 
     Attributes:
@@ -55,8 +55,9 @@ class Upstream:
         ConfigError: the address is none.
     """
 
-    def __init__(self, url: str, *, eos_id: int, timeout_s: float, retry_s: float) -> None:
+    def __init__(self, url: str, *, eos_id: int, timeout_s: float, retry_s: float, vocab_size: int = 0) -> None:
         self.url, self.timeout_s, self.retry_s, self._eos = base_url(url), timeout_s, retry_s, (eos_id,)
+        self._vocab = vocab_size
         self.facts: ServerFacts | None = None
         self.loaded: frozenset[str] = frozenset()
         self.label: str | None = None
@@ -163,8 +164,8 @@ class Upstream:
             status = error.status if error.status in (400, 404, 413, 422) else 502
             raise UpstreamError(status, f"the engine refused the call: {error.what}", code="engine_refused") from error
         except EngineError as error:
-            raise UpstreamError(502, f"the engine's answer cannot be used: {error.what}", code="engine_answer") \
-                from error
+            raise UpstreamError(502, f"the engine's answer cannot be used: {error.what}", code="engine_answer",
+                                fix=error.fix) from error
 
     async def _once(self, ask: _Call) -> Sampled:
         """One attempt."""
@@ -180,7 +181,8 @@ class Upstream:
         answer = await self._post(facts.route, body, ask.began)
         around = None if spans else (wire.label_version(before), wire.label_version(await self._weights()))
         try:
-            done = wire.read_answer(answer, facts.route, kind=facts.kind, adapter=adapter, around=around)
+            done = wire.read_answer(answer, facts.route, kind=facts.kind, vocab_size=self._vocab, adapter=adapter,
+                                    around=around)
         except EngineError:
             text = _text(answer)
             if text is None:

@@ -128,6 +128,7 @@ class Stack:
         self.client = httpx.Client(timeout=30, verify=False, trust_env=False)  # certificates take long to read
         self.proxy: Proxy | None = None
         self.keys: dict[str, str] = {}
+        self.vocab_size = 0
         self._up = False
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
@@ -144,7 +145,7 @@ class Stack:
         guard = Keys(self.keys, tenant_header=config.tenant_header)
 
         async def begin() -> Proxy:
-            house = House(config, self.chat, tenants=guard.tenants)
+            house = House(config, self.chat, vocab_size=self.vocab_size, tenants=guard.tenants)
             proxy = Proxy(house, guard, config)
             await proxy.start("127.0.0.1", 0)
             return proxy

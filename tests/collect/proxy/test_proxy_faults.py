@@ -100,6 +100,20 @@ def test_no_ids_gives_an_answer_and_a_new_branch(stack: Stack) -> None:
     assert episode.branches[1].policy_versions == (0, 0)
 
 
+def test_a_server_of_another_model_is_found_out_at_once(stack: Stack) -> None:
+    """At its end no store would take such a conversation."""
+    stack.vocab_size = stack.chat.vocab_size
+    stack.engine.faults = [wrong(lambda choice: choice["token_ids"].__setitem__(0, stack.vocab_size))]
+    stack.start()
+    refused = stack.post("/c/c/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi."}]})
+    assert refused.status_code == 502
+    assert f"the vocabulary has {stack.vocab_size} ids; serve the model the tok" in refused.json()["error"]["message"]
+    stack.ask("Hi.", conversation="c")
+    stack.close("c")
+    assert len(stack.episodes()) == 1
+    assert not [*stack.store.glob("spool/**/*.arrows")]
+
+
 def test_completions_route_distrusts_a_change_of_weights(stack: Stack) -> None:
     def publish(answer: Json) -> Json:
         stack.engine.version = "9"
