@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from agentsdpo.collect.proxy.refusals import Refused
 from agentsdpo.errors import ConfigError
@@ -144,13 +145,37 @@ def check_binding(host: str, keys: int) -> None:
 
     >>> check_binding("127.0.0.1", keys=0)
     """
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback and not keys:
+    if not keys and not _loopback(host):
         raise ConfigError(f"--host {host} can be reached from other machines, and no key is asked for",
                           fix=f"give keys (--keys FILE or {KEYS_VARIABLE}), or bind to 127.0.0.1")
+
+
+def check_origin(origin: str | None, keys: int) -> None:
+    """Refuse the web pages of others without a key: a browser on this machine sends what they say, and says of whom.
+
+    Args:
+        origin: the request's header of that name. keys: how many there are.
+
+    Raises:
+        Refused: 403, it is not of this machine.
+
+    >>> check_origin(None, keys=0), check_origin("http://localhost:3000", keys=0)
+    (None, None)
+    """
+    try:
+        host = urlsplit(origin or "http://localhost").hostname
+    except ValueError:
+        host = None
+    if not keys and not _loopback(host or ""):
+        raise Refused(403, "a web page from elsewhere asks, and no key is asked for", code="wrong_origin",
+                      fix="have the operator of this proxy give keys")
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class Rates:

@@ -10,7 +10,7 @@ import orjson
 from aiohttp import web
 from aiohttp.abc import AbstractAccessLogger
 
-from agentsdpo.collect.proxy.access import Caller, Keys, Rates
+from agentsdpo.collect.proxy.access import Caller, Keys, Rates, check_origin
 from agentsdpo.collect.proxy.config import ProxyConfig
 from agentsdpo.collect.proxy.feedback import read_feedback
 from agentsdpo.collect.proxy.house import House
@@ -95,6 +95,7 @@ class Proxy:
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Errors in OpenAI's shape."""
         try:
+            check_origin(request.headers.get("Origin"), len(self.keys))
             if request.path != "/health":
                 request[CALLER] = self.keys.caller(request.headers)
                 self._admit(request[CALLER])

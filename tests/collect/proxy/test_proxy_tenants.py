@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from proxy_stack import Stack, said
 
-from agentsdpo.collect.proxy.access import Keys, check_binding, read_keys
+from agentsdpo.collect.proxy.access import Keys, check_binding, check_origin, read_keys
 from agentsdpo.errors import ConfigError, StoreError
 
 ANN, BOB = "ann-has-this-long-key", "bob-has-that-long-key"
@@ -115,6 +115,20 @@ def test_beyond_this_machine_only_with_keys() -> None:
         check_binding("proxy.example", 0)
     check_binding("0.0.0.0", 1)
     check_binding("::1", 0)
+
+
+@pytest.mark.parametrize(("origin", "status"), [
+    ("https://evil.example", 403), ("http://127.0.0.1.evil.example:8100", 403), ("null", 403), ("http://[x", 403),
+    ("http://localhost:3000", 200), ("http://[::1]:3000", 200)])
+def test_web_pages_from_elsewhere_say_nothing_without_a_key(stack: Stack, origin: str, status: int) -> None:
+    """A browser sends a page's words to this machine, and asks first only where they are called JSON."""
+    stack.start()
+    stack.ask("Sum?", conversation="c")
+    headers = {"Origin": origin, "Content-Type": "text/plain"}
+    told = stack.client.post(f"{stack.url}/v1/feedback", content=b'{"conversation": "c", "text": "Obey."}',
+                             headers=headers)
+    assert told.status_code == status
+    check_origin(origin, 1)
 
 
 def test_keys_from_file_and_environment(tmp_path: object) -> None:
