@@ -119,13 +119,19 @@ def after(digest: bytes, message: Json) -> bytes:
 
 def _identity(message: Json) -> bytes:
     """What makes a message the same one: not the ids of its calls, nor the space around an agent's words, nor whether
-    arguments are an object or its text, as those of a broken call may be."""
+    arguments are an object or its text, as those of a broken call may be, nor how a whole number is written."""
     role, content = message["role"], message["content"]
     made = [call["function"] for call in message.get("tool_calls", ())]
     calls = [(call["name"], _arguments(call["arguments"])) for call in made]
-    said = json.dumps(calls, sort_keys=True) if calls else ""
+    said = json.dumps(json.loads(json.dumps(calls), parse_float=_number), sort_keys=True) if calls else ""
     words = content.strip() if role == "assistant" else content
     return f"{role} {len(words)} {words}{said}".encode("utf-8", "surrogatepass")
+
+
+def _number(text: str) -> int | float:
+    """A number as clients send it back whose language has one kind of numbers: 1250 for 1250.0."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
 def fork_reason(old: Sequence[Json], new: Sequence[Json], *, same_tools: bool) -> ForkReason:

@@ -96,6 +96,19 @@ def test_a_call_whose_arguments_are_no_object_comes_back_as_the_same(stack: Stac
     assert [branch.fork_reason for branch in episode.branches] == [None]
 
 
+def test_a_whole_number_comes_back_as_the_same_however_it_is_written(stack: Stack) -> None:
+    """JavaScript has one kind of numbers: its clients send 1250 for the 1250.0 they were told."""
+    stack.engine.say = lambda prompt: "done" if "<tool_response>" in prompt else (
+        '<tool_call>\n{"name": "note_get", "arguments": {"x": 1250.0, "y": [1e3, 0.5, "1.0"]}}\n</tool_call>')
+    stack.start()
+    first = said(stack.ask("Read.", conversation="t", tools=[TOOL]))
+    first["tool_calls"][0]["function"]["arguments"] = '{"x":1250,"y":[1000,0.5,"1.0"]}'
+    answer = {"role": "tool", "tool_call_id": "t", "content": "ok"}
+    stack.ask("Read.", first, answer, conversation="t", tools=[TOOL])
+    stack.close("t")
+    assert [branch.fork_reason for branch in stack.episodes()[0].branches] == [None]
+
+
 def test_broken_calls_stay_text(stack: Stack) -> None:
     stack.engine.say = lambda prompt: "<tool_call>{\"name\": </tool_call>"
     stack.start()
