@@ -20,7 +20,9 @@ def edited(line: Line, messages: Sequence[Json]) -> list[Json]:
     at = shared(line.messages, messages)
     if at not in line.turns or at >= len(messages) or messages[at]["role"] != "assistant":
         return []
-    return [item("edit", messages[at]["content"], turn=line.turns[at])]
+    words = messages[at]["content"]
+    same = words.strip() == line.messages[at]["content"].strip()  # its calls alone are others
+    return [] if same else [item("edit", words, turn=line.turns[at])]
 
 
 def _fork(parent: Line | None, ids: Sequence[int], reason: ForkReason) -> Json:

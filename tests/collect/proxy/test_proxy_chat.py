@@ -186,6 +186,18 @@ def test_an_edited_answer_is_feedback(stack: Stack) -> None:
     assert episode.hint.answer_bearing
 
 
+def test_an_answer_whose_calls_alone_come_back_as_others_is_not_what_it_should_have_been(stack: Stack) -> None:
+    """As from a client that keeps words and no calls."""
+    stack.engine.say = lambda prompt: 'I look.\n<tool_call>\n{"name": "note_get", "arguments": {}}\n</tool_call>'
+    stack.start()
+    stack.ask("One.", conversation="c", tools=[TOOL])
+    stack.ask("One.", {"role": "assistant", "content": "I look."}, "Two.", conversation="c", tools=[TOOL])
+    stack.close("c")
+    (episode,) = stack.episodes()
+    assert [branch.fork_reason for branch in episode.branches] == [None, "template_rewrite"]
+    assert episode.hint is None
+
+
 def test_a_name_that_comes_back_is_another_attempt(stack: Stack) -> None:
     stack.start()
     first = stack.ask("One.", conversation="c")
