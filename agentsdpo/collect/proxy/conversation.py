@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from agentsdpo.chat import ChatFormat
 from agentsdpo.collect.branch import ForkReason
 from agentsdpo.collect.proxy.feedback import item, said_next
-from agentsdpo.collect.proxy.history import after, fork_reason, shared
+from agentsdpo.collect.proxy.history import after, fork_reason, rewritten, shared
 from agentsdpo.collect.proxy.line import Line, Sampled
 from agentsdpo.replay.journal import Growth, Journal
 from agentsdpo.types import Branch, Json, Sampling, TokenKind, ToolSpec
@@ -17,8 +17,8 @@ from agentsdpo.types import Branch, Json, Sampling, TokenKind, ToolSpec
 
 def edited(line: Line, messages: Sequence[Json]) -> list[Json]:
     """The item of an answer that came back with other words; [] when none did."""
-    at = shared(line.messages, messages)
-    if at not in line.turns or at >= len(messages) or messages[at]["role"] != "assistant":
+    at = rewritten(line.messages, messages)
+    if at is None or at not in line.turns:
         return []
     words = messages[at]["content"]
     same = words.strip() == line.messages[at]["content"].strip()  # its calls alone are others

@@ -151,8 +151,22 @@ def fork_reason(old: Sequence[Json], new: Sequence[Json], *, same_tools: bool) -
         return "subagent"
     if same == len(new):
         return "retry"
-    edited = same < len(old) and old[same]["role"] == new[same]["role"] == "assistant"
+    edited = rewritten(old, new) is not None
     return "compaction" if same_tools and not edited and len(new) < len(old) else "template_rewrite"
+
+
+def rewritten(old: Sequence[Json], new: Sequence[Json]) -> int | None:
+    """Where an answer came back as another one; None where none did, as when a later one stands there because what was
+    between them is left out.
+
+    >>> a, b, c = ({"role": "assistant", "content": text} for text in "abc")
+    >>> rewritten([a, b], [a, c]), rewritten([a, b, c], [a, c])
+    (1, None)
+    """
+    at = shared(old, new)
+    if at >= min(len(old), len(new)) or not old[at]["role"] == new[at]["role"] == "assistant":
+        return None
+    return None if _identity(new[at]) in map(_identity, old[at:]) else at
 
 
 def shared(old: Sequence[Json], new: Sequence[Json]) -> int:

@@ -121,7 +121,7 @@ def test_broken_calls_stay_text(stack: Stack) -> None:
     (lambda m: [m[0], {"role": "user", "content": "Summary: all said."}], "compaction"),
     (lambda m: [{"role": "system", "content": "You are another."}, {"role": "user", "content": "x"}], "subagent"),
     (lambda m: [*m[:2], {"role": "assistant", "content": "my words"}, m[3], m[3], m[3]], "template_rewrite"),
-    (lambda m: m[:2], "retry")])
+    (lambda m: [*m[:2], *m[4:]], "compaction"), (lambda m: m[:2], "retry")])
 def test_rewritten_histories_open_branches_with_their_reason(stack: Stack, change: object, reason: str) -> None:
     stack.start()
     history: list[Json] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "One."}]
@@ -135,6 +135,8 @@ def test_rewritten_histories_open_branches_with_their_reason(stack: Stack, chang
     assert [branch.fork_reason for branch in episode.branches] == [None, reason]
     child = episode.branches[1]
     assert child.parent_branch_id == 0
+    edits = [one["text"] for one in episode.metadata["feedback"] if one["kind"] == "edit"]
+    assert edits == (["my words"] if reason == "template_rewrite" else [])
     assert child.calls[0].start > (child.fork_at or 0) - 1
     if reason == "retry":
         assert child.token_ids[:child.calls[0].start].tolist() == episode.branches[0].token_ids[
