@@ -156,7 +156,7 @@ class House:
         if asked.messages is not None:
             thinking = self.chat.decode(prompt.ids[-3:]).rstrip().endswith("<think>")
             answer = read_answer(self.chat, text, prompt.turn, thinking=thinking,
-                                 tools=() if asked.no_tools else asked.tools)
+                                 tools=() if asked.no_tools else asked.tools, history=asked.messages)
         elif prompt.text is None:
             prompt.text = self.chat.decode(prompt.ids)
         await room.record(prompt, sampled, sampling, answer)

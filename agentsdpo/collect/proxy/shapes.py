@@ -11,6 +11,7 @@ from agentsdpo.chat import ChatFormat
 from agentsdpo.collect.proxy.history import read_messages, read_tools
 from agentsdpo.collect.proxy.line import Sampled
 from agentsdpo.collect.proxy.refusals import Refused
+from agentsdpo.collect.turns import unique_ids
 from agentsdpo.types import Json, Sampling, ToolSpec
 
 PIECE = 48
@@ -125,7 +126,8 @@ def _extra(body: Json) -> tuple[Json, str | None]:
 # ---------------------------------------------------------------------------------------------------------- answers
 
 
-def read_answer(chat: ChatFormat, text: str, turn: int, *, thinking: bool, tools: Sequence[ToolSpec]) -> Json:
+def read_answer(chat: ChatFormat, text: str, turn: int, *, thinking: bool, tools: Sequence[ToolSpec],
+                history: Sequence[Json] = ()) -> Json:
     """What the model said as the message a client gets.
 
     Args:
@@ -133,6 +135,7 @@ def read_answer(chat: ChatFormat, text: str, turn: int, *, thinking: bool, tools
         turn: number of the call, for the ids of tool calls.
         thinking: the prompt ended with ``<think>``, so that the text begins inside.
         tools: that may be called; without any, nothing is looked for.
+        history: messages before it: ids of calls in there are taken, as turns begin anew with each attempt.
     """
     message: Json = {"role": "assistant", "content": text}
     if thinking or text.lstrip().startswith("<think>") or "</think>" in text:
@@ -141,7 +144,8 @@ def read_answer(chat: ChatFormat, text: str, turn: int, *, thinking: bool, tools
                    "reasoning_content": thought.replace("<think>", "").strip()}
     content = message["content"]
     found = chat.calls.parse(content, turn, tools)[0] if tools else []
-    named = [call for call in found if call.name]
+    taken = {call["id"] for said in history for call in said.get("tool_calls", ())}
+    named, _ = unique_ids([call for call in found if call.name], turn, taken)
     if named:
         message["content"] = content[:chat.calls.begin(content)].rstrip()
         message["tool_calls"] = [call.openai() for call in named]

@@ -211,6 +211,22 @@ def test_a_name_that_comes_back_is_another_attempt(stack: Stack) -> None:
     assert after.branches[0].n_sampled == len(stack.chat.encode("reply 2")) + 1
 
 
+def test_calls_of_the_next_attempt_have_ids_of_their_own(stack: Stack) -> None:
+    """The client's history goes on, and what it answered already it would not answer again."""
+    stack.engine.say = lambda prompt: 2 * '<tool_call>\n{"name": "note_get", "arguments": {}}\n</tool_call>'
+    stack.start()
+    history: list[Json] = [{"role": "user", "content": "Read."}]
+    ids = []
+    for _ in range(3):
+        history.append(said(stack.ask(*history, conversation="c", tools=[TOOL])))
+        for call in history[-1]["tool_calls"]:
+            ids.append(call["id"])
+            history.append({"role": "tool", "tool_call_id": call["id"], "content": "ok"})
+        stack.close("c")
+    assert len(set(ids)) == 6
+    assert [len(episode.branches) for episode in stack.episodes()] == [1, 1, 1]
+
+
 def test_stop_texts_end_an_answer_and_the_record_alike(stack: Stack) -> None:
     stack.engine.say = lambda prompt: "Action: look Observation: I saw"
     stack.start()
