@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from agentsdpo.calls import read_json
 from agentsdpo.chat import ChatFormat
 from agentsdpo.collect.proxy.history import read_messages, read_tools
 from agentsdpo.collect.proxy.line import Sampled
 from agentsdpo.collect.proxy.refusals import Refused
 from agentsdpo.collect.turns import unique_ids
-from agentsdpo.types import Json, Sampling, ToolSpec
+from agentsdpo.types import Json, Sampling, ToolCall, ToolSpec
 
 PIECE = 48
 """Characters of one piece of a stream that is made from a whole answer."""
@@ -148,8 +149,15 @@ def read_answer(chat: ChatFormat, text: str, turn: int, *, thinking: bool, tools
     named, _ = unique_ids([call for call in found if call.name], turn, taken)
     if named:
         message["content"] = content[:chat.calls.begin(content)].rstrip()
-        message["tool_calls"] = [call.openai() for call in named]
+        message["tool_calls"] = [_given(call).openai() for call in named]
     return message
+
+
+def _given(call: ToolCall) -> ToolCall:
+    """The call with what the model gave as arguments: where that is no object, they are the text of the whole call."""
+    body = read_json(call.arguments)[0] if isinstance(call.arguments, str) else None
+    told = [body[key] for key in ("parameters", "arguments") if key in body] if isinstance(body, dict) else []
+    return call.model_copy(update={"arguments": json.dumps(told[0], ensure_ascii=False)}) if told else call
 
 
 def sendable(message: Json) -> Json:

@@ -82,13 +82,15 @@ def test_tools_go_out_as_calls_and_come_back_as_tool_tokens(stack: Stack) -> Non
     assert episode.tools[0]["function"]["name"] == "note_get"
 
 
-def test_a_call_whose_arguments_are_no_object_comes_back_as_the_same(stack: Stack) -> None:
-    """It goes out as its text, which may be an object when it comes back."""
+@pytest.mark.parametrize("arguments", ["[1]", '"{\\"path\\": \\"é\\"}"', "null"])
+def test_a_call_whose_arguments_are_no_object_comes_back_as_the_same(stack: Stack, arguments: str) -> None:
+    """It goes out with what the model gave as arguments, and not with all of its text, which is an object."""
     stack.start()
-    call = '<tool_call>\n{"name": "note_get", "arguments": [1]}\n</tool_call>'
+    call = f'<tool_call>\n{{"name": "note_get", "arguments": {arguments}}}\n</tool_call>'
     stack.engine.say = lambda prompt: "done" if "<tool_response>" in prompt else call
     first = stack.ask("Read.", conversation="t", tools=[TOOL])
     (sent,) = said(first)["tool_calls"]
+    assert sent["function"] == {"name": "note_get", "arguments": arguments}
     answer = {"role": "tool", "tool_call_id": sent["id"], "content": "not an object"}
     stack.ask("Read.", said(first), answer, conversation="t", tools=[TOOL])
     stack.close("t")
