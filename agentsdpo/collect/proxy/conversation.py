@@ -40,6 +40,20 @@ class Point:
     answered: bool
 
 
+@dataclass(frozen=True)
+class Late:
+    """What a request says about an answer of a conversation that had ended before it.
+
+    Attributes:
+        digest: of the history up to that answer. name, attempt: of its conversation. items: what is said.
+    """
+
+    digest: bytes
+    name: str
+    attempt: int
+    items: list[Json]
+
+
 @dataclass
 class Prompt:
     """One call that is about to be made; nothing of it is in the branch before :meth:`Conversation.record`.
@@ -50,7 +64,7 @@ class Prompt:
         parts: what is new at the end of ``line``, or the whole prompt of a new branch, by kind.
         messages: of the request; None where it sent text or ids. chain: their digests. tools: of the request.
         text: of the prompt, where it was text. turn: number of this call in the conversation.
-        feedback: what the request says about answers before it.
+        feedback: what the request says about answers before it. late: the same of an earlier conversation.
     """
 
     conversation: "Conversation"
@@ -64,6 +78,7 @@ class Prompt:
     text: str | None = None
     turn: int = 0
     feedback: list[Json] = field(default_factory=list)
+    late: Late | None = None
 
 
 @dataclass
@@ -220,6 +235,11 @@ class Conversation:
         self.messages, self.tools = line.messages, prompt.tools
         self.points[prompt.chain[-1]] = Point(line, start, answered=False)
         self.points[after(prompt.chain[-1], answer)] = Point(line, len(line.ids), answered=True)
+
+    def ends(self) -> list[tuple[bytes, int]]:
+        """The last answer of each branch, as the digest of the history up to it, and its turn."""
+        return [(digest, point.line.turns[max(point.line.turns)]) for digest, point in self.points.items()
+                if point.answered and point.at == len(point.line.ids)]
 
     def branches(self) -> tuple[Branch, ...]:
         """All branches as they stand."""

@@ -9,10 +9,11 @@ from typing import TypeVar
 
 from agentsdpo.chat import ChatFormat
 from agentsdpo.collect.proxy.config import ProxyConfig
-from agentsdpo.collect.proxy.conversation import Conversation, Prompt
+from agentsdpo.collect.proxy.conversation import Conversation, Late, Prompt
 from agentsdpo.collect.proxy.feedback import check_turns
 from agentsdpo.collect.proxy.history import digests
 from agentsdpo.collect.proxy.line import Sampled
+from agentsdpo.collect.proxy.past import Past
 from agentsdpo.collect.proxy.refusals import Refused
 from agentsdpo.collect.proxy.shapes import Asked
 from agentsdpo.collect.proxy.shelf import Shelf
@@ -40,6 +41,7 @@ class Room:
         self.tenant, self.chat, self.shelf, self.config, self._stamp = tenant, chat, shelf, config, stamp
         self.open: dict[str, Conversation] = {}
         self._heads: dict[bytes, Conversation] = {}
+        self._past = Past()
         self._ending = asyncio.Lock()
 
     # ------------------------------------------------------------------------------------------------- requests
@@ -68,6 +70,8 @@ class Room:
         except BaseException:
             self._landed(conversation)
             raise
+        if self.config.auto_feedback and asked.messages is not None and not conversation.lines:
+            prompt.late = self._past.late(chain, asked.messages)
         prompt.turn, conversation.turns = conversation.turns, conversation.turns + 1
         conversation.used = time.monotonic()
         if prompt.line is not None:
@@ -170,6 +174,16 @@ class Room:
                               fix="ask the operator of this proxy to look at its disk", retry_after_s=30) from error
         if prompt.chain and answer is not None:
             self._index(conversation)
+        if prompt.late is not None:
+            await self._say_late(prompt.late)
+
+    async def _say_late(self, late: Late) -> None:
+        """Attach what a request said about a conversation that had ended; the request does not fail for it."""
+        try:
+            await self.say(late.name, late.items, late.attempt)
+        except Refused as error:
+            log.error("what was said about conversation %s is lost: %s", late.name, error)
+        self._past.heard(late)
 
     def _metadata(self, conversation: Conversation) -> Json:
         return {"conversation": conversation.name, "tenant": self.tenant, "feedback": conversation.feedback}
@@ -292,6 +306,7 @@ class Room:
                        metadata=metadata)
 
     def _forget(self, conversation: Conversation) -> None:
+        self._past.keep(conversation)
         if self.open.get(conversation.name) is conversation:
             del self.open[conversation.name]
         for digest in conversation.points:

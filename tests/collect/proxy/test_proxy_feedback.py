@@ -166,6 +166,46 @@ def test_of_a_turn_that_there_is_not(stack: Stack, train_allowed: bool, open_: b
     assert tell(stack, conversation=answer["id"], text="No.").status_code == 200
 
 
+@pytest.mark.parametrize("name", ["c", ""])
+@pytest.mark.parametrize("train_allowed", [True, False])
+def test_what_a_user_says_who_comes_back_when_the_conversation_has_ended(stack: Stack, name: str, train_allowed: bool
+                                                                         ) -> None:
+    """After lunch, say: the answer that was wrong is not the one that is open now."""
+    stack.start(train_allowed=train_allowed)
+    first = stack.ask("Sum?", conversation=name)
+    second = stack.ask("Sum?", said(first), "Of both.", conversation=name)
+    known = second["id"].removeprefix("chatcmpl-").rpartition(".")[0]
+    stack.close(known)
+    history = ["Sum?", said(first), "Of both.", said(second), "In thousands, always!"]
+    for _ in range(2):  # a client that repeats itself
+        stack.ask(*history, conversation=name)
+    assert stack.proxy is not None
+    stack.stop_proxy()
+    if not train_allowed:
+        (late,) = (stack.store / "recordings" / "feedback").glob("*.json")
+        heard = json.loads(late.read_text())
+        assert (heard["attempt"], [(one["turn"], one["text"]) for one in heard["items"]]) == (
+            0, [(1, "In thousands, always!")])
+        return
+    old, *new = stack.episodes()
+    assert old.hint is not None
+    assert old.hint.turns == ((0, "Of both."), (1, "In thousands, always!"))
+    assert [episode.hint for episode in new] == [None] * len(new)
+    assert [(old.task_id == episode.task_id, episode.attempt) for episode in new] == (
+        [(True, 1)] if name else [(False, 0)] * 2)
+
+
+def test_of_an_ended_conversation_only_what_goes_on_from_it_counts(stack: Stack) -> None:
+    stack.start()
+    first = stack.ask("Sum?", conversation="c")
+    stack.close("c")
+    stack.ask("Sum?", said(first), "Again.", {"role": "assistant", "content": "of another model"}, "No!")
+    stack.ask("Sum?", {"role": "assistant", "content": "other words"}, "No!")
+    stack.ask("Other.", conversation="c")
+    stack.stop_proxy()
+    assert [episode.hint for episode in stack.episodes()] == [None] * 4
+
+
 def test_of_no_conversation(stack: Stack) -> None:
     stack.start()
     assert tell(stack, conversation="nobody", text="x").status_code == 404
@@ -177,6 +217,7 @@ def test_switched_off(stack: Stack) -> None:
     first = stack.ask("Sum?", conversation="c")
     stack.ask("Sum?", said(first), "No!", conversation="c")
     stack.close("c")
+    stack.ask("Sum?", said(first), "No!", conversation="c")
     assert stack.episodes()[0].hint is None
 
 
