@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from agentsdpo.envs.desk import families, text
+from agentsdpo.envs.desk.env import DeskEnv
 from agentsdpo.envs.desk.firm import SLOTS, Firm, slots_of
 from agentsdpo.envs.desk.grade import rubric
 from agentsdpo.envs.desk.tools import SPECS, TOOLS
@@ -75,6 +76,17 @@ class ScriptedAgent(Scripted):
 def _observation(message: dict[str, Any]) -> str | None:
     """What the last tool said, without what the loop may have added about the budget."""
     return message["content"].partition("\n\n[Budget")[0] if message["role"] == "tool" else None
+
+
+def steps(task: Task, agent: ScriptedAgent) -> list[families.Step]:
+    """All calls by which an agent does a task, from its first to its last."""
+    env, done, answer = DeskEnv(), list[families.Step](), None
+    env.start(task)
+    while not env.done():
+        done.append(agent.step(answer))
+        name, arguments = done[-1]
+        answer = env.apply(ToolCall(id="", name=name, arguments=arguments)).content
+    return done
 
 
 def oracle(task: Task, firm: Firm, *, epsilon: float = 0.0, seed: int = 0) -> ScriptedAgent:

@@ -4,7 +4,7 @@ The model may learn to read a hint and to use the tools; it cannot learn a rule,
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,8 +60,8 @@ class Frame:
         self.end = chat.tokenizer.eos_token
 
 
-def trace(frame: Frame, task: Task, rng: random.Random, *, stated: list[str] | None = None,
-          epsilon: float = 0.0) -> Trace:
+def trace(frame: Frame, task: Task, rng: random.Random, *, stated: list[str] | None = None, epsilon: float = 0.0,
+          words: Callable[[Task, dict[str, str]], str] | None = None) -> Trace:
     """One noisy-oracle episode with random rules; slips stand in the text but carry no loss.
 
     Args:
@@ -70,11 +70,12 @@ def trace(frame: Frame, task: Task, rng: random.Random, *, stated: list[str] | N
         rng: source of the rules and of the slips.
         stated: slots the hint states; none gives an un-hinted episode; all when None.
         epsilon: chance of a slip before each call.
+        words: another hint, which states all rules in its own way.
     """
     rules = guess(task.metadata["preset"], rng)
     agent = ScriptedAgent(task, rules, epsilon=epsilon, seed=rng.getrandbits(32))
-    words = hint(task.metadata["kinds"][0], rules, stated)
-    out = frame.hint_before + words + frame.hint_after if words else ""
+    told = words(task, rules) if words else hint(task.metadata["kinds"][0], rules, stated)
+    out = frame.hint_before + told + frame.hint_after if told else ""
     out += frame.head + task.prompt + frame.tail
     env, spans, observation = DeskEnv(), [], None
     env.start(task)
@@ -85,7 +86,7 @@ def trace(frame: Frame, task: Task, rng: random.Random, *, stated: list[str] | N
         if not agent.slipped:
             spans.append((len(out), len(out) + len(said)))
         out += said + (frame.before + observation + frame.after if not env.done() else "")
-    return Trace(out, tuple(spans), len(rules) - len(rules if stated is None else stated), bool(words))
+    return Trace(out, tuple(spans), len(rules) - len(rules if stated is None else stated), bool(told))
 
 
 def traces(frame: Frame, seed: int, mix: Mix = MIXES[0]) -> Iterator[Trace]:

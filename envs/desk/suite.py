@@ -5,14 +5,14 @@ from typing import Any
 
 from agentsdpo.calls import call_line
 from agentsdpo.envs.desk import families, text, world
-from agentsdpo.envs.desk.agents import oracle
+from agentsdpo.envs.desk.agents import oracle, steps
 from agentsdpo.envs.desk.env import DeskEnv
 from agentsdpo.envs.desk.families import FAMILIES
 from agentsdpo.envs.desk.firm import Firm
 from agentsdpo.envs.desk.grade import DeskGrader, rubric
 from agentsdpo.envs.desk.tools import SPECS
 from agentsdpo.errors import ConfigError
-from agentsdpo.types import Budget, Task, ToolCall
+from agentsdpo.types import Budget, Task
 
 SPLITS = ("train", "val", "test_world", "test_names", "test_period", "test_n", "test_firm")
 _FIRST_WORLD = {"train": (0, 1000), "val": (1_000, 100), "test_world": (10_000, 200), "test_names": (1_000, 100),
@@ -96,22 +96,12 @@ class DeskSuite:
 
     def gold(self, task: Task) -> str:
         """What the expert's answer to the task is: where it files which figure and whom it tells."""
-        done = [step for step in self._expert(task) if SPECS[step[0]].mutates]
+        done = [step for step in steps(task, oracle(task, self.firm)) if SPECS[step[0]].mutates]
         return "\n".join(call_line(name, arguments) for name, arguments in done)
 
     def demo(self, task: Task) -> str:
         """Every call of the expert, in order."""
-        return "\n".join(call_line(name, arguments) for name, arguments in self._expert(task))
-
-    def _expert(self, task: Task) -> list[families.Step]:
-        """The calls of an agent that knows the rules."""
-        env, agent, steps, answer = DeskEnv(), oracle(task, self.firm), list[families.Step](), None
-        env.start(task)
-        while not env.done():
-            steps.append(agent.step(answer))
-            name, arguments = steps[-1]
-            answer = env.apply(ToolCall(id="", name=name, arguments=arguments)).content
-        return steps
+        return "\n".join(call_line(name, arguments) for name, arguments in steps(task, oracle(task, self.firm)))
 
     def grader(self) -> DeskGrader:
         """The grader of this firm."""

@@ -1,0 +1,1 @@
+"""A model that reads demonstrations, which the shipped one does not: for the curve of the preset ``sdft``."""
