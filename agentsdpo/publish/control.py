@@ -7,11 +7,11 @@ private network.
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import httpx
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
@@ -19,6 +19,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 from agentsdpo.errors import PushError
 from agentsdpo.types import Json
 
+T = TypeVar("T")
 ATTEMPTS = 4
 """Tries of one control call; only those that never reached a server, or a proxy that had none, are repeated."""
 RESET_S = 30.0
@@ -61,20 +62,20 @@ class VllmControl:
 
     def label(self) -> str:
         """The engine's weight version; ``default`` when none was ever set."""
-        return str(self._call("GET", "/weight_info")["weight_version"])
+        return self._ask("/weight_info", lambda told: str(told["weight_version"]))
 
     def paused(self) -> bool:
         """Whether generation is paused."""
-        return bool(self._call("GET", "/is_paused")["is_paused"])
+        return self._ask("/is_paused", lambda told: bool(told["is_paused"]))
 
     def base(self) -> tuple[str, str]:
         """Name of the model served, and the folder or hub name it was started with."""
-        card = self._call("GET", "/v1/models")["data"][0]
-        return card["id"], card["root"]
+        return self._ask("/v1/models", lambda told: (told["data"][0]["id"], told["data"][0]["root"]))
 
     def adapters(self) -> dict[str, str]:
         """Loaded adapters, oldest first: name -> folder."""
-        return {card["id"]: card["root"] for card in self._call("GET", "/v1/models")["data"] if card.get("parent")}
+        return self._ask("/v1/models", lambda told: {
+            card["id"]: card["root"] for card in told["data"] if card.get("parent")})
 
     # --------------------------------------------------------------------------------------------- what changes it
 
@@ -95,8 +96,9 @@ class VllmControl:
     @cached_property
     def repacks(self) -> bool:
         """Whether its workers can mend what a reload forgets on CPUs, see ``in_vllm/agentsdpo_worker.py``."""
-        config = self._call("GET", "/server_info", params={"config_format": "json"})["vllm_config"]
-        return str(config["parallel_config"].get("worker_extension_cls")).endswith("agentsdpo_worker.TiedHead")
+        config = self._ask("/server_info", lambda told: told["vllm_config"]["parallel_config"],
+                           params={"config_format": "json"})
+        return str(config.get("worker_extension_cls")).endswith("agentsdpo_worker.TiedHead")
 
     def _rpc(self, method: str, **more: Any) -> None:
         self._call("POST", "/collective_rpc", json={"method": method, "kwargs": more})
@@ -143,7 +145,7 @@ class VllmControl:
         """
         body = {"model": model, "prompt": list(prompt), "max_tokens": n, "temperature": temperature, "logprobs": 0,
                 "return_token_ids": True, "ignore_eos": True}
-        choice = self._call("POST", "/v1/completions", json=body)["choices"][0]
+        choice = self._ask("/v1/completions", lambda told: told["choices"][0], method="POST", json=body)
         ids, logps = choice.get("token_ids") or [], (choice.get("logprobs") or {}).get("token_logprobs") or []
         if len(ids) != n or len(logps) != n:
             raise PushError(f"{self.url} answered a probe of {n} tokens with {len(ids)} ids and {len(logps)} log-probs",
@@ -151,6 +153,22 @@ class VllmControl:
         return ids, logps
 
     # ---------------------------------------------------------------------------------------------------- transport
+
+    def _ask(self, path: str, pick: Callable[[Json], T], method: str = "GET", **more: Any) -> T:
+        """What ``pick`` finds in the answer of one call.
+
+        Raises:
+            PushError: it is not there. What :meth:`_call` raises.
+        """
+        told = self._call(method, path, **more)
+        try:
+            return pick(told)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise self._foreign(path) from error
+
+    def _foreign(self, path: str) -> PushError:
+        return PushError(f"{self.url}{path} does not answer as vLLM does",
+                         fix="give --to the address of a vLLM server, with no path but /v1")
 
     def _call(self, method: str, path: str, **more: Any) -> Json:
         """One call; JSON of the answer, ``{}`` for text.
@@ -172,7 +190,10 @@ class VllmControl:
         if answer.is_error:
             raise PushError(f"{self.url}{path} answered {answer.status_code}: {_reason(answer)}",
                             fix=_fix(answer, path))
-        return answer.json() if "json" in answer.headers.get("content-type", "") else {}
+        try:
+            return answer.json() if "json" in answer.headers.get("content-type", "") else {}
+        except ValueError as error:
+            raise self._foreign(path) from error
 
     def _once(self, method: str, path: str, **more: Any) -> httpx.Response:
         answer = self._client.request(method, path, **more)

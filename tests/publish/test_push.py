@@ -356,6 +356,21 @@ def test_control_says_what_to_do(fake: Any) -> None:
             server.reset_cache(within_s=0.05)
 
 
+@pytest.mark.parametrize("said", [
+    {"html": "<html>hello</html>"}, {"json": {"data": [{"id": "m", "object": "model"}]}}, {"json": {"data": []}},
+    {"json": []}, {"text": "{", "headers": {"content-type": "application/json"}}])
+def test_a_server_that_is_no_vllm_is_an_outcome(registry: PolicyRegistry, scorer_of: ScorerOf, said: dict[str, Any]
+                                                ) -> None:
+    import httpx
+
+    def connect(url: str) -> VllmControl:
+        return VllmControl(url, transport=httpx.MockTransport(lambda _: httpx.Response(200, **said)))
+
+    report = ReloadPusher(scorer_of(registry), connect=connect).push(registry, 1, [URL])
+    assert report.servers[0].error == (f"{URL}/v1/models does not answer as vLLM does; give --to the address of a vLLM "
+                                       "server, with no path but /v1")
+
+
 def test_key_is_sent_and_not_shown(monkeypatch: pytest.MonkeyPatch, fake: Any) -> None:
     import httpx
 
