@@ -10,7 +10,7 @@ import numpy as np
 
 from agentsdpo.chat import ChatFormat
 from agentsdpo.config import RunConfig
-from agentsdpo.errors import LearnError, NothingToLearn, RunError, RunOver
+from agentsdpo.errors import ConfigError, LearnError, NothingToLearn, RunError, RunOver
 from agentsdpo.hint.audit import hint_metrics
 from agentsdpo.hint.render import Placed, place
 from agentsdpo.learn.checkpoint import versions_kept
@@ -83,13 +83,13 @@ class Learning:
         Versions published after the checkpoint are published again.
 
         Raises:
-            LearnError: no checkpoint can be read. RunError, RunOver: see :meth:`load_state`.
+            LearnError: no checkpoint can be read. ConfigError, RunError, RunOver: see :meth:`load_state`.
         """
         if any(self.folder.checkpoint.glob("step-*")):
             saved = self.together.load(self.folder.checkpoint)
             self.version = saved.version
+            self.load_state(saved.sampler)  # may refuse, and then nothing was deleted
             self.registry.rewind(saved.version)
-            self.load_state(saved.sampler)
             return
         if self.registry.latest() is None:
             self.publish()
@@ -134,8 +134,13 @@ class Learning:
         """Put :meth:`state` back.
 
         Raises:
-            RunError: it is of a run on another store. RunOver: the tripwire has ended it.
+            ConfigError: the run was begun by another verb. RunError: it is of a run on another store. RunOver: the
+                tripwire has ended it.
         """
+        begun, now = _verb(saved), _verb(self.state())
+        if begun != now:
+            raise ConfigError(f"{self.folder.path} was begun by `agentsdpo {begun}`, resuming asks for `{now}`",
+                              fix="go on by the verb that began it, or start a new run")
         if saved["store"] != self.store.about["store_id"]:
             raise RunError(f"{self.folder.path} learnt from store {saved['store']}, {self.store.storage.uri} is "
                            f"{self.store.about['store_id']}", fix="go on with the store and verb it was started with")
@@ -254,6 +259,11 @@ def remember(run: Learning, drawn: Mapping[int, Row], report: StepReport) -> Non
         if found:
             least = min(found.values())
             run.sampler.update_priorities({one.key: least for one in drawn.values()} | found)
+
+
+def _verb(state: Json) -> str:
+    """What saves a state of these keys."""
+    return "train --async` or `learn --follow" if "owed" in state else "train" if "totals" in state else "learn"
 
 
 def publish_due(run: Learning) -> Json:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -401,6 +402,13 @@ def test_a_run_does_not_go_on_with_another_store(whole: tuple[Path, Json], playe
     ReplayStore.open(tmp_path / "other").append(later(played, 0))
     with pytest.raises(RunError, match="learnt from store .* go on with the store"):
         learn_alone(config(steps=7), tmp_path / "other", out=whole[0], resume=True, mode="none")
+
+
+def test_a_run_goes_on_by_the_verb_that_began_it(played: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(played.parent, out)
+    with pytest.raises(ConfigError, match="run was begun by `agentsdpo train`, resuming asks for `learn`; go on by"):
+        learn_alone(config(steps=3), out / "replay", out=out, resume=True, mode="none")
 
 
 def test_a_missing_tracker_is_found_before_anything_is_made(

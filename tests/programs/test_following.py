@@ -211,6 +211,18 @@ def test_killed_it_goes_on_under_new_version_numbers(tmp_path: Path, played: lis
     assert not learners(ReplayStore.open(tmp_path / "store")), "a learner that is done holds nobody back"
 
 
+def test_another_verb_does_not_go_on_with_it_and_deletes_nothing(run: Following, played: list[Episode],
+                                                                 tmp_path: Path) -> None:
+    run.store.append(copies(played, 0))
+    with MetricsWriter(tmp_path / "run" / "metrics.jsonl") as metrics:
+        run.look()
+        following.step(run, metrics, SilentView())
+    run.folder.release()  # a kill: the checkpoint is that of step 0
+    with pytest.raises(ConfigError, match="begun by `agentsdpo train --async` or .* asks for `train`"):
+        train(run.config, out=tmp_path / "run", resume=True, mode="none")
+    assert run.registry.versions() == [0, 1], "episodes may be there that version 1 has played"
+
+
 @pytest.mark.slow
 def test_killed_as_a_process_it_loses_no_step_for_good(tmp_path: Path, played: list[Episode]) -> None:
     store, out = ReplayStore.open(tmp_path / "store"), tmp_path / "run"
