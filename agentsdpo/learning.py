@@ -290,8 +290,12 @@ def skip(run: Learning, error: NothingToLearn) -> Json:
 
 @contextmanager
 def recording(run: Learning, *, resume: bool) -> Iterator[MetricsWriter]:
-    """``metrics.jsonl`` from where the run stands, and the trackers that are told of it."""
+    """``metrics.jsonl`` from where the run stands, and the trackers that are told of it.
+
+    A summary that is there is of an earlier end, which is none any more.
+    """
     config = run.config
+    (run.folder.path / "summary.json").unlink(missing_ok=True)
     with (tracking(config.track, name=config.name, folder=run.folder.path,
                    settings=config.model_dump(mode="json")) as tell,
           MetricsWriter(run.folder.metrics, resume_step=run.step if resume else None, mirror=tell) as metrics):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from agentsdpo.assemble import assemble, oldest_first
+from agentsdpo.assemble import Run, assemble, oldest_first
 from agentsdpo.config import RunConfig, from_mapping
 from agentsdpo.demo import conclude, run_demo
 from agentsdpo.errors import RunError
@@ -22,6 +23,7 @@ from agentsdpo.loop import collect, train
 from agentsdpo.replay.example import episode
 from agentsdpo.replay.store import ReplayStore
 from agentsdpo.replay.upkeep.maintain import fold
+from agentsdpo.runfolder import read_run
 from agentsdpo.track import read_metrics
 
 SETS = ["collect.window=512", "collect.concurrency=16", "collect.max_tokens=64", "episodes_per_step=6", "learn.batch=6",
@@ -178,6 +180,19 @@ def test_one_ctrl_c_keeps_everything_and_the_run_goes_on(whole: Path, tmp_path: 
     resume(out)
     assert before <= episodes(out) == episodes(whole)
     assert same(whole, out)
+
+
+def test_a_finished_run_that_goes_on_has_no_summary_until_it_ends_again(
+        whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(run: Run) -> None:
+        raise KeyboardInterrupt
+
+    shutil.copytree(whole, tmp_path / "run")
+    assert conclude(tmp_path / "run")["steps"] == 4
+    monkeypatch.setattr("agentsdpo.loop.collect", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(small(steps=6), out=tmp_path / "run", resume=True, mode="none")
+    assert read_run(tmp_path / "run").summary == {}, "its report would call step 4 the last"
 
 
 def test_the_sampled_form_too_repeats_itself_after_a_kill(tmp_path: Path) -> None:
