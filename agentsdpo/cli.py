@@ -3,8 +3,8 @@
 stdout is data, stderr is talk. Exit codes: 0 done, 1 something went wrong or the user stopped it (Ctrl-C), 2 the
 request cannot be served as asked (usage, configuration, model folder).
 
-``demo`` and ``train`` find modules in the folder they are called from, after all installed ones, so that
-``suite = "tasks:make"`` may name a ``tasks.py`` that lies there.
+Verbs that may be given a module of the user's own find it in the folder they are called from, after all installed ones,
+so that ``suite = "tasks:make"`` may name a ``tasks.py`` that lies there.
 """
 
 import os

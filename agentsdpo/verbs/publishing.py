@@ -8,6 +8,7 @@ import typer
 
 from agentsdpo.errors import ConfigError
 from agentsdpo.verbs.base import Json, fail
+from agentsdpo.verbs.programs import prepare
 
 if TYPE_CHECKING:
     from agentsdpo.publish.push import PushReport
@@ -38,9 +39,8 @@ def publish(
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"--to is {url!r}", fix=f"give a whole address, as in http://{url or '127.0.0.1:8000'}")
     from agentsdpo import publishing
-    from agentsdpo.programs.tether import stoppable
 
-    stoppable()  # in the middle of a push too: the server gets back what it had
+    prepare()  # stopped in the middle of a push too: the server gets back what it had
     source = publishing.registry_at(registry)
     pusher = publishing.make_pusher(how, source, bound=bound, keep=keep, stem=stem, model=model)
     servers = list(dict.fromkeys(url.rstrip("/") for url in to))

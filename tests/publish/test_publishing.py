@@ -300,6 +300,15 @@ def test_requests_that_make_no_sense(registry: PolicyRegistry, words: list[str],
         raise result.exception
 
 
+def test_a_pusher_may_lie_in_the_folder_that_the_verb_is_called_from(registry: PolicyRegistry, tmp_path: Path,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pusher_from_here.py").write_text("def make(scorer, bound):\n    raise ValueError('it was called')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])  # as the console script has it
+    result = CliRunner().invoke(app, ["publish", str(registry.root), "--to", URL, "--with", "pusher_from_here:make"])
+    assert "it was called" in str(result.exception)
+
+
 def test_registry_of_a_run_is_found_in_it(tmp_path: Path) -> None:
     assert registry_at(tmp_path).root == tmp_path
     (tmp_path / "config.toml").touch()
