@@ -10,10 +10,15 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
+from safetensors import SafetensorError
+
+from agentsdpo.chat import ChatFormat
 from agentsdpo.errors import ConfigError, TokenizerMismatch
 from agentsdpo.learn.load import load_chat, load_model, take_weights
 from agentsdpo.publish.registry import PolicyRegistry
+from agentsdpo.publish.tensors import unwritten
 from agentsdpo.publishing import trained_from
 
 
@@ -27,7 +32,7 @@ def export(registry: PolicyRegistry, version: int, out: Path, *, model: str | No
 
     Raises:
         ConfigError: ``out`` is there already, or nobody says which model it was.
-        RegistryError, CorruptionError: no such version, or it is damaged.
+        RegistryError, CorruptionError: no such version, or it is damaged; or ``out`` cannot be written.
         ModelError, TokenizerMismatch: the model cannot be loaded, or is another one.
     """
     if out.is_file() or out.is_dir() and any(out.iterdir()):
@@ -40,14 +45,22 @@ def export(registry: PolicyRegistry, version: int, out: Path, *, model: str | No
                                 f"is {chat.tokenizer_sha256[:12]!r}", fix="name the model it was trained from: --model")
     found = load_model(base, chat, dtype="bfloat16" if manifest.dtype == "bfloat16" else "float32")
     take_weights(found, registry.load(version))
+    try:
+        _write(found, chat, out)
+    except (SafetensorError, OSError) as error:
+        raise unwritten(error, out) from error
+    return out
+
+
+def _write(model: Any, chat: ChatFormat, out: Path) -> None:
+    """The folder, whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
     try:
-        found.save_pretrained(part)
+        model.save_pretrained(part)
         chat.tokenizer.save_pretrained(part)
         part.chmod(0o755)
         os.replace(part, out)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    return out

@@ -1,6 +1,7 @@
 """``agentsdpo export``: the folder loads elsewhere and answers as the version does."""
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +78,17 @@ def test_what_cannot_be_exported_leaves_nothing(registry: PolicyRegistry, tmp_pa
     with pytest.raises(ConfigError, match="taken is there already"):
         export(registry, 1, tmp_path / "taken")
     assert (tmp_path / "taken" / "notes.txt").read_text() == "mine"
+
+
+def test_a_place_that_cannot_be_written_and_a_full_disk_are_named(registry: PolicyRegistry, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RegistryError, match="file/model cannot be written: .*; give this user write permission there"):
+        export(registry, 1, tmp_path / "file" / "model")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(RegistryError, match=r"there is no room for .*model \(File too large\); free some space"):
+            export(registry, 1, tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]
