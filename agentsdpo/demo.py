@@ -108,7 +108,7 @@ def conclude(out: Path | str, *, began: float | None = None) -> Json:
 
 def _check_room(out: Path, arms: Sequence[str]) -> None:
     """Refuse a folder that holds a finished run, something that no demo wrote, or a stopped demo of other arms."""
-    if not out.exists():
+    if not out.is_dir():  # what else may stand there is named when the folder is made
         return
     wrote = ("summary.json", "report.html")  # once all arms are done; the page alone may be of a stopped demo
     if all((out / name).exists() for name in wrote):

@@ -268,6 +268,8 @@ def test_a_stopped_demo_that_was_reported_on_is_not_a_finished_one(tmp_path: Pat
     (tmp_path / "report.html").write_text("as far as it got")
     with pytest.raises(RunError, match="holds a stopped demo with arm 'naive', which was not asked for now"):
         run_demo(arms=["robust"], out=tmp_path)
+    with pytest.raises(RunError, match="robust cannot be used as the folder of a run: Not a directory; give --out a"):
+        run_demo(arms=["robust"], out=tmp_path / "report.html")
     (tmp_path / "summary.json").write_text("{}")
     with pytest.raises(RunError, match="holds a finished run; choose another --out"):
         run_demo(arms=["robust"], out=tmp_path)
