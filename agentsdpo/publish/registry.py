@@ -88,7 +88,7 @@ class PolicyRegistry:
         """The announced version; None before the first publish.
 
         Raises:
-            CorruptionError: ``LATEST`` does not hold a number.
+            CorruptionError: ``LATEST`` does not hold a number. RegistryError: it cannot be read.
         """
         path = self.root / "LATEST"
         try:
@@ -99,6 +99,9 @@ class PolicyRegistry:
             raise CorruptionError(f"{path} holds {path.read_text()[:40]!r} instead of a version",
                                   fix=f"write the number of the newest good version into it: {self._on_disk()}"
                                   ) from None
+        except OSError as error:
+            raise RegistryError(f"{path} cannot be read: {error.strerror}",
+                                fix="give the folder policies/ of a run, and let this user read it") from error
 
     def versions(self) -> list[int]:
         """Versions that can be read, ascending; a folder newer than ``LATEST`` was never announced and is left out."""

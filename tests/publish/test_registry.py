@@ -131,6 +131,12 @@ def test_broken_latest_is_named(tmp_path: Path) -> None:
         registry.latest()
 
 
+def test_a_file_is_no_registry(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("")
+    with pytest.raises(RegistryError, match="run.toml/LATEST cannot be read: Not a directory; give the folder"):
+        PolicyRegistry(tmp_path / "run.toml").latest()
+
+
 def test_second_writer_is_refused_while_one_publishes(tmp_path: Path) -> None:
     registry = filled(tmp_path, 1)
     with (registry.root / "LOCK").open("w") as lock:
