@@ -20,7 +20,7 @@ from typing import Any
 from agentsdpo.collect.collector import Collector
 from agentsdpo.collect.policy import mix
 from agentsdpo.config import RunConfig
-from agentsdpo.errors import ConfigError, EngineError, RegistryError
+from agentsdpo.errors import ConfigError, CorruptionError, EngineError, RegistryError
 from agentsdpo.programs.flow import Learnt, episodes_in, learners
 from agentsdpo.publish.bucket import open_registry
 from agentsdpo.publish.manifest import Manifest
@@ -128,8 +128,10 @@ class Collecting:
                 self.engine.load_weights(await asyncio.to_thread(self.registry.load, wanted), wanted)
             elif about.kind == "adapter":
                 self.engine.use(f"{self.engine.facts.base}@v{wanted}")
-        except RegistryError:  # pruned in the meantime: there is a newer one to take at the next look
-            return
+        except (RegistryError, CorruptionError):
+            if wanted in await asyncio.to_thread(self.registry.versions):
+                raise
+            return  # pruned in the meantime: there is a newer one to take at the next look
         self.version = wanted
 
     def _wanted(self) -> int | None:

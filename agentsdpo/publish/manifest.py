@@ -85,7 +85,10 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
     """
     for name, expected in manifest.files.items():
         path = folder / name
-        found = file_sha256(path) if path.is_file() else "missing"
+        try:
+            found = file_sha256(path)
+        except FileNotFoundError:
+            found = "missing"
         if found != expected:
             raise CorruptionError(f"{path} of policy version {manifest.version} has sha256 {found[:16]}, published was "
                                   f"{expected[:16]}", fix="restore it from a copy; do not train or sample from it")

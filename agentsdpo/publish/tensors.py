@@ -89,11 +89,11 @@ def read_tensors(path: Path, framework: Literal["pt", "np"]) -> dict[str, Any]:
     """All tensors of a safetensors file, on the CPU.
 
     Raises:
-        CorruptionError: the file is cut short or is no safetensors file.
+        CorruptionError: the file is not there, is cut short or is no safetensors file.
     """
     try:
         with safe_open(path, framework=framework) as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except SafetensorError as error:
+    except (SafetensorError, FileNotFoundError) as error:
         raise CorruptionError(f"{path} is not a whole safetensors file: {error}",
                               fix="restore it from a copy; do not train or sample from it") from error

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agentsdpo.errors import EngineError
+from agentsdpo.errors import CorruptionError, EngineError
 from agentsdpo.programs.flow import LEARNER, Learnt, limit
 from agentsdpo.publish.registry import PolicyRegistry
 from agentsdpo.replay.sampling.limiter import RateLimiter
@@ -82,6 +82,27 @@ def test_it_serves_versions_behind_the_latest_where_that_is_wanted(make: Any, re
     for step in (1, 2):
         registry.publish({"w": np.full(4, step, np.float32)}, learner_step=step)
     assert {e.policy_versions for e in run(make("staleness=2", "learn.max_staleness=4", episodes=2))} == {(0, 0)}
+
+
+@pytest.mark.parametrize("moment", ["verify_files", "read_tensors"])
+def test_a_version_that_is_pruned_while_it_is_read_is_passed_over_and_a_damaged_one_is_not(
+        make: Any, registry: PolicyRegistry, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    from agentsdpo.publish import registry as room
+
+    registry.publish({"w": np.ones(4, np.float32)}, learner_step=1)
+    program, own = make("staleness=1", "learn.max_staleness=4", episodes=1), getattr(room, moment)
+
+    def prune_first(*args: Any) -> Any:
+        if registry.latest() == 1:
+            registry.publish({"w": np.full(4, 2, np.float32)}, learner_step=2)
+            assert registry.prune(1, staleness=1) == [0]
+        return own(*args)
+
+    monkeypatch.setattr(room, moment, prune_first)
+    assert {e.policy_versions for e in run(program)} == {(1, 1)}
+    (registry.folder(1) / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(CorruptionError, match="of policy version 1 has sha256"):
+        run(make("staleness=1", "learn.max_staleness=4", episodes=2))
 
 
 def test_it_pauses_while_the_learner_is_behind(make: Any) -> None:
