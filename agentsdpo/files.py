@@ -4,6 +4,8 @@ import errno
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from agentsdpo.errors import OutputError
@@ -63,15 +65,36 @@ def write_out(path: Path, text: str) -> Path:
         OutputError: it cannot be written.
         OSError: there is no room.
     """
-    try:
+    with named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         return write_text(path, text)
+
+
+@contextmanager
+def named(path: Path, fix: str = "name a file in a folder with permission to write") -> Iterator[None]:
+    """Write to a place that a user named.
+
+    Raises:
+        OutputError: it cannot be written.
+        OSError: there is no room.
+    """
+    try:
+        yield
     except OSError as error:
         if error.errno in FULL:
             error.filename = str(path)
             raise
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}",
-                          fix="name a file in a folder with permission to write") from error
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}", fix=fix) from error
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder that a user named, with its parents; one that is there will do.
+
+    Raises:
+        OutputError, OSError: see :func:`named`.
+    """
+    with named(path, "name a folder in one with permission to write"):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def special(path: Path) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Self
 
 from agentsdpo.errors import ConfigError, EngineError
+from agentsdpo.files import named
 
 LOOPBACK = "127.0.0.1"
 VENV = ".venv-vllm/bin/python"
@@ -164,12 +165,15 @@ class Server:
 
         Raises:
             ConfigError: there is no vLLM here, or the port is taken.
+            OutputError: the log cannot be written.
             EngineError: it ended or did not answer in time; the message holds the end of its log.
         """
         port = free_port(options.host, options.port)  # taken, its owner would be mistaken for the new server
         words = command(options, find_vllm(), port)
         path = log or Path(tempfile.mkstemp(prefix="agentsdpo-vllm-", suffix=".log")[1])
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
+        with named(path):
+            own = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with open(own, "wb") as out:
             process = subprocess.Popen(words, env=environment(options), stdout=out, stderr=subprocess.STDOUT,
                                        stdin=subprocess.DEVNULL, start_new_session=True)
         reach = LOOPBACK if options.host in ("0.0.0.0", "::") else options.host

@@ -13,6 +13,7 @@ from agentsdpo.benchmarks.apex.runner import Bench
 from agentsdpo.benchmarks.apex.suites import open_suite
 from agentsdpo.benchmarks.apex.taskset import Judges, TaskSet, canonical
 from agentsdpo.errors import RunError
+from agentsdpo.files import make_folder
 from agentsdpo.provenance import cores, cpu_name, describe_environment
 from agentsdpo.runfolder import hold
 from agentsdpo.settings_io import build
@@ -29,13 +30,13 @@ def start(config: BenchConfig, out: Path | str) -> Bench:
 
     Raises:
         RunError: the folder holds a run already, or another process runs in it.
-        ConfigError, ModelError, FormatError: see suites and agents.
+        ConfigError, ModelError, FormatError: see suites and agents. OutputError: the folder cannot be made.
     """
     folder = BenchFolder(Path(out))
     _check_free(folder)
     taskset = open_suite(config)
     agent = make_agent(config, taskset)
-    folder.path.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.path)
     hold(folder.path)
     _check_free(folder)  # again: while the model was loaded, another process may have begun, and ended
     about = describe(config, taskset, agent, folder.path.resolve().name)

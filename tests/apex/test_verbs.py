@@ -116,6 +116,7 @@ def test_doctor_finds_a_licence_that_is_not_kept_and_a_rubric_that_leaks(sums: S
     (["run", "--set", "atempts=3"], 2, "did you mean attempts?"),
     (["run", "--set", "learn.lr=1"], 2, "learn is not a setting; there are suite, tasks, model,"),
     (["run", "--attempts", "0"], 2, "0"),
+    (["run", "--model", "oracle", "--out", "a.file/b1"], 1, "a.file/b1 cannot be written: Not a directory; name a"),
     (["run", "missing.toml"], 2, "cannot be read"), (["run", "--model", "./nowhere"], 2, "no model folder")])
 def test_wrong_requests_say_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], code: int,
                                           says: str) -> None:
@@ -124,6 +125,7 @@ def test_wrong_requests_say_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Mo
     from agentsdpo import cli
 
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.file").write_text("")
     monkeypatch.setattr(sys, "argv", ["agentsdpo", "bench", *words])
     said: list[str] = []
     monkeypatch.setattr(cli, "fail", lambda message, status: (said.append(message), sys.exit(status)))

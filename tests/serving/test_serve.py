@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from fake_vllm import FakeVllm
 
-from agentsdpo.errors import ConfigError, EngineError
+from agentsdpo.errors import ConfigError, EngineError, OutputError
 from agentsdpo.serve import VENV, ServeOptions, Server, command, environment, find_vllm
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -91,6 +91,8 @@ def test_a_server_that_ends_at_once_is_told_with_its_last_words(python: Path, tm
     with pytest.raises(EngineError, match=r"ended with code 3 while starting(.|\n)*it broke"):
         Server.start(ServeOptions("m", port=0), log=tmp_path / "log")
     assert stat.S_IMODE((tmp_path / "log").stat().st_mode) == 0o600
+    with pytest.raises(OutputError, match="log/more cannot be written: Not a directory; name a file in a folder"):
+        Server.start(ServeOptions("m", port=0), log=tmp_path / "log" / "more")
 
 
 def test_a_port_that_is_taken_is_no_server_of_ours(python: Path, fake_vllm: FakeVllm) -> None:

@@ -16,6 +16,7 @@ from agentsdpo.benchmarks.apex.exports.inspect import write_inspect
 from agentsdpo.benchmarks.apex.exports.trajectories import write_atif, write_verifiers
 from agentsdpo.benchmarks.apex.runfolder import BenchFolder
 from agentsdpo.errors import ConfigError
+from agentsdpo.files import make_folder
 
 EXPORTS: Mapping[str, Callable[[BenchFolder, Path], Path]] = {
     "archipelago": write_archipelago, "atif": write_atif, "inspect": write_inspect, "verifiers": write_verifiers}
@@ -36,11 +37,12 @@ def export_run(folder: BenchFolder, to: str, out: Path | None = None) -> Path:
         The file or folder that was written.
 
     Raises:
-        ConfigError: no such format. FormatError: files of an attempt are damaged.
+        ConfigError: no such format. OutputError: the folder cannot be made.
+        FormatError: files of an attempt are damaged.
         TrainForbidden: see :func:`~agentsdpo.benchmarks.apex.exports.trajectories.write_verifiers`.
     """
     if to not in EXPORTS:
         raise ConfigError(f"there is no export {to!r}", fix=f"choose one of {', '.join(EXPORTS)}")
     place = out or folder.path / "export"
-    place.mkdir(parents=True, exist_ok=True)
+    make_folder(place)
     return EXPORTS[to](folder, place)
