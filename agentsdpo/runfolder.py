@@ -171,8 +171,8 @@ def read_starts(path: Path) -> list[Json]:
 
 def _same_settings(folder: RunFolder, config: RunConfig) -> None:
     """Refuse to resume under other settings, or for fewer steps than were done."""
-    default, written, now = (flat(tomllib.loads(text)) for text in (
-        RunConfig().to_toml(), folder.config.read_text(), config.to_toml()))
+    default, written, now = (flat(parsed(text, folder.path)) for text in (
+        RunConfig().to_toml(), _read_text(folder.config), config.to_toml()))
     before = default | written  # a setting may be newer than the run
     changed = [key for key in now if before[key] != now[key] and key.partition(".")[0] not in EXTENDABLE]
     if changed:

@@ -4,7 +4,6 @@ The tokens of the episode stay as they were; what changes is the context that th
 """
 
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -16,7 +15,7 @@ from agentsdpo.errors import HintError
 from agentsdpo.replay.cli.base import existing
 from agentsdpo.replay.cli.decode import pieces
 from agentsdpo.replay.cli.view import Shown, load
-from agentsdpo.runfolder import read_run
+from agentsdpo.runfolder import parsed, read_run
 from agentsdpo.show.viewer import Scores
 from agentsdpo.show.viewing import Scorer
 from agentsdpo.types import Json
@@ -198,7 +197,7 @@ def load_episodes(run: Path | str, count: int = 16) -> tuple[list[Shown], str]:
     """Hinted episodes of the oldest policy in the replay store of a run's main arm, and the model its settings name.
 
     Raises:
-        StoreNotFound: the run has no replay store.
+        StoreNotFound: the run has no replay store. RunError: its settings are not TOML.
     """
     data = read_run(run)
     places = [place / "replay" for place in (data.path / "arms" / data.main.name, data.path)]
@@ -207,4 +206,4 @@ def load_episodes(run: Path | str, count: int = 16) -> tuple[list[Shown], str]:
     table = view.scalars().sort_by([(name, "ascending") for name in ("policy_version_max", "task_id")])
     shown = (load(store, view, name) for name in dict.fromkeys(table["episode_id"].to_pylist()))
     found = list(islice((one for one in shown if one.rows[0].hint), count))
-    return found, str(tomllib.loads(data.main.config or data.config).get("model", SEED_MODEL))
+    return found, str(parsed(data.main.config or data.config, data.path).get("model", SEED_MODEL))

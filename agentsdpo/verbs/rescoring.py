@@ -3,7 +3,6 @@
 They stand among the verbs of the store and need the learner, which the store's own room knows nothing of.
 """
 
-import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -108,8 +107,10 @@ def _version(option: str, text: str | None) -> int:
 
 def _model(store: str) -> str:
     """The model of the run that a store lies in, the shipped one for a store that lies by itself."""
+    from agentsdpo.settings_io import read_toml
+
     config = Path(store).parent / "config.toml"
-    return str(tomllib.loads(config.read_text()).get("model", "seed")) if config.is_file() else "seed"
+    return str(read_toml(config).get("model", "seed")) if config.is_file() else "seed"
 
 
 def _page(path: Path | None, shown: Any, scores: Any, note: str, out: Out) -> None:

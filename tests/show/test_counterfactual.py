@@ -142,6 +142,13 @@ def test_rescore(tmp_path: Path) -> None:
     assert "agent · turn 0" in said
 
 
+def test_broken_settings_beside_a_store_are_named(tmp_path: Path) -> None:
+    shutil.copytree(STORE, tmp_path / "run" / "replay")
+    (tmp_path / "run" / "config.toml").write_text("model = ")
+    refused = run("rescore", str(tmp_path / "run" / "replay"), EPISODE, "--hint", "x")
+    assert (refused.returncode, "config.toml is not TOML" in refused.stderr) == (2, True), refused.stderr
+
+
 @pytest.mark.slow
 def test_diff_between_policy_versions(tmp_path: Path) -> None:
     shutil.copytree(STORE, tmp_path / "run" / "replay")

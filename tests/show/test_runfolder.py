@@ -245,6 +245,8 @@ def test_broken_settings_and_starts_are_named(tmp_path: Path, name: str, text: s
     (tmp_path / "r" / name).write_text(text)
     with pytest.raises(RunError, match=told):
         read_run(tmp_path / "r")
+    with pytest.raises(RunError, match=told):
+        open_run(tmp_path / "r", settings.RunConfig(), resume=True)
 
 
 def test_settings_that_are_not_toml_cannot_be_compared(bare_run: Path) -> None:
