@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agentsdpo.assemble import check_request
+from agentsdpo.collect.vllm.server import base_url
 from agentsdpo.config import RunConfig
 from agentsdpo.lift import require_lift
 from agentsdpo.programs.collecting import check_ungrouped
@@ -46,6 +47,8 @@ def train_async(config: RunConfig, *, out: Path | str, collectors: int = 1, serv
     """
     check_request(config)
     check_ungrouped(config)
+    for url in servers:
+        base_url(url)  # before the folder is made, not once a program has died of it
     if not resume:
         require_lift(config)
     folder = open_run(out, config, resume=resume)
