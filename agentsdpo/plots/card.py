@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from agentsdpo.errors import RunError
 from agentsdpo.formats import is_number
-from agentsdpo.plots.style import DARK, ROLES, STYLE, canvas, finish, tint
+from agentsdpo.plots.style import DARK, ROLES, STYLE, canvas, finish, legend_name, tint
 from agentsdpo.results import criteria_columns, criteria_names
 from agentsdpo.types import Json
 
@@ -46,7 +46,7 @@ def pass_curve(reports: Mapping[str, Json]) -> Figure:
     for i, (name, report) in enumerate(reports.items()):
         last = i == len(reports) - 1
         for mark, words, dash in (("@", "any of k", "-"), ("^", "all of k", (0, (4, 2)))):
-            _powers(axes, report, mark, label=f"{name}, pass{mark}k ({words})", linestyle=dash,
+            _powers(axes, report, mark, label=f"{legend_name(name)}, pass{mark}k ({words})", linestyle=dash,
                     color=ROLES["student" if last else "behaviour"], linewidth=2.4 if last else 1.6)
     attempts = {report["attempts"] for report in reports.values()}
     axes.set_xscale("log", base=2)

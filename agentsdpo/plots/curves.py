@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from agentsdpo import stats
 from agentsdpo.formats import is_number, percent
-from agentsdpo.plots.style import AXES, ROLES, STYLE, canvas, finish, reference
+from agentsdpo.plots.style import AXES, ROLES, STYLE, canvas, finish, legend_name, reference
 from agentsdpo.results import SPLIT_WORDS, eval_interval, evals, steps
 from agentsdpo.types import Json
 
@@ -50,7 +50,8 @@ def learning_curve(
     _collected(axes, rows, x, scale, value)
     for i, (name, other) in enumerate((context or {}).items()):
         points = curve_points(evals(other, split, "sampled"), x, value)
-        _line(axes, points, scale, color=ROLES["behaviour"], linestyle=(0, (3 + 2 * i, 1.5)), linewidth=1.4, label=name)
+        _line(axes, points, scale, color=ROLES["behaviour"], linestyle=(0, (3 + 2 * i, 1.5)), linewidth=1.4,
+              label=legend_name(name))
     for decoding, style in DECODINGS.items():
         _evaluated(axes, evals(rows, split, decoding), x, scale, value, decoding, style)
     if baseline is not None:

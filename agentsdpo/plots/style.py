@@ -50,6 +50,15 @@ def reference(axes: Axes, value: float, label: str, style: Any) -> None:
     axes.axhline(value, color=ROLES["ink"], linestyle=style, linewidth=1.2, label=label, zorder=1.8)
 
 
+def legend_name(name: str) -> str:
+    """A name that comes from files, for a legend, which leaves out what begins with an underscore.
+
+    >>> legend_name("robust"), legend_name("_old")
+    ('robust', ' _old')
+    """
+    return f" {name}" if name.startswith("_") else name
+
+
 def tint(role: str, strength: float) -> tuple[float, float, float]:
     """An opaque mixture of white and a role's colour: with dark text it reads the same on light and on dark pages.
 

@@ -11,7 +11,7 @@ from agentsdpo.formats import is_number
 from agentsdpo.plots.bars import dot, rate_axis, split_label
 from agentsdpo.plots.curves import VALUES, draw_band, draw_seeds, x_unit
 from agentsdpo.plots.panels import Panel, Series, column, draw, log_scale
-from agentsdpo.plots.style import AXES, ROLES, STYLE, canvas, finish, reference
+from agentsdpo.plots.style import AXES, ROLES, STYLE, canvas, finish, legend_name, reference
 from agentsdpo.results import SPLIT_WORDS, evals, rate, steps
 from agentsdpo.types import Json
 
@@ -34,8 +34,8 @@ def versus_curve(runs: Mapping[str, Sequence[Json]], *, split: str, x: str = "ep
     for (name, rows), (role, dash) in zip(runs.items(), LOOKS, strict=False):
         own = evals(rows, split, "sampled")
         draw_seeds(axes, own, x, scale, value, role=role, linestyle=dash)
-        draw_band(axes, own, x, scale, value, role=role, linestyle=dash, label=name, marker="o", markersize=4,
-                  words=f"95 % interval, {name}")
+        draw_band(axes, own, x, scale, value, role=role, linestyle=dash, label=legend_name(name), marker="o",
+                  markersize=4, words=f"95 % interval, {name}")
     reference(axes, 100, "oracle 100 %", (0, (1, 2)))
     right = max(axes.get_xlim()[1], 1.0)
     axes.set(xlim=(-0.03 * right, right), ylim=(-3, 104), xlabel=f"{AXES[x]}{unit}", ylabel=f"{VALUES[value][0]} [%]")
@@ -55,7 +55,8 @@ def versus_splits(runs: Mapping[str, Mapping[str, Json]]) -> Figure:
     figure, axes = canvas((9.2, 1.5 + 0.55 * max(len(splits), 1)))
     for i, split in enumerate(splits):
         for offset, (role, _), name, record in zip((-0.14, 0.14), LOOKS, (first, second), (own, other), strict=True):
-            dot(axes, i + offset, rate(record[split], "final"), ROLES[role], name if i == 0 else None)
+            label = legend_name(name) if i == 0 else None
+            dot(axes, i + offset, rate(record[split], "final"), ROLES[role], label)
     rate_axis(axes, [split_label(name) for name in splits], "final pass rate")
     return finish(figure, axes)
 
@@ -69,7 +70,7 @@ def versus_panel(panel: Panel, runs: Mapping[str, Sequence[Json]]) -> Figure | N
         return None
     figure, axes = canvas((3.9, 3.1))
     for name, table, (role, dash) in zip(runs, tables, LOOKS, strict=True):
-        draw(axes, table, series, label=name, color=ROLES[role], linestyle=dash)
+        draw(axes, table, series, label=legend_name(name), color=ROLES[role], linestyle=dash)
     (value, label), other = (panel.references({series.key: column(table, series.key)})[0] for table in tables)
     if (value, label) == other:  # what is read from a run's own numbers is no baseline of the other
         reference(axes, value, label, (0, (6, 3)))

@@ -59,6 +59,11 @@ def test_runs_are_called_by_what_differs(tmp_path: Path, write_run: Write) -> No
     assert (found["a"]["name"], found["b"]["name"]) == ("robust/0", "grpo/0")
 
 
+def test_a_run_whose_name_begins_with_an_underscore_is_in_every_legend(tmp_path: Path, write_run: Write) -> None:
+    text = write_comparison(write_run(tmp_path / "_old"), write_run(tmp_path / "new"))[0].read_text()
+    assert text.count("> _old</text>") == text.count(">new</text>") > 5
+
+
 def test_what_is_unfair_is_said(runs: tuple[Path, Path], bare_run: Path) -> None:
     found = compare(runs[0], bare_run)
     assert "The second run has not finished: its numbers are as far as it got." in found["warnings"]
