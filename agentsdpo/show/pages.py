@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from agentsdpo import formats
+from agentsdpo.types import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,8 +57,8 @@ def environment(**filters: Callable[..., str]) -> Any:
 
 
 def render(template: str, **content: Any) -> str:
-    """A page from one of the package's templates."""
-    return environment().get_template(template).render(**content)
+    """A page from one of the package's templates, as UTF-8 can hold it: names of files need not be text."""
+    return printable(environment().get_template(template).render(**content))
 
 
 def missing_words(names: Sequence[str]) -> str:

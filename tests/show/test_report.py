@@ -133,7 +133,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     (run / "arms" / "a" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (run / "arms" / "a" / "config.toml").write_text(f"name = '{HOSTILE}'\n</pre>")
     split = {"final_pass": 0.5, "zero_shot_pass": 0.1, "n": 8}
-    summary = {"command": HOSTILE, "commit": HOSTILE, "hardware": {HOSTILE: HOSTILE}, "seed": HOSTILE,
+    summary = {"command": f"{HOSTILE} \udcff.toml", "commit": HOSTILE, "hardware": {HOSTILE: HOSTILE}, "seed": HOSTILE,
                "arms": {"a": {"final_pass": 0.5, "splits": {HOSTILE: split}}, HOSTILE: {"final_pass": 0.4}}}
     (run / "summary.json").write_text(json.dumps(summary))
     text = report.write_report(run).read_text(encoding="utf-8")
