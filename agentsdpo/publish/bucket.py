@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from agentsdpo.errors import CorruptionError, RegistryError
+from agentsdpo.errors import AgentSdpoError, CorruptionError, RegistryError, StoreError
 from agentsdpo.files import sync
 from agentsdpo.publish.manifest import MANIFEST, Manifest, read_manifest
 from agentsdpo.publish.registry import FOLDER, PolicyRegistry
@@ -112,7 +112,7 @@ class BucketRegistry(PolicyRegistry):
 
         Raises:
             RegistryError: no such version is announced, or it was pruned.
-            CorruptionError: a file of it is missing. StoreError: the bucket cannot be reached.
+            CorruptionError: a file of it is missing. StoreError: the bucket cannot be reached, or not be copied from.
         """
         path = self._path(version)
         if path.exists() and version in in_use(self.root) and version not in self.versions():
@@ -177,9 +177,12 @@ class BucketRegistry(PolicyRegistry):
         except FileNotFoundError as error:
             raise CorruptionError(f"{self.address}/{version:012d} is not whole: {error}",
                                   fix="let the learner publish again, or ask for another version") from error
-        except OSError:
+        except AgentSdpoError:
+            raise
+        except OSError as error:
             if not self._path(version).exists():  # else another program of this machine was faster
-                raise
+                raise StoreError(f"{self.address}/{version:012d} was not copied to {self.root}: {error}",
+                                 fix="look after the network, or the room on this disk") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         sync(self.root)

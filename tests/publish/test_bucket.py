@@ -1,6 +1,7 @@
 """The registry in a bucket: what a learner announces is read elsewhere, whole and unchanged, from copies."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import pytest
 
 from agentsdpo.config import from_mapping
 from agentsdpo.errors import ConfigError, CorruptionError, RegistryError
+from agentsdpo.publish import bucket
 from agentsdpo.publish.bucket import BucketRegistry, MirroredRegistry
 from agentsdpo.publish.push_full import ReloadPusher
 from agentsdpo.publish.registry import PolicyRegistry
 from agentsdpo.publish.served import Served, read_served, write_served
-from agentsdpo.publishing import push, registry_at
+from agentsdpo.publishing import follow, push, registry_at
 from agentsdpo.replay.ids import uuid7
 
 Reader = Callable[..., BucketRegistry]
@@ -103,6 +105,24 @@ def test_a_damaged_copy_is_not_loaded(learner: MirroredRegistry, reader: Reader,
     learner._bucket.remove("000000000000/model.safetensors")
     with pytest.raises(CorruptionError, match="is not whole"):
         reader("another").load(0)
+
+
+def test_a_copy_that_breaks_off_is_tried_again_by_who_follows(
+        learner: MirroredRegistry, reader: Reader, fake: Any, scorer_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner.publish({"q.weight": np.full((4, 4), 2.0, np.float32)}, learner_step=0)
+    there, whole = reader(), bucket._pieces
+
+    def breaks(source: Any) -> Iterator[bytes]:
+        monkeypatch.setattr(bucket, "_pieces", whole)
+        raise OSError("AWS Error NETWORK_CONNECTION during GetObject")
+        yield
+
+    monkeypatch.setattr(bucket, "_pieces", breaks)
+    pusher = ReloadPusher(scorer_of(there), connect=fake.connect)
+    reports = follow(there, pusher, ["http://127.0.0.1:1"], sleep=lambda _: None, clock=count().__next__)
+    first, second = islice(reports, 2)
+    assert "was not copied to" in (first.servers[0].error or "")
+    assert second.ok
 
 
 def test_readers_do_not_write_and_others_learn_what_a_server_holds(learner: MirroredRegistry, reader: Reader, fake: Any,
