@@ -20,7 +20,7 @@ from typing import Any
 from agentsdpo.collect.collector import Collector
 from agentsdpo.collect.policy import mix
 from agentsdpo.config import RunConfig
-from agentsdpo.errors import ConfigError, CorruptionError, EngineError, RegistryError
+from agentsdpo.errors import ConfigError, CorruptionError, EngineError, RegistryError, StoreError
 from agentsdpo.programs.flow import Learnt, episodes_in, learners
 from agentsdpo.publish.bucket import open_registry
 from agentsdpo.publish.manifest import Manifest
@@ -107,10 +107,21 @@ class Collecting:
     # -------------------------------------------------------------------------------------------------- following
 
     async def follow(self) -> None:
-        """Take new weights and the learner's word whenever there are some, for ever."""
+        """Take new weights and the learner's word whenever there are some, for ever.
+
+        Where these cannot be read, episodes in flight go on as before; the pause until the next look grows.
+        """
+        pause = POLL_S
         while True:
-            await self.look()
-            await asyncio.sleep(POLL_S)
+            try:
+                await self.look()
+                pause = POLL_S
+            except CorruptionError:
+                raise
+            except StoreError as error:
+                pause = min(2 * pause, MAX_REST_S)
+                self.say(f"the next look is in {pause:g} s: {error}")
+            await asyncio.sleep(pause)
 
     async def look(self) -> None:
         """One look at registry, pins and store."""

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import time
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agentsdpo.errors import CorruptionError, EngineError
+from agentsdpo.errors import CorruptionError, EngineError, StoreError
 from agentsdpo.programs.flow import LEARNER, Learnt, limit
 from agentsdpo.publish.registry import PolicyRegistry
 from agentsdpo.replay.sampling.limiter import RateLimiter
@@ -103,6 +104,22 @@ def test_a_version_that_is_pruned_while_it_is_read_is_passed_over_and_a_damaged_
     (registry.folder(1) / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(CorruptionError, match="of policy version 1 has sha256"):
         run(make("staleness=1", "learn.max_staleness=4", episodes=2))
+
+
+def test_episodes_go_on_while_the_store_cannot_be_read(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    program = make("collect.concurrency=2", episodes=2, token_s=0.05, say=told.append)
+    looks = count()
+
+    def learners(store: ReplayStore) -> list[Learnt]:
+        if next(looks) in (1, 2):
+            raise StoreError("AWS Error NETWORK_CONNECTION")
+        return []
+
+    monkeypatch.setattr("agentsdpo.programs.collecting.learners", learners)
+    assert len(run(program)) == 2
+    assert [line for line in told if "AWS" in line] == [
+        f"the next look is in {pause} s: AWS Error NETWORK_CONNECTION" for pause in ("0.5", "1")]
 
 
 def test_it_pauses_while_the_learner_is_behind(make: Any) -> None:
