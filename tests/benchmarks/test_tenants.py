@@ -19,6 +19,7 @@ from agentsdpo.benchmarks.tenants.users import Talk, User
 from agentsdpo.calls import write_call
 from agentsdpo.collect.proxy.run import load_format
 from agentsdpo.envs.desk import DeskSuite
+from agentsdpo.envs.desk.agents import oracle, steps
 from agentsdpo.envs.desk.firm import Firm
 from agentsdpo.envs.desk.text import KINDS
 
@@ -31,12 +32,12 @@ def stack(tmp_path: Path) -> Iterator[Stack]:
     """A proxy with tenants before an agent that works as acme's expert would, for whomever."""
     made = Stack(load_format("seed")[0], tmp_path / "live")
     suite = DeskSuite("desk-mini", firm_seed=FIRMS["acme"])
-    done = {task.prompt: suite._expert(task) for task in (suite.task("train", index) for index in TASKS)}
+    done = {task.prompt: steps(task, oracle(task, suite.firm)) for task in (suite.task("train", index) for index in TASKS)}
 
     def say(prompt: str) -> str:
-        steps = next((steps for asked, steps in done.items() if asked in prompt), [])
+        way = next((way for asked, way in done.items() if asked in prompt), [])
         turn = prompt.count("<|im_start|>assistant") - 1
-        return write_call(*steps[turn]) if 0 <= turn < len(steps) else "Noted."
+        return write_call(*way[turn]) if 0 <= turn < len(way) else "Noted."
 
     made.engine.say = say
     made.start(KEYS, adapters="pol")
