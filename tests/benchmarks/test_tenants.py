@@ -32,7 +32,8 @@ def stack(tmp_path: Path) -> Iterator[Stack]:
     """A proxy with tenants before an agent that works as acme's expert would, for whomever."""
     made = Stack(load_format("seed")[0], tmp_path / "live")
     suite = DeskSuite("desk-mini", firm_seed=FIRMS["acme"])
-    done = {task.prompt: steps(task, oracle(task, suite.firm)) for task in (suite.task("train", index) for index in TASKS)}
+    tasks = [suite.task("train", index) for index in TASKS]
+    done = {task.prompt: steps(task, oracle(task, suite.firm)) for task in tasks}
 
     def say(prompt: str) -> str:
         way = next((way for asked, way in done.items() if asked in prompt), [])
