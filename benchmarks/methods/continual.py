@@ -81,7 +81,7 @@ ARMS = {"sdpo-earlier": Arm("sdpo", earlier=0.3), "sdpo-earlier-half": Arm("sdpo
         "sdpo-as-said": Arm("sdpo", newest=False), "sft-words": Arm("words"),
         "conversations": Arm("sdpo", brakes=("gate", "pull")), "sdpo-replay-gate": Arm("sdpo", brakes=("gate",)),
         "sdpo-replay-pull": Arm("sdpo", brakes=("pull",)),
-        "conversations-earlier-half-x4-4e-4": Arm("sdpo", earlier=0.5, updates=4, lr=4e-4, brakes=("gate", "pull"))}
+        "conversations-half-x4-4e-4": Arm("sdpo", earlier=0.5, updates=4, lr=4e-4, brakes=("gate", "pull"))}
 
 
 def run(arm: Arm, seed: int, plan: Plan, say: Callable[[str], None]) -> list[Json]:

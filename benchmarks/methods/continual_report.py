@@ -48,7 +48,7 @@ STYLES: dict[str, tuple[str, Any]] = {
     "sft-retries-earlier": ("#b85c96", "-"), "sft-retries": ("#b85c96", (0, (5, 2))),
     "sft-words": (ROLES["behaviour"], "-"),
     "conversations": (BRAKED, (0, (5, 2))), "sdpo-replay-gate": (BRAKED, (0, (7, 1.5, 1.5, 1.5))),
-    "sdpo-replay-pull": (BRAKED, (0, (1, 1.2))), "conversations-earlier-half-x4-4e-4": (BRAKED, "-")}
+    "sdpo-replay-pull": (BRAKED, (0, (1, 1.2))), "conversations-half-x4-4e-4": (BRAKED, "-")}
 """Colour says what is learnt from (SDPO, second attempts, words), the line what is replayed."""
 
 
@@ -152,8 +152,8 @@ def _cell(values: Sequence[float | None]) -> str:
 @matplotlib.rc_context(STYLE)
 def figure(rows: Sequence[Json]) -> Figure:
     """Three panels: rules followed along the stream, earlier skills kept, rules invented for untaught work."""
-    drawn = Figure(figsize=(9.6, 6.6), layout="constrained")
-    grid = drawn.add_gridspec(2, 2, height_ratios=(1.25, 1))
+    drawn = Figure(figsize=(9.6, 8.6), layout="constrained")
+    grid = drawn.add_gridspec(2, 2, height_ratios=(1, 1))
     curve, kept, invented = drawn.add_subplot(grid[0, :]), drawn.add_subplot(grid[1, 0]), drawn.add_subplot(grid[1, 1])
     for axes in (curve, kept, invented):
         axes.set_axisbelow(True)
@@ -163,9 +163,9 @@ def figure(rows: Sequence[Json]) -> Figure:
           "Earlier skills kept at the end", 100 * KEPT, f"target {100 * KEPT:.0f} %")
     first = fmean(one["first_invented"] or 0.0 for seeds in found.values() for one in seeds)
     _dots(invented, {arm: [one["invented"] for one in seeds] for arm, seeds in found.items()},
-          "Choices that became a rule nobody taught", 100 * first, "seed model")
+          "Choices that became an untaught rule", 100 * first, "seed model")
     invented.set_yticklabels([])
-    drawn.legend(*curve.get_legend_handles_labels(), loc="outside lower left", ncols=4, handlelength=2.6)
+    drawn.legend(*curve.get_legend_handles_labels(), loc="outside lower left", ncols=3, handlelength=2.6)
     return drawn
 
 
@@ -190,7 +190,7 @@ def _curves(axes: Axes, rows: Sequence[Json]) -> None:
     axes.axvline(change, color=ROLES["ink"], linewidth=1.2)
     axes.annotate("the rules change", (change, 100), (5, -2), textcoords="offset points", fontsize=9)
     axes.set(ylim=(-3, 104), xlabel="steps of 16 requests", ylabel="choices by the rules [%]")
-    axes.set_title("Rules in force that are followed, unseen clients (in brackets: seeds; bold: their IQM)")
+    axes.set_title("Rules in force that are followed, unseen clients (bold: IQM of seeds)")
 
 
 def _line(axes: Axes, points: Mapping[int, Sequence[float]], **style: Any) -> None:

@@ -14,17 +14,21 @@ the best of those tried.
 
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pyarrow as pa
 
 from agentsdpo.benchmarks.study import Arm, Study, carry_out, options
 from agentsdpo.formats import interval, percent
+from agentsdpo.learn.presets import TOY
 from agentsdpo.stats import Interval, over_seeds
 from agentsdpo.types import Json
 
 GOAL = 0.8
 """Held-out pass rate to be reached."""
 SPLIT = "test_names"
+SDFT = Path(__file__).parent / "sdft" / "model"
+"""Made by ``python -m agentsdpo.benchmarks.methods.sdft.build``; float16."""
 COMMON: Json = {
     "steps": 100, "episodes_per_step": 16, "checkpoint_every": 50, "checkpoint_keep": 1,
     "collect": {"window": 512, "concurrency": 128, "max_tokens": 64}, "replay": {"durability": "episode"},
@@ -37,8 +41,11 @@ MAIN = (Arm("robust", ("preset=robust", "staleness=3", "learn.batch=32")),
 """The question. ``grpo`` learns from four groups of eight a step, all fresh."""
 MORE = (Arm("opd_grpo", ("preset=opd_grpo", *_GROUPS, "learn.batch=4")),
         Arm("safe_agent", ("preset=safe_agent", *_GROUPS, "learn.batch=4")),
-        Arm("sdpo", ("preset=sdpo", *_GROUPS, "learn.batch=32")))
-"""Other methods with groups on the rollouts of ``grpo``, run when they are named."""
+        Arm("sdpo", ("preset=sdpo", *_GROUPS, "learn.batch=32")),
+        Arm("sdft", ("preset=sdft", f"model={SDFT}", f"learn.lr={TOY['sdft']['lr']}", "learn.max_staleness=4",
+                     "staleness=3", "learn.batch=32")))
+"""Other methods, run when they are named: three with groups on the rollouts of ``grpo``; and ``sdft`` on those of
+``robust``, of a model of its own, since the shipped one reads no demonstrations."""
 TUNING = tuple(Arm(f"grpo-{lr}", ("preset=grpo", *_GROUPS, "learn.batch=4", f"learn.lr={lr}"))
                for lr in ("1e-4", "6e-4", "1e-3"))
 """``grpo`` at other learning rates, for whoever doubts that its own is the best one."""

@@ -27,7 +27,8 @@ _DISCOVERY: dict[str, tuple[str, str, Any]] = {
     "multi_turn": ("reads the feedback (multi_turn)", "hint", "-"),
     "best_of_k": ("tries again (best_of_k)", "behaviour", "-")}
 _EPISODES = {"robust": ("student", "-"), "grpo": ("behaviour", "-"), "opd_grpo": ("teacher", "-"),
-             "safe_agent": ("teacher", (0, (4, 2))), "sdpo": ("student", (0, (4, 2)))}
+             "safe_agent": ("teacher", (0, (4, 2))), "sdpo": ("student", (0, (4, 2))),
+             "sdft": ("hint", "-")}
 
 
 @matplotlib.rc_context(STYLE)
