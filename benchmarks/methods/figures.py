@@ -55,7 +55,7 @@ def discovery_figure(rows: Sequence[Json]) -> Figure:
 @matplotlib.rc_context(STYLE)
 def episodes_figure(rows: Sequence[Json]) -> Figure:
     """Held-out pass rate against episodes played: seeds thin, IQM bold, 95 % band."""
-    figure, axes = canvas((8.2, 4.2))
+    figure, axes = canvas((9.2, 4.2))
     rows = [row for row in rows if row["arm"] in _EPISODES]
     known = evals([{"kind": "eval", **row} for row in rows], episodes.SPLIT, "sampled")
     seeds = len({row["seed"] for row in known})

@@ -34,6 +34,10 @@ def test_arms_have_the_same_tasks_and_evaluations() -> None:
     assert (robust.group, grpo.group, grpo.replay.unit) == (1, 8, "group")
     assert robust.learn.batch == grpo.learn.batch * grpo.group, "rows of a step"
     assert grpo.hint.sources == ()
+    shown = episodes.SHOWN.config(episodes.COMMON, 3)
+    alike = ("steps", "episodes_per_step", "staleness", "group", "eval", "replay", "collect", "desk")
+    assert all(getattr(shown, name) == getattr(robust, name) for name in alike)
+    assert (shown.hint.sources, shown.learn.lr, shown.learn.batch) == (("demo",), robust.learn.lr, robust.learn.batch)
     assert (robust.seed, grpo.learn.lr, grpo.staleness) == (3, 3e-4, 0)
 
 
