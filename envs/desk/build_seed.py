@@ -14,8 +14,9 @@ import math
 import random
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from agentsdpo.chat import ChatFormat
 from agentsdpo.envs.desk import corpus, text
 from agentsdpo.envs.desk.firm import SLOTS, hint
+from agentsdpo.envs.desk.seed import seed_path
 
 VOCAB = 1024
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -114,7 +116,9 @@ class Stage:
         return self.peak * (1.0 - step / self.steps if self.decay else min(1.0, seen / WARM_UP_TOKENS))
 
 
-LEARNING_RATE, WARM_UP_TOKENS = 2e-3, 320_000
+Stages = Sequence[tuple[Stage, Callable[[ChatFormat, int], Iterator[corpus.Trace]]]]
+"""Each with what it reads, of a seed."""
+LEARNING_RATE, WARM_UP_TOKENS, BATCH_TOKENS = 2e-3, 320_000, 4096
 STAGES = (Stage(2000, decay=False), Stage(1300, decay=True))
 """Each reads its own of :data:`corpus.MIXES`."""
 
@@ -210,13 +214,38 @@ def train(tokenizer: Any, out: Path, batch_tokens: int, stages: Sequence[Stage] 
     """
     torch.manual_seed(SEED)
     model = Qwen3ForCausalLM.from_pretrained(out) if first else Qwen3ForCausalLM(seed_config())
-    log = out / "training.json"
+    mixes = [partial(_mixed, mix=mix) for mix in corpus.MIXES]
+    read_stages(model, tokenizer, list(zip(stages, mixes, strict=False)), out, SEED, batch_tokens, first)
+
+
+def _mixed(chat: ChatFormat, seed: int, mix: corpus.Mix) -> Iterator[corpus.Trace]:
+    return corpus.traces(corpus.Frame(chat), seed, mix)
+
+
+def read_stages(model: Qwen3ForCausalLM, tokenizer: Any, stages: Stages, out: Path, seed: int,
+                batch_tokens: int = BATCH_TOKENS, first: int = 0) -> None:
+    """Read stage after stage from ``first`` on; weights and the figures of each go to ``out``."""
+    chat, log = ChatFormat(tokenizer), out / "training.json"
     figures: list[dict[str, Any]] = json.loads(log.read_text())[:first] if first and log.exists() else []
-    frame = corpus.Frame(ChatFormat(tokenizer))
-    for number, (stage, mix) in list(enumerate(zip(stages, corpus.MIXES, strict=False)))[first:]:
-        stream = corpus.traces(frame, SEED + number, mix)
-        figures.append(train_stage(model, stage, Batches(tokenizer, stream, batch_tokens, SEED + number), out))
+    for number, (stage, stream) in list(enumerate(stages))[first:]:
+        batches = Batches(tokenizer, stream(chat, seed + number), batch_tokens, seed + number)
+        figures.append(train_stage(model, stage, batches, out))
         log.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def teach(about: str | None, stages: Stages, seed: int, out: Path) -> None:
+    """Command line of a script that teaches the shipped model more; ``about`` is its docstring. Weights in float16."""
+    parser = argparse.ArgumentParser(description=(about or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=out, help=f"folder; {out}")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--first-stage", type=int, default=0, help="go on in --out from this stage (1: the second)")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    tokenizer = AutoTokenizer.from_pretrained(seed_path())
+    tokenizer.save_pretrained(args.out)
+    model = Qwen3ForCausalLM.from_pretrained(args.out if args.first_stage else seed_path(), dtype=torch.float32)
+    read_stages(model, tokenizer, stages, args.out, seed, first=args.first_stage)
+    model.half().save_pretrained(args.out)  # as it is shipped and measured: half the bytes
 
 
 def train_stage(model: Qwen3ForCausalLM, stage: Stage, batches: Batches, out: Path) -> dict[str, Any]:
@@ -257,7 +286,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokenizer-only", action="store_true")
     parser.add_argument("--first-stage", type=int, default=0, help="go on in --out from this stage (1: the decay)")

@@ -6,6 +6,7 @@ The model may learn to read a hint and to use the tools; it cannot learn a rule,
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -91,16 +92,19 @@ def trace(frame: Frame, task: Task, rng: random.Random, *, stated: list[str] | N
 
 def traces(frame: Frame, seed: int, mix: Mix = MIXES[0]) -> Iterator[Trace]:
     """An endless, seeded stream of a mix."""
-    rng, index = random.Random(seed), 0
-    suites = [DeskSuite(preset, families=(family,), n=n, rows=rows) for _, preset, family, n, rows in mix]
-    while True:
-        suite = rng.choices(suites, [share for share, *_ in mix])[0]
-        task = any_year(suite.task("train", seed * 10_000_000 + index), rng)
-        slots = list(guess(suite.preset, rng))
+    rng = random.Random(seed)
+    for task in tasks(mix, seed, rng):
+        slots = list(guess(task.metadata["preset"], rng))
         stated = None if rng.random() > PARTIAL else rng.sample(slots, rng.randint(1, len(slots) - 1))
         epsilon = rng.choice((0.0, 0.05, 0.2))
         yield trace(frame, task, rng, stated=stated if rng.random() < HINTED else [], epsilon=epsilon)
-        index += 1
+
+
+def tasks(mix: Mix, seed: int, rng: random.Random) -> Iterator[Task]:
+    """An endless stream of a mix's tasks, no two of one seed alike; ``rng`` says which and of what year."""
+    suites = [DeskSuite(preset, families=(family,), n=n, rows=rows) for _, preset, family, n, rows in mix]
+    for index in count(seed * 10_000_000):
+        yield any_year(rng.choices(suites, [share for share, *_ in mix])[0].task("train", index), rng)
 
 
 def any_year(task: Task, rng: random.Random) -> Task:

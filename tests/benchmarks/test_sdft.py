@@ -5,7 +5,7 @@ from itertools import islice
 import pytest
 
 from agentsdpo.benchmarks.methods import episodes
-from agentsdpo.benchmarks.methods.sdft.build import STAGES, demonstrated
+from agentsdpo.benchmarks.methods.sdft.build import STAGES
 from agentsdpo.calls import HERMES
 from agentsdpo.chat import ChatFormat
 from agentsdpo.envs.desk import DeskSuite
@@ -18,8 +18,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_its_text_shows_the_very_task_under_rules_that_do_not_last(chat: ChatFormat) -> None:
     told = set()
-    for stage, share, mix in STAGES:
-        found = list(islice(demonstrated(chat, 3, share, mix), 60))
+    for (stage, stream), share in zip(STAGES, (0.5, 0.7), strict=True):
+        found = list(islice(stream(chat, 3), 60))
         shown = [trace for trace in found if DEMO in trace.text]
         assert abs(len(shown) / len(found) - share) < 0.2, stage
         for trace in shown:
@@ -31,7 +31,7 @@ def test_its_text_shows_the_very_task_under_rules_that_do_not_last(chat: ChatFor
             assert all(f"{call.name} " in before for call in done)
             told |= {call.arguments["to"] for call in done
                      if call.name == "mail_send" and isinstance(call.arguments, dict)}
-        again = [trace.text for trace in islice(demonstrated(chat, 3, share, mix), 60)]
+        again = [trace.text for trace in islice(stream(chat, 3), 60)]
         assert again == [trace.text for trace in found]
     assert len(told) >= 4, "whom an expert tells differs from one to the next"
 
