@@ -80,7 +80,7 @@ def check_turns(items: Sequence[Json], known: Collection[int]) -> None:
     """
     for one in items:
         if one["turn"] is not None and one["turn"] not in known:
-            raise Refused(400, f"there is no turn {one['turn']} in this conversation, the last one is {max(known)}",
+            raise Refused(400, f"there is no turn {one['turn']} in this conversation, the last one is {max(known, default=None)}",
                           fix="count its answers from 0, or name one by its id", param="turn")
 
 

@@ -8,7 +8,7 @@ from agentsdpo.collect.proxy.feedback import said_next
 from agentsdpo.types import Json
 
 MOST = 20_000
-"""Answers that are remembered, some 10 MB."""
+"""Answers that are remembered: 7 MB, each the last of one conversation."""
 
 
 class Past:
@@ -25,10 +25,11 @@ class Past:
         while len(self._ends) > MOST:
             self._ends.popitem(last=False)
 
-    def late(self, chain: Sequence[bytes], messages: Sequence[Json]) -> Late | None:
+    def late(self, asked: str | None, chain: Sequence[bytes], messages: Sequence[Json]) -> Late | None:
         """What messages say about the answer that they go on from, if that is one of these and they say anything.
 
         Args:
+            asked: the conversation that the request names, if any: it speaks of no other, though both began alike.
             chain: digests of the history after each message. messages: of the request.
         """
         for n in range(len(messages) - 1, 0, -1):
@@ -36,6 +37,8 @@ class Past:
                 return None  # and nobody has recorded it
             if chain[n] in self._ends:
                 name, attempt, turn = self._ends[chain[n]]
+                if asked not in (None, name):
+                    return None
                 items = said_next(turn, messages[n:])
                 return Late(chain[n], name, attempt, items) if items else None
         return None

@@ -71,7 +71,7 @@ class Room:
             self._landed(conversation)
             raise
         if self.config.auto_feedback and asked.messages is not None and not conversation.lines:
-            prompt.late = self._past.late(chain, asked.messages)
+            prompt.late = self._past.late(name, chain, asked.messages)
         prompt.turn, conversation.turns = conversation.turns, conversation.turns + 1
         conversation.used = time.monotonic()
         if prompt.line is not None:
@@ -181,8 +181,8 @@ class Room:
         """Attach what a request said about a conversation that had ended; the request does not fail for it."""
         try:
             await self.say(late.name, late.items, late.attempt)
-        except Refused as error:
-            log.error("what was said about conversation %s is lost: %s", late.name, error)
+        except Exception as error:  # it is of another conversation than the one whose answer waits
+            log.exception("what was said about conversation %s is lost: %s", late.name, error)
         self._past.heard(late)
 
     def _metadata(self, conversation: Conversation) -> Json:

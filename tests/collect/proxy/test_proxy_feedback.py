@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from proxy_stack import Stack, said
 
+from agentsdpo.collect.proxy.shelf import StoreShelf
 from agentsdpo.replay.store import ReplayStore
 
 
@@ -204,6 +205,27 @@ def test_of_an_ended_conversation_only_what_goes_on_from_it_counts(stack: Stack)
     stack.ask("Other.", conversation="c")
     stack.stop_proxy()
     assert [episode.hint for episode in stack.episodes()] == [None] * 4
+
+
+def test_what_is_said_in_a_conversation_with_a_name_is_of_no_other_that_began_alike(stack: Stack) -> None:
+    stack.start()
+    first = stack.ask("Sum?", conversation="a")
+    stack.close("a")
+    stack.ask("Sum?", said(first), "In thousands, always!", conversation="b")
+    stack.stop_proxy()
+    assert [episode.hint for episode in stack.episodes()] == [None] * 2
+
+
+def test_what_cannot_be_attached_to_an_ended_conversation_costs_nobody_an_answer(
+        stack: Stack, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A fault that nobody has thought of, here."""
+    stack.start()
+    first = stack.ask("Sum?", conversation="a")
+    stack.close("a")
+    monkeypatch.setattr(StoreShelf, "say", lambda *_: 1 / 0)
+    again = stack.ask("Sum?", said(first), "In thousands, always!", conversation="a")
+    assert again["choices"]
+    assert "about conversation a is lost" in caplog.text
 
 
 def test_of_no_conversation(stack: Stack) -> None:
