@@ -252,11 +252,17 @@ class PolicyRegistry:
 
         Returns:
             The versions deleted.
+
+        Raises:
+            CorruptionError: the latest version is not there, so that nobody can tell which ones are old.
         """
         latest = self.latest()
         if latest is None:
             return []
         with self._writing():
+            if not self._path(latest).is_dir():
+                raise CorruptionError(f"{self.root / 'LATEST'} names version {latest}, which is not there; no version "
+                                      "was deleted", fix=f"write the number of one that is: {self._on_disk()}")
             first = min(latest - max(keep, 1) + 1, behaviour_version(latest, staleness=staleness))
             known, spared = self.versions(), {*spare, *in_use(self.root)}
             kept = [version for version in known if version >= first or version in spared]

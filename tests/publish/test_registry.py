@@ -131,6 +131,15 @@ def test_broken_latest_is_named(tmp_path: Path) -> None:
         registry.latest()
 
 
+def test_nothing_is_pruned_while_the_latest_version_is_not_there(tmp_path: Path) -> None:
+    """All of them would be older than it."""
+    registry = filled(tmp_path, 3)
+    (registry.root / "LATEST").write_text("100")
+    with pytest.raises(CorruptionError, match=r"LATEST names version 100, which is not there; .*\[0, 1, 2\]"):
+        registry.prune(1)
+    assert registry.versions() == [0, 1, 2]
+
+
 def test_a_file_is_no_registry(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text("")
     with pytest.raises(RegistryError, match="run.toml/LATEST cannot be read: Not a directory; give the folder"):
