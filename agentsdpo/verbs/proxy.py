@@ -1,4 +1,4 @@
-"""The verb ``proxy``: agents that speak the OpenAI API play through it and are recorded."""
+"""The verb ``proxy``: agents that speak OpenAI's API or Anthropic's play through it and are recorded."""
 
 from pathlib import Path
 from typing import Annotated

@@ -24,6 +24,8 @@ _COURTESY = frozenset({
     "thank", "thanks", "that", "that's", "the", "this", "very", "was", "well", "wonderful", "work", "works", "yeah",
     "yes", "yep", "you", "your"})
 """A next message of these words alone corrects nothing."""
+_REMINDER = re.compile(r"<system-reminder>.*?</system-reminder>", re.DOTALL)
+"""What coding agents put into their user's messages; no user said it."""
 
 
 def item(kind: str, text: str = "", *, turn: int | None = None, value: float | None = None,
@@ -42,9 +44,9 @@ def said_next(turn: int | None, news: Sequence[Json]) -> list[Json]:
     found = []
     for message in news:
         text = message["content"].strip()
-        if message["role"] == "user" and text:
+        if message["role"] == "user" and (text := _REMINDER.sub("", text).strip()):
             found.append(item("next", text, turn=turn))
-        elif message["role"] == "tool" and failed(text):
+        elif message["role"] == "tool" and text and (message.get("is_error") or failed(text)):
             found.append(item("tool_error", text, turn=turn, author="tool"))
     return found
 
@@ -80,7 +82,8 @@ def check_turns(items: Sequence[Json], known: Collection[int]) -> None:
     """
     for one in items:
         if one["turn"] is not None and one["turn"] not in known:
-            raise Refused(400, f"there is no turn {one['turn']} in this conversation, the last one is {max(known, default=None)}",
+            last = max(known, default=None)
+            raise Refused(400, f"there is no turn {one['turn']} in this conversation, the last one is {last}",
                           fix="count its answers from 0, or name one by its id", param="turn")
 
 

@@ -70,10 +70,10 @@ def _call(value: Any, where: str) -> Json:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise Refused(400, f"a tool call in {where} has no function name", param=where)
     return {"id": str(value.get("id") or ""), "type": "function",
-            "function": {"name": function["name"], "arguments": _arguments(function.get("arguments"))}}
+            "function": {"name": function["name"], "arguments": read_arguments(function.get("arguments"))}}
 
 
-def _arguments(value: Any) -> Any:
+def read_arguments(value: Any) -> Any:
     """Arguments as an object where they are one that can be written again, else as they are."""
     if isinstance(value, dict):
         return value
@@ -122,7 +122,7 @@ def _identity(message: Json) -> bytes:
     arguments are an object or its text, as those of a broken call may be, nor how a whole number is written."""
     role, content = message["role"], message["content"]
     made = [call["function"] for call in message.get("tool_calls", ())]
-    calls = [(call["name"], _arguments(call["arguments"])) for call in made]
+    calls = [(call["name"], read_arguments(call["arguments"])) for call in made]
     said = json.dumps(json.loads(json.dumps(calls), parse_float=_number), sort_keys=True) if calls else ""
     words = content.strip() if role == "assistant" else content
     return f"{role} {len(words)} {words}{said}".encode("utf-8", "surrogatepass")

@@ -8,11 +8,12 @@ from dataclasses import replace
 from hashlib import sha256
 
 from agentsdpo.chat import ChatFormat
+from agentsdpo.collect.proxy.anthropic import with_objects
 from agentsdpo.collect.proxy.config import ProxyConfig
 from agentsdpo.collect.proxy.conversation import Prompt
 from agentsdpo.collect.proxy.line import Sampled
 from agentsdpo.collect.proxy.refusals import Refused, UpstreamError
-from agentsdpo.collect.proxy.room import Room
+from agentsdpo.collect.proxy.room import Room, rendering
 from agentsdpo.collect.proxy.shapes import (
     Asked,
     Reply,
@@ -151,16 +152,17 @@ class House:
             sampling = sampling.model_copy(update={"max_tokens": room_left})
         async with room.opening(prompt):
             sampled = await self._sample(room, prompt, asked, sampling)
-        text, sampled = self._text(asked, sampled)
+        text, stopped, sampled = self._text(asked, sampled)
         answer = None
         if asked.messages is not None:
             thinking = self.chat.decode(prompt.ids[-3:]).rstrip().endswith("<think>")
             answer = read_answer(self.chat, text, prompt.turn, thinking=thinking,
                                  tools=() if asked.no_tools else asked.tools, history=asked.messages)
+            answer = with_objects(answer) if asked.objects else answer
         elif prompt.text is None:
             prompt.text = self.chat.decode(prompt.ids)
         await room.record(prompt, sampled, sampling, answer)
-        return self._reply(prompt, asked, sampled, answer, text)
+        return replace(self._reply(prompt, asked, sampled, answer, text), stopped=stopped)
 
     async def _sample(self, room: Room, prompt: Prompt, asked: Asked, sampling: Sampling) -> Sampled:
         """Have the engine sample; an adapter that was unloaded in between is replaced by the newest."""
@@ -183,15 +185,15 @@ class House:
             prompt.ids, sampling, model=model, salt=salt,
             call=f"{prompt.conversation.episode_id}-{prompt.turn}", extra=asked.extra, logprobs=asked.logprobs or 0)
 
-    def _text(self, asked: Asked, sampled: Sampled) -> tuple[str, Sampled]:
-        """What the client gets as text, and the completion as far as that goes."""
+    def _text(self, asked: Asked, sampled: Sampled) -> tuple[str, str, Sampled]:
+        """What the client gets as text, what of ``stop`` ended it, and the completion as far as that goes."""
         if sampled.text is not None:
-            return sampled.text, sampled
+            return sampled.text, "", sampled
         ids = sampled.completion.token_ids
         stopped = cut_at_stop(self.chat, ids, asked.stop) if asked.stop else None
         if stopped is None:
-            return self.chat.strip_end(ids), sampled
-        return stopped[1], cut(sampled, stopped[0])
+            return self.chat.strip_end(ids), "", sampled
+        return stopped[1], stopped[2], cut(sampled, stopped[0])
 
     def _reply(self, prompt: Prompt, asked: Asked, sampled: Sampled, answer: Json | None, text: str) -> Reply:
         kind = "cmpl" if answer is None else "chatcmpl"
@@ -202,6 +204,11 @@ class House:
         return Reply(id=f"{kind}-{name}", model=sampled.model or self.name, finish=finish_reason(answer, sampled),
                      prompt_tokens=len(prompt.ids), completion_tokens=len(sampled.completion.token_ids),
                      message=answer, text=text, logprobs=logprobs)
+
+    def count(self, asked: Asked) -> int:
+        """Tokens of a chat request's prompt where it goes on from nothing. Raises Refused with 400 as a call does."""
+        with rendering():
+            return len(self.chat.open(asked.messages or [], asked.tools))
 
     # ---------------------------------------------------------------------------------------------------- upkeep
 

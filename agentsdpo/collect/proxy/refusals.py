@@ -1,4 +1,4 @@
-"""What a client is told when it gets no answer, in the shape of the OpenAI API. Nothing of a request is repeated."""
+"""What a client is told when it gets no answer, in the shape of OpenAI's API. Nothing of a request is repeated."""
 
 from agentsdpo.errors import AgentSdpoError
 from agentsdpo.types import Json

@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import TypeVar
 
 from agentsdpo.chat import ChatFormat
@@ -24,6 +24,18 @@ from agentsdpo.types import Episode, Json, Sampling, StopReason
 
 log = logging.getLogger("agentsdpo.proxy")
 T = TypeVar("T")
+
+
+@contextmanager
+def rendering() -> Iterator[None]:
+    """What a chat template cannot render is refused, with 400, in its own words."""
+    try:
+        yield
+    except Exception as error:  # whatever the author of the template raises: jinja errors, lookups, ...
+        if isinstance(error, AgentSdpoError) and not isinstance(error, ModelError):
+            raise
+        raise Refused(400, f"the chat template cannot render these messages: {error}", param="messages",
+                      fix="send the roles in an order that the model's template knows") from error
 
 
 class Room:
@@ -82,16 +94,11 @@ class Room:
     def _prompt(conversation: Conversation, asked: Asked, chain: list[bytes]) -> Prompt:
         """The prompt of a request in its conversation. Raises Refused where the template, or the request, is at fault.
         """
-        try:
+        with rendering():
             if asked.messages is not None:
                 return conversation.chat_prompt(asked.messages, asked.tools, chain)
             assert asked.prompt is not None
             return conversation.text_prompt(asked.prompt)
-        except Exception as error:  # whatever the author of the template raises: jinja errors, lookups, ...
-            if isinstance(error, AgentSdpoError) and not isinstance(error, ModelError):
-                raise
-            raise Refused(400, f"the chat template cannot render these messages: {error}", param="messages",
-                          fix="send the roles in an order that the model's template knows") from error
 
     def _locate(self, name: str | None, asked: Asked, chain: Sequence[bytes]) -> Conversation:
         return self._named(name) if name else self._known(asked, chain) or self._named(uuid7())

@@ -3,19 +3,20 @@
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import orjson
 from aiohttp import web
 from aiohttp.abc import AbstractAccessLogger
 
+from agentsdpo.collect.proxy import anthropic
 from agentsdpo.collect.proxy.access import Caller, Keys, Rates, check_origin
 from agentsdpo.collect.proxy.config import ProxyConfig
 from agentsdpo.collect.proxy.feedback import read_feedback
 from agentsdpo.collect.proxy.house import House
 from agentsdpo.collect.proxy.refusals import Refused
-from agentsdpo.collect.proxy.shapes import Reply, read_chat, read_completion
+from agentsdpo.collect.proxy.shapes import Asked, Reply, read_chat, read_completion
 from agentsdpo.types import Json
 
 HEADER = "x-agentsdpo-conversation"
@@ -51,6 +52,8 @@ class Proxy:
             app.router.add_get(f"{base}/v1/models/{{model}}", self._model)
             app.router.add_post(f"{base}/v1/chat/completions", self._chat)
             app.router.add_post(f"{base}/v1/completions", self._completions)
+            app.router.add_post(f"{base}/v1/messages", self._messages)
+            app.router.add_post(f"{base}/v1/messages/count_tokens", self._count_tokens)
             app.router.add_post(f"{base}/v1/feedback", self._feedback)
             app.router.add_post(f"{base}/v1/close", self._close)
         return app
@@ -93,7 +96,7 @@ class Proxy:
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Errors in OpenAI's shape."""
+        """Errors in the shape of the API that was asked."""
         try:
             check_origin(request.headers.get("Origin"), len(self.keys))
             if request.path != "/health":
@@ -101,13 +104,12 @@ class Proxy:
                 self._admit(request[CALLER])
             return await handler(request)
         except Refused as error:
-            return web.json_response(error.body(), status=error.status, headers=error.headers)
+            return _told(request, error)
         except web.HTTPException as error:
-            refused = Refused(error.status, _REASONS.get(error.status, error.reason))
-            return web.json_response(refused.body(), status=error.status)
+            return _told(request, Refused(error.status, _REASONS.get(error.status, error.reason)))
         except Exception:
             log.exception("%s %s failed", request.method, request.rel_url.raw_path)
-            return web.json_response(Refused(500, "the proxy failed; its log says where").body(), status=500)
+            return _told(request, Refused(500, "the proxy failed; its log says where"))
 
     def _admit(self, caller: Caller) -> None:
         wait = self._rates.take(caller.name)
@@ -161,13 +163,24 @@ class Proxy:
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         body = await self._body(request)
-        return await self._call(request, lambda: read_chat(body, self.config.max_tokens))
+        return await self._call(request, lambda: read_chat(body, self.config.max_tokens), Reply.whole, _openai_stream)
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         body = await self._body(request)
-        return await self._call(request, lambda: read_completion(body, self.config.max_tokens))
+        return await self._call(request, lambda: read_completion(body, self.config.max_tokens), Reply.whole,
+                                _openai_stream)
 
-    async def _call(self, request: web.Request, read: Callable[[], Any]) -> web.StreamResponse:
+    async def _messages(self, request: web.Request) -> web.StreamResponse:
+        body = await self._body(request)
+        return await self._call(request, lambda: anthropic.read_message(body, self.config.max_tokens), anthropic.whole,
+                                lambda reply, _: anthropic.stream(reply))
+
+    async def _count_tokens(self, request: web.Request) -> web.Response:
+        asked = anthropic.read_message(await self._body(request), self.config.max_tokens)
+        return web.json_response({"input_tokens": self.house.count(asked)})
+
+    async def _call(self, request: web.Request, read: Callable[[], Asked], whole: Callable[[Reply], Json],
+                    stream: Callable[[Reply, Asked], Iterator[bytes]]) -> web.StreamResponse:
         """One call: the record is on disk before the first byte of the answer."""
         if self._flying >= self.config.in_flight:
             raise Refused(429, f"{self._flying} requests are under way", code="overloaded", retry_after_s=1)
@@ -179,19 +192,18 @@ class Proxy:
         finally:
             self._flying -= 1
         if not asked.stream:
-            return web.Response(body=orjson.dumps(reply.whole()), content_type="application/json",
+            return web.Response(body=orjson.dumps(whole(reply)), content_type="application/json",
                                 headers={HEADER: name})
-        return await self._stream(request, reply, name, usage=asked.usage)
+        return await self._stream(request, stream(reply, asked), name)
 
-    async def _stream(self, request: web.Request, reply: Reply, name: str, *, usage: bool) -> web.StreamResponse:
+    async def _stream(self, request: web.Request, pieces: Iterator[bytes], name: str) -> web.StreamResponse:
         """The whole answer in pieces, as server-sent events; a client that leaves loses nothing but its pieces."""
         answer = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache",
                                              HEADER: name})
         try:
             await answer.prepare(request)
-            for piece in reply.pieces(usage=usage):
-                await answer.write(b"data: " + orjson.dumps(piece) + b"\n\n")
-            await answer.write(b"data: [DONE]\n\n")
+            for piece in pieces:
+                await answer.write(piece)
             await answer.write_eof()
         except ConnectionError:
             log.info("a client left in the middle of a stream; the answer is recorded")
@@ -244,6 +256,16 @@ class _Log(AbstractAccessLogger):
                          request.rel_url.raw_path, response.status, 1000 * time)  # escaped: one line stays one line
 
 
+def _openai_stream(reply: Reply, asked: Asked) -> Iterator[bytes]:
+    return reply.stream(usage=asked.usage)
+
+
+def _told(request: web.Request, error: Refused) -> web.Response:
+    """An error as the clients of an address read it."""
+    body = anthropic.refusal(error) if "/v1/messages" in request.path else error.body()
+    return web.json_response(body, status=error.status, headers=error.headers)
+
+
 _REASONS = {404: "there is no such address here", 405: "this address takes another method"}
 
 
@@ -255,7 +277,7 @@ def _by_answer(name: str) -> tuple[str, int | None, int | None]:
     >>> _by_answer("chatcmpl-abc.0-4"), _by_answer("chatcmpl-abc.4"), _by_answer("abc")
     (('abc', 0, 4), ('abc', None, 4), ('abc', None, None))
     """
-    found = re.fullmatch(r"(?:chatcmpl|cmpl)-(.*)\.(?:(\d+)-)?(\d+)", name, re.ASCII)
+    found = re.fullmatch(r"(?:chatcmpl-|cmpl-|msg_)(.*)\.(?:(\d+)-)?(\d+)", name, re.ASCII)
     if found is None:
         return name, None, None
     conversation, attempt, turn = found.groups()

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import orjson
+
 from agentsdpo.calls import read_json
 from agentsdpo.chat import ChatFormat
 from agentsdpo.collect.proxy.history import read_messages, read_tools
@@ -31,7 +33,8 @@ class Asked:
         sampling: ``max_tokens`` is the client's, or the default. extra: more parameters for the engine.
         reason: why the call cannot be trained on, for the parameters it has; None when it can.
         stop: texts that end an answer. stream, usage: whether to stream, and to send the usage at its end.
-        logprobs: None for none, else so many alternatives per token.
+        logprobs: None for none, else so many alternatives per token. no_tools: none may be called.
+        objects: the client reads arguments of calls as objects alone.
     """
 
     sampling: Sampling
@@ -45,6 +48,7 @@ class Asked:
     usage: bool = False
     logprobs: int | None = None
     no_tools: bool = False
+    objects: bool = False
 
 
 def read_chat(body: Json, default_max: int) -> Asked:
@@ -52,7 +56,7 @@ def read_chat(body: Json, default_max: int) -> Asked:
     top = body.get("top_logprobs") or 0
     return Asked(messages=read_messages(body.get("messages")), tools=read_tools(body.get("tools")),
                  logprobs=_number(top, "top_logprobs", 0, 20, int) if body.get("logprobs") else None,
-                 no_tools=body.get("tool_choice") == "none", **_common(body, default_max))
+                 no_tools=body.get("tool_choice") == "none", **read_common(body, default_max))
 
 
 def read_completion(body: Json, default_max: int) -> Asked:
@@ -70,10 +74,11 @@ def read_completion(body: Json, default_max: int) -> Asked:
             raise Refused(400, f"{name} is not supported", param=name)
     count = body.get("logprobs")
     return Asked(prompt=prompt, logprobs=None if count is None else _number(count, "logprobs", 0, 20, int),
-                 **_common(body, default_max))
+                 **read_common(body, default_max))
 
 
-def _common(body: Json, default_max: int) -> Json:
+def read_common(body: Json, default_max: int) -> Json:
+    """Fields of :class:`Asked` that chats and completions share. Raises Refused with 400 for what cannot be done."""
     for name in ("n", "best_of"):
         if body.get(name) not in (None, 1):
             raise Refused(400, f"{name} is {body[name]!r}", fix="ask once per answer", param=name)
@@ -183,7 +188,13 @@ def finish_reason(message: Json | None, sampled: Sampled) -> str:
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer, ready to be sent whole or in pieces."""
+    """One answer, ready to be sent whole or in pieces.
+
+    Attributes:
+        id, model, created: as clients are told. finish: see :func:`finish_reason`.
+        prompt_tokens, completion_tokens: counts. message: of a chat; None for text. text: else.
+        logprobs: that were asked for. stopped: the text of ``stop`` that ended it, "" where none did.
+    """
 
     id: str
     model: str
@@ -193,6 +204,7 @@ class Reply:
     message: Json | None = None
     text: str = ""
     logprobs: Json | None = None
+    stopped: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -211,10 +223,15 @@ class Reply:
     def _head(self, kind: str) -> Json:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
-    def pieces(self, *, usage: bool) -> Iterator[Json]:
-        """The answer as the objects of a stream."""
+    def stream(self, *, usage: bool) -> Iterator[bytes]:
+        """The answer as the events of a stream."""
+        for piece in self._pieces(usage):
+            yield b"data: " + orjson.dumps(piece) + b"\n\n"
+        yield b"data: [DONE]\n\n"
+
+    def _pieces(self, usage: bool) -> Iterator[Json]:
         kind = "text_completion" if self.message is None else "chat.completion.chunk"
-        deltas = [{"text": part} for part in _cut(self.text)] if self.message is None else \
+        deltas = [{"text": part} for part in cut_up(self.text)] if self.message is None else \
             [{"delta": delta} for delta in _deltas(sendable(self.message))]
         deltas = deltas or [{"text": ""}]
         for i, delta in enumerate(deltas):
@@ -231,19 +248,20 @@ class Reply:
 def _deltas(message: Json) -> Iterator[Json]:
     """A message in pieces: role, thoughts, words, then each call with its arguments."""
     yield {"role": "assistant", "content": ""}
-    for part in _cut(message.get("reasoning_content") or ""):
+    for part in cut_up(message.get("reasoning_content") or ""):
         yield {"reasoning_content": part}
-    for part in _cut(message["content"] or ""):
+    for part in cut_up(message["content"] or ""):
         yield {"content": part}
     for i, call in enumerate(message.get("tool_calls", ())):
         function = call["function"]
         yield {"tool_calls": [{"index": i, "id": call["id"], "type": "function",
                                "function": {"name": function["name"], "arguments": ""}}]}
-        for part in _cut(function["arguments"]):
+        for part in cut_up(function["arguments"]):
             yield {"tool_calls": [{"index": i, "function": {"arguments": part}}]}
 
 
-def _cut(text: str) -> list[str]:
+def cut_up(text: str) -> list[str]:
+    """A text in pieces of :data:`PIECE` characters."""
     return [text[i:i + PIECE] for i in range(0, len(text), PIECE)]
 
 
@@ -272,16 +290,17 @@ def text_logprobs(chat: ChatFormat, sampled: Sampled) -> Json:
             "text_offset": offsets}
 
 
-def cut_at_stop(chat: ChatFormat, ids: Sequence[int], stop: Sequence[str]) -> tuple[int, str] | None:
-    """Where the first of these texts ends an answer: tokens to keep, and the text before it; None where none does.
+def cut_at_stop(chat: ChatFormat, ids: Sequence[int], stop: Sequence[str]) -> tuple[int, str, str] | None:
+    """Where the first of these texts ends an answer: tokens to keep, the text before it, which it is; None where none.
 
     The tokens up to the one that completes the text were sampled before anybody could know what comes behind: cut
     there, they are what a sampler that stops would have given.
     """
     text = chat.decode(ids)
-    at = min((text.find(word) for word in stop if word in text), default=-1)
-    if at < 0:
+    found = [(text.find(word), word) for word in stop if word in text]
+    if not found:
         return None
+    at, first = min(found)
     low, high = 1, len(ids)
     while low < high:
         middle = (low + high) // 2
@@ -289,4 +308,4 @@ def cut_at_stop(chat: ChatFormat, ids: Sequence[int], stop: Sequence[str]) -> tu
             high = middle
         else:
             low = middle + 1
-    return low, text[:at]
+    return low, text[:at], first
