@@ -23,6 +23,8 @@ from agentsdpo.types import Task
 SEED, OUT = 49, Path("runs/sdft-model")
 MINI: Mix = ((1.0, "desk-mini", "lookup", (1,), 0),)
 """The tasks on which the preset is measured."""
+
+
 def shown(task: Task, rules: dict[str, str]) -> str:
     """The hint that the source ``demo`` would write, had the firm these rules."""
     done = steps(task, ScriptedAgent(task, rules))
