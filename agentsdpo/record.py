@@ -12,7 +12,7 @@ from enum import IntEnum
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
 from agentsdpo.errors import RowError
 
@@ -107,6 +107,8 @@ class Call(Frozen):
     versions: tuple[VersionSpan, ...]
     logprob_kind: Literal["processed", "tempered", "raw", "unknown", "none"] = "processed"
     untrainable_reason: str | None = None
+    t_request: AwareDatetime | None = Field(default=None, description="when it was asked for; for people")
+    t_done: AwareDatetime | None = Field(default=None, description="when its answer was there")
 
     @property
     def summarises(self) -> bool:

@@ -119,6 +119,8 @@ the row as they are, and its feedback where it has none.
   (before temperature), `unknown`, `none`.
 - `calls`: one struct per request to the engine; `start`, `end` are positions in the branch, `versions` say which policy
   version sampled which part of the completion. `prompt_sha256` hashes the ids before `start` (int32, little-endian).
+- `t_request`, `t_done` of a call, and the first and last of them as `t_start`, `t_end`, are by the clock of whoever
+  collected: for people, never for order. `t_stored`, which tables add, is when a row was committed.
 - `kept_ids`, `kept_counts`: the ids each sampled token was drawn from, one count per sampled token, 0: nothing was cut.
 - `policy_version_min` is the oldest version in the row (-1 unknown); staleness is counted from it. A call with an
   `untrainable_reason` counts where its version is known.

@@ -121,6 +121,8 @@ def _record(episode: Episode, branch: Branch) -> Json:
         "reward": episode.reward, "rewards_json": to_json(episode.grade.model_dump()) if episode.grade else None,
         "reward_status": "none" if episode.reward is None else "final",
         "n_tokens": len(branch.token_ids), "n_sampled": int(count[[1, 4, 5]].sum()), "n_trainable": int(count[1]),
+        "t_start": min((call.t_request for call in branch.calls if call.t_request), default=None),
+        "t_end": max((call.t_done for call in branch.calls if call.t_done), default=None),
         "n_calls": len(branch.calls), "n_turns": len({call.turn for call in branch.calls}),
         "token_ids": branch.token_ids, "token_kind": branch.token_kind, "logprobs": logprobs, "calls": calls,
         "kept_ids": branch.kept_ids, "kept_counts": branch.kept_counts,
@@ -169,7 +171,8 @@ def call_columns(branch: Branch) -> Columns:
     return columns
 
 
-_PLAIN_CALL = ("call_id", "start", "end", "turn", "finish_reason", "logprob_kind", "untrainable_reason")
+_PLAIN_CALL = ("call_id", "start", "end", "turn", "finish_reason", "logprob_kind", "untrainable_reason",
+               "t_request", "t_done")
 
 
 def _exact(call: Call) -> bool:
@@ -299,7 +302,8 @@ class RowReader:
     def _read_calls(self, array: Any) -> None:
         """Split the calls into their fields, and the version spans into three number arrays."""
         self._call_at = array.offsets.to_numpy()
-        self._call = {name: array.values.field(name) for name in _CALL_NAMES}
+        there = {field.name for field in array.type.value_type}  # a learner asks for no times
+        self._call = {name: array.values.field(name) for name in _CALL_NAMES & there}
         spans = array.values.field("versions")
         self._span_at = spans.offsets.to_numpy()
         self._spans = [spans.values.field(f.name).to_numpy(zero_copy_only=False) for f in VERSION_SPAN]

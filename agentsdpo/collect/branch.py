@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -92,7 +93,7 @@ class BranchBuilder:
         self._append(ids, [int(kind)] * len(ids), [np.nan] * len(ids))
 
     def completion(self, completion: Completion, sampling: Sampling, *, turn: int, masked: bool = False,
-                   summary: bool = False) -> Call:
+                   summary: bool = False, asked: datetime | None = None) -> Call:
         """Append what one call sampled; exact rows are trainable, others say why not.
 
         Args:
@@ -101,6 +102,7 @@ class BranchBuilder:
             turn: of the episode.
             masked: keep it out of the loss though it could be trained on (a summary nobody used).
             summary: it sums up the turns before this one.
+            asked: when; it was answered just now.
 
         Raises:
             EngineError: version spans do not cover the completion.
@@ -115,7 +117,8 @@ class BranchBuilder:
         name = f"b{self.branch_id}t{turn}{SUMMARY if summary else ''}"
         call = Call(call_id=name, turn=turn, start=start, end=start + n, prompt_sha256=self._hash.hexdigest(),
                     finish_reason=completion.finish_reason, sampling=sampling,
-                    versions=completion.versions, logprob_kind=completion.logprob_kind, untrainable_reason=reason)
+                    versions=completion.versions, logprob_kind=completion.logprob_kind, untrainable_reason=reason,
+                    t_request=asked, t_done=asked and datetime.now(UTC))
         logps = [np.nan] * n if kind == TokenKind.UNUSABLE else list(completion.logprobs)
         self._append(completion.token_ids, [int(kind)] * n, logps)
         self._kept += (completion.kept if reason is None else None) or [()] * n  # what is wrong serves nobody

@@ -7,6 +7,7 @@ sampled ids, and the template's tokens around what the environment answered. Not
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from agentsdpo.chat import ChatFormat
@@ -183,9 +184,10 @@ class EnginePolicy:
                                f"{ctx.prompt_left} left", fix="raise the budget's prompt_tokens")
         limit = room if ctx.tokens_left is None else min(room, ctx.tokens_left)
         sampling = self.config.sampling(seed=mix(ctx.seed, "turn", ctx.turn), max_tokens=limit)
+        asked = datetime.now(UTC)
         completion = await self._complete(ctx, prompt, sampling)
         self._record(ctx, prompt)
-        ctx.builder.completion(completion, sampling, turn=ctx.turn)
+        ctx.builder.completion(completion, sampling, turn=ctx.turn, asked=asked)
         ctx.builder.rendered, ctx.builder.tools = list(ctx.messages), _names(tools)
         opened = self.chat.decode(prompt.ids[-3:]).rstrip().endswith("<think>")
         text = ("<think>\n" if opened else "") + self.chat.strip_end(completion.token_ids)
@@ -204,12 +206,13 @@ class EnginePolicy:
         if room < 1 or prompt.fork is not None:
             return Summary("", False, Usage())
         sampling = self.config.sampling(seed=mix(ctx.seed, "summary", ctx.turn), max_tokens=room)
+        asked = datetime.now(UTC)
         completion = await self._complete(ctx, prompt, sampling)
         text = visible(self.chat.strip_end(completion.token_ids))
         called = OPEN_CALL in text or self.chat.calls.find(text)
         fine = bool(completion.finish_reason == "stop" and text and not called and accept(text))
         self._record(ctx, prompt)
-        ctx.builder.completion(completion, sampling, turn=ctx.turn, masked=not fine, summary=True)
+        ctx.builder.completion(completion, sampling, turn=ctx.turn, masked=not fine, summary=True, asked=asked)
         return Summary(text, fine, _usage(prompt, completion))
 
     def prompt_size(self, ctx: Context, tools: tuple[ToolSpec, ...]) -> int:

@@ -244,7 +244,7 @@ def _header(shown: Shown) -> Text:
     text.append(f", attempt {episode.attempt}\n" if episode.attempt else "\n", style="not bold")
     lines = [f"{episode.env_id} / {episode.task_id}",
              " · ".join([f"{shown.status} ({episode.stop_reason})", reward, policy,
-                         f"{total} tokens, {trained} trained", episode.model_id])]
+                         f"{total} tokens, {trained} trained", episode.model_id, *_took(episode)])]
     if first.grade:
         lines.append("criteria: " + ", ".join(_criterion(each) for each in first.grade.results))
         lines += [f"feedback: {first.grade.feedback}"] * bool(first.grade.feedback)
@@ -253,6 +253,16 @@ def _header(shown: Shown) -> Text:
         lines += [f"hint {who}: {first.hint.text}"] * bool(first.hint.text)
         lines += [f"hint of {turns} {who}: {text}" for turns, text in first.hint.told]
     return text.append(printable("\n".join(lines) + "\n"), style="not bold")
+
+
+def _took(episode: Episode) -> list[str]:
+    """From its first request to its last answer; [] where no times are kept."""
+    spans = [(call.t_request, call.t_done) for branch in episode.branches for call in branch.calls
+             if call.t_request and call.t_done]
+    if not spans:
+        return []
+    start, end = min(first for first, _ in spans), max(last for _, last in spans)
+    return [f"{(end - start).total_seconds():.1f} s from {start:%Y-%m-%d %H:%M:%S} UTC"]
 
 
 def _criterion(result: Any) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,14 @@ def test_tokens_equal_one_rendering_of_the_whole_conversation(world: Any, tiny_t
     assert branch.policy_versions == (3, 3)
     assert len({s.seed for s in engine.samplings}) == 3
     assert engine.released == ["e/0"]
+
+
+def test_calls_say_when_they_were_asked_for_and_answered(world: Any, tiny_tokenizer: Any) -> None:
+    began = datetime.now(UTC)
+    run, _ = play(world, ChatFormat(tiny_tokenizer), world.write("add", {"n": 1}), "Done.")
+    times = [time for call in run.branches[0].calls for time in (call.t_request, call.t_done)]
+    assert len(times) == 4
+    assert [began, *times] == sorted([began, *times])
 
 
 def test_calls_are_read_in_the_form_that_the_template_writes(world: Any, tiny_tokenizer: Any) -> None:

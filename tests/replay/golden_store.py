@@ -88,7 +88,7 @@ def describe(store: ReplayStore) -> dict[str, Any]:
             "token_ids": part.token_ids.tolist(), "token_kind": part.token_kind.tolist(),
             "logprobs": [None if value != value else float(value).hex() for value in part.logprobs],
             "kept_ids": _list(part.kept_ids), "kept_counts": _list(part.kept_counts),
-            "calls": [call.model_dump(mode="json") for call in part.calls],
+            "calls": [call.model_dump(mode="json", exclude={"t_request", "t_done"}) for call in part.calls],
             "fork": [part.parent_branch_id, part.fork_at, part.fork_reason], "reward": row.reward, "label": row.label,
             "hint": row.hint.text if row.hint else None, "task_id": row.task_id, "group_id": row.group_id,
             "grade": _grade(view, row), "versions": list(row.policy_versions),

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,20 @@ def test_show_prints_the_conversation(shared: Path) -> None:
     assert '{"name": "calc", "arguments": {"expr": "1+1"}}' in text
     assert "two é" in text
     assert "environment" in text
+
+
+def test_show_says_when_it_was_and_how_long_it_took(tmp_path: Path) -> None:
+    plain, begun = make_episode(1, turns=2), datetime(2026, 11, 22, 23, 59, 59, tzinfo=UTC)
+    (branch,) = plain.branches
+    calls = tuple(call.model_copy(update={"t_request": begun + timedelta(seconds=i),
+                                          "t_done": begun + timedelta(seconds=i + 0.5)})
+                  for i, call in enumerate(branch.calls))
+    ReplayStore.open(tmp_path).append([plain.model_copy(update={"branches": (branch.model_copy(update={
+        "calls": calls}),)})])
+    assert "1.5 s from 2026-11-22 23:59:59 UTC" in good("show", tmp_path, "--last").stdout
+    (row,) = document("ls", tmp_path, "--where", "t_end > '2026-11-23'")["branches"]
+    assert row["episode_id"] == plain.episode_id
+    assert document("ls", tmp_path, "--where", "t_start > '2026-11-23'")["branches"] == []
 
 
 def test_show_defuses_what_would_steer_a_terminal(shared: Path) -> None:

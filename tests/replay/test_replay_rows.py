@@ -3,6 +3,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,21 @@ def test_round_trip_with_everything_set() -> None:
     parent = with_kept(make_branch(RNG, version=[3, 7], sampling=TRUNCATED))
     episode = make_episode(branches=(parent, fork(parent, 10)), stop_reason=StopReason.MAX_TURNS, attempt=2)
     assert same_episode(episode, to_episode(to_rows([episode])))
+
+
+def test_times_of_calls_come_back_and_are_no_content() -> None:
+    plain = make_episode(1)
+    (branch,) = plain.branches
+    begun = datetime(2026, 11, 22, 12, 0, 0, 250_000, tzinfo=UTC)
+    calls = tuple(call.model_copy(update={"t_request": begun + i * timedelta(seconds=5),
+                                          "t_done": begun + i * timedelta(seconds=5) + timedelta(seconds=2)})
+                  for i, call in enumerate(branch.calls))
+    timed = plain.model_copy(update={"branches": (branch.model_copy(update={"calls": calls}),)})
+    table = to_rows([timed])
+    assert (table["t_start"][0].as_py(), table["t_end"][0].as_py()) == (begun, calls[-1].t_done)
+    assert [(call.t_request, call.t_done) for call in to_episode(table).branches[0].calls] == [
+        (call.t_request, call.t_done) for call in calls]
+    assert table["content_sha256"].equals(to_rows([plain])["content_sha256"])
 
 
 def test_round_trip_with_nothing_set() -> None:

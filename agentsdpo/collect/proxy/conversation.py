@@ -5,6 +5,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 from agentsdpo.chat import ChatFormat
 from agentsdpo.collect.branch import ForkReason
@@ -64,7 +65,7 @@ class Prompt:
         parts: what is new at the end of ``line``, or the whole prompt of a new branch, by kind.
         messages: of the request; None where it sent text or ids. chain: their digests. tools: of the request.
         text: of the prompt, where it was text. turn: number of this call in the conversation.
-        feedback: what the request says about answers before it. late: the same of an earlier conversation.
+        feedback: what the request says about answers before it. late: the same of an earlier conversation. asked: when.
     """
 
     conversation: "Conversation"
@@ -79,6 +80,7 @@ class Prompt:
     turn: int = 0
     feedback: list[Json] = field(default_factory=list)
     late: Late | None = None
+    asked: datetime = field(default_factory=lambda: datetime.now(UTC))
 
 
 @dataclass
@@ -212,7 +214,8 @@ class Conversation:
         for ids, kind in prompt.parts:
             line.context(ids, kind)
         start = len(line.ids)
-        line.sampled(sampled, sampling, call_id=f"b{line.branch_id}t{prompt.turn}", turn=prompt.turn)
+        line.sampled(sampled, sampling, call_id=f"b{line.branch_id}t{prompt.turn}", turn=prompt.turn,
+                     asked=prompt.asked)
         line.ended = not sampled.completion.token_ids and bool(sampled.text)
         if prompt.messages is not None and answer is not None:
             self._remember(line, prompt, answer, start)

@@ -7,6 +7,7 @@ sub-agents asks for them in turn.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 import numpy as np
 
@@ -72,7 +73,7 @@ class Line:
         """Append tokens the agent did not sample."""
         self._append(ids, kind, [float("nan")] * len(ids))
 
-    def sampled(self, sampled: Sampled, sampling: Sampling, *, call_id: str, turn: int) -> Call:
+    def sampled(self, sampled: Sampled, sampling: Sampling, *, call_id: str, turn: int, asked: datetime) -> Call:
         """Append what one call sampled; what cannot be trusted is kept, with the reason."""
         completion, start = sampled.completion, len(self.ids)
         n = len(completion.token_ids)
@@ -82,7 +83,8 @@ class Line:
         logps = [float("nan")] * n if kind == TokenKind.UNUSABLE else list(completion.logprobs)
         call = Call(call_id=call_id, turn=turn, start=start, end=start + n, prompt_sha256=self._hash.hexdigest(),
                     finish_reason=completion.finish_reason, sampling=sampling, versions=completion.versions,
-                    logprob_kind=completion.logprob_kind, untrainable_reason=reason)
+                    logprob_kind=completion.logprob_kind, untrainable_reason=reason, t_request=asked,
+                    t_done=datetime.now(UTC))
         self._append(completion.token_ids, kind, logps)
         self._kept += (completion.kept if reason is None else None) or [()] * n
         self._calls.append(call)

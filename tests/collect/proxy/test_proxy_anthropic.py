@@ -74,6 +74,7 @@ def test_a_tool_turn_is_one_branch(stack: Stack, streamed: bool, name: str) -> N
     assert "You count." in text
     assert "<tool_response>\n2\n</tool_response>" in text
     assert text.index("Let me see.") < text.index("Be kind.") < text.index("In words.") < text.index(WORDS)
+    assert all(call.t_request and call.t_done and call.t_request < call.t_done for call in branch.calls)
     assert branch.n_trainable == sum(len(stack.chat.encode(said)) + 1 for said in (CALL, WORDS))
     assert episode.hint is not None
     assert episode.hint.turns == ((0, "In words."),)
