@@ -46,8 +46,9 @@ class Dying(EpisodeLog):
 
 def digest(run: Rollout) -> Any:
     """All that must be the same after a restart: everything but clocks."""
-    tokens = [(b.token_ids.tolist(), b.token_kind.tolist(), repr(b.logprobs.tolist()), b.calls, b.fork_reason,
-               b.fork_at, b.parent_branch_id) for b in run.branches]
+    calls = [[call.model_dump(exclude={"t_request", "t_done"}) for call in b.calls] for b in run.branches]
+    tokens = [(b.token_ids.tolist(), b.token_kind.tolist(), repr(b.logprobs.tolist()), made, b.fork_reason,
+               b.fork_at, b.parent_branch_id) for b, made in zip(run.branches, calls, strict=True)]
     return run.stop_reason, run.answer, run.messages, run.counts, run.outcome, tokens
 
 

@@ -2,6 +2,8 @@
 that of one branch."""
 
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -16,11 +18,16 @@ WORDS = "It is two, and that is all there is to say about this sum."
 MODEL = "any"
 
 
-def client(stack: Stack, conversation: str = "", key: str = KEY) -> Any:
+@pytest.fixture
+def client(stack: Stack) -> Iterator[Any]:
+    """The official client, for a conversation and with a key; closed behind the test."""
     import anthropic
 
-    base = f"{stack.url}/c/{conversation}" if conversation else stack.url
-    return anthropic.Anthropic(base_url=base, api_key=key, max_retries=0)
+    with ExitStack() as open_ones:
+        def made(conversation: str = "", key: str = KEY) -> Any:
+            base = f"{stack.url}/c/{conversation}" if conversation else stack.url
+            return open_ones.enter_context(anthropic.Anthropic(base_url=base, api_key=key, max_retries=0))
+        yield made
 
 
 def script(prompt: str) -> str:
@@ -41,7 +48,7 @@ def result(call: str, **more: Any) -> Any:
 
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("name", ["", "c"])
-def test_a_tool_turn_is_one_branch(stack: Stack, streamed: bool, name: str) -> None:
+def test_a_tool_turn_is_one_branch(stack: Stack, client: Any, streamed: bool, name: str) -> None:
     stack.engine.say = script
     stack.start({KEY: ""})
     messages: list[Any] = [user([{"type": "text", "text": "1+1?", "cache_control": {"type": "ephemeral"}}])]
@@ -49,8 +56,8 @@ def test_a_tool_turn_is_one_branch(stack: Stack, streamed: bool, name: str) -> N
 
     def ask() -> Any:
         if not streamed:
-            return client(stack, name).messages.create(messages=messages, **about)
-        with client(stack, name).messages.stream(messages=messages, **about) as events:
+            return client(name).messages.create(messages=messages, **about)
+        with client(name).messages.stream(messages=messages, **about) as events:
             assert len("".join(events.text_stream)) > 5
             return events.get_final_message()
 
@@ -64,7 +71,7 @@ def test_a_tool_turn_is_one_branch(stack: Stack, streamed: bool, name: str) -> N
     last = ask()
     assert ([block.text for block in last.content], last.stop_reason) == ([WORDS], "end_turn")
     assert last.usage.output_tokens == len(stack.chat.encode(WORDS)) + 1
-    count = client(stack).messages.count_tokens(model=MODEL, messages=messages[:1], system="You count.", tools=[TOOL])
+    count = client().messages.count_tokens(model=MODEL, messages=messages[:1], system="You count.", tools=[TOOL])
     assert count.input_tokens == made.usage.input_tokens
     stack.stop_proxy()
     (episode,) = stack.episodes()
@@ -108,15 +115,15 @@ def test_what_was_thought_comes_back_and_the_branch_goes_on(stack: Stack) -> Non
     assert [len(branch.calls) for branch in episode.branches] == [2]
 
 
-def test_a_call_that_is_broken_is_told_as_an_object_and_known_again(stack: Stack) -> None:
+def test_a_call_that_is_broken_is_told_as_an_object_and_known_again(stack: Stack, client: Any) -> None:
     """``input`` has to be one: what the model gave instead is in there."""
     broken = '<tool_call>\n{"name": "calc", "arguments": "1+1"}\n</tool_call>'
     stack.engine.say = lambda prompt: WORDS if "<tool_response>" in prompt else broken
     stack.start({KEY: ""})
-    made = client(stack).messages.create(model=MODEL, max_tokens=64, tools=[TOOL], messages=[user("1+1?")])
+    made = client().messages.create(model=MODEL, max_tokens=64, tools=[TOOL], messages=[user("1+1?")])
     (call,) = made.content
     assert call.input == {"arguments": '"1+1"'}
-    client(stack).messages.create(model=MODEL, max_tokens=64, tools=[TOOL], messages=[
+    client().messages.create(model=MODEL, max_tokens=64, tools=[TOOL], messages=[
         user("1+1?"), {"role": "assistant", "content": made.content},
         user([result(call.id, content="no expr", is_error=True)])])
     stack.stop_proxy()
@@ -186,12 +193,12 @@ def test_what_cannot_be_done_is_refused_in_the_shape_of_the_api(stack: Stack, me
     assert stack.engine.requests == []
 
 
-def test_the_client_reads_the_errors(stack: Stack) -> None:
+def test_the_client_reads_the_errors(stack: Stack, client: Any) -> None:
     import anthropic
 
     stack.start({KEY: ""})
     with pytest.raises(anthropic.AuthenticationError, match="the key is missing or wrong"):
-        client(stack, key="not-the-right-key").messages.create(model=MODEL, max_tokens=9, messages=[user("x")])
+        client(key="not-the-right-key").messages.create(model=MODEL, max_tokens=9, messages=[user("x")])
     with pytest.raises(anthropic.BadRequestError, match="something other than text"):
-        client(stack).messages.create(model=MODEL, max_tokens=9, messages=[user([{"type": "image", "source": {
+        client().messages.create(model=MODEL, max_tokens=9, messages=[user([{"type": "image", "source": {
             "type": "url", "url": "http://localhost/x.png"}}])])
