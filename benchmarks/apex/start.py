@@ -36,10 +36,10 @@ def start(config: BenchConfig, out: Path | str) -> Bench:
     _check_free(folder)
     taskset = open_suite(config)
     agent = make_agent(config, taskset)
+    about = describe(config, taskset, agent, folder.path.resolve().name)
     make_folder(folder.path)
     hold(folder.path)
     _check_free(folder)  # again: while the model was loaded, another process may have begun, and ended
-    about = describe(config, taskset, agent, folder.path.resolve().name)
     folder.write_about(about)
     return Bench(config, taskset, agent, folder, about)
 
@@ -122,9 +122,9 @@ def describe(config: BenchConfig, taskset: TaskSet, agent: Agent, run_id: str) -
 
 
 def judge_of(taskset: TaskSet) -> Json:
-    """The judge of a set: that of the first task that has one; ``model`` None where programs grade."""
-    for task in taskset.tasks:
-        grader = taskset.grader(task)
-        if isinstance(grader, Judges):
-            return grader.judged_by()
-    return {"model": None, "prompt_sha256": None}
+    """The judge of a set: that of the first task that has one; ``model`` None where programs grade.
+
+    The graders of all tasks are made, so that one that cannot be is found before anything is played.
+    """
+    judges = [grader for grader in map(taskset.grader, taskset.tasks) if isinstance(grader, Judges)]
+    return judges[0].judged_by() if judges else {"model": None, "prompt_sha256": None}

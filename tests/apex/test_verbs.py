@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from agentsdpo.benchmarks.apex.checks import check
 from agentsdpo.cli import app
 from tests.apex.conftest import SumTasks
 
@@ -73,6 +74,29 @@ def test_unscored_attempts_end_with_code_3(tmp_path: Path, sums: SumTasks) -> No
     assert "warning: 1 of 4 attempts could not be scored (env_error 1)" in result.stdout
     assert f"agentsdpo bench resume {out}" in result.stderr
     assert call("resume", out).exit_code == 0
+
+
+def test_a_judge_that_is_missing_for_a_later_task_alone_is_found_before_anything_is_played(tmp_path: Path) -> None:
+    path, out = tmp_path / "tasks.toml", tmp_path / "r"
+    path.write_text(f'''
+        [[task]]
+        id = "checked"
+        prompt = "Say 5."
+        rubric = [{{text = "5", check = "{__name__}:anything"}}]
+        [[task]]
+        id = "judged"
+        prompt = "Say 6."
+        rubric = ["6"]
+        ''')
+    result = call("run", "--suite", str(path), "--model", "echo", "--out", str(out))
+    assert "task 'judged' has criteria without a check and there is no judge" in str(result.exception)
+    assert not out.exists()
+
+
+@check
+def anything(task: Any, outcome: Any) -> bool:
+    """Any outcome will do."""
+    return True
 
 
 def test_doctor_finds_a_benchmark_that_pays_for_nothing(sums: SumTasks) -> None:
