@@ -24,8 +24,10 @@ class BudgetConfig(Settings):
     calls_per_turn: int | None = Field(default=None, ge=1, description="calls in one turn; none: the profile's")
     prompt_tokens: int | None = Field(default=None, ge=1, description="prompt tokens, summed; none: the profile's")
     completion_tokens: int | None = Field(default=None, ge=1, description="sampled tokens; none: the profile's")
-    wall_s: float | None = Field(default=None, gt=0.0, description="seconds on the wall; none: the profile's")
-    working_s: float | None = Field(default=None, gt=0.0, description="seconds of model and tools; none: the profile's")
+    wall_s: float | None = Field(default=None, gt=0.0, allow_inf_nan=False,
+                                 description="seconds on the wall; none: the profile's")
+    working_s: float | None = Field(default=None, gt=0.0, allow_inf_nan=False,
+                                    description="seconds of model and tools; none: the profile's")
     max_repeat: int | None = Field(default=None, ge=2, description="one call again and again; none: the profile's")
 
 

@@ -110,10 +110,13 @@ def check_tasks(tasks: Sequence[Task], source: str) -> None:
         raise FormatError(f"{source} holds no tasks", fix="give a file or folder with at least one task")
     for task in tasks:
         try:
-            json.dumps(task.model_dump(mode="json"), ensure_ascii=False).encode()
+            json.dumps(task.model_dump(mode="json"), ensure_ascii=False, allow_nan=False).encode()
         except UnicodeEncodeError as error:
             raise FormatError(f"{source}: task {task.task_id!r} holds {error.object[error.start]!r}, which is no text",
                               fix="take the lone surrogate out") from error
+        except ValueError as error:
+            raise FormatError(f"{source}: task {task.task_id!r} holds a number that is infinite or none",
+                              fix="write finite weights and budgets; leave out what has no limit") from error
     twice = [name for name, count in Counter(task.task_id for task in tasks).items() if count > 1]
     if twice:
         raise FormatError(f"{source}: {len(twice)} task ids appear more than once, the first is {twice[0]!r}",

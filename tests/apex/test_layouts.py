@@ -317,6 +317,7 @@ def test_a_task_file(tmp_path: Path) -> None:
     ("[[task]]", "[[task", "is no TOML"),
     ('id = "q3"', 'id = "../q3"', "cannot name a file"),
     ("turns = 20", "trns = 20", "budget.trns: Extra inputs"),
+    ("turns = 20", "wall_s = inf", "task 'q3' holds a number that is infinite or none; write finite weights"),
     ('"worlds/q3"', '"worlds/q4"', "cannot be read as an archive"),
     ('"worlds/q3"', '"../q3"', "goes up"),
     ('"worlds/q3"', '"/etc"', "is absolute"),

@@ -140,6 +140,7 @@ def test_doctor_finds_a_licence_that_is_not_kept_and_a_rubric_that_leaks(sums: S
     (["run", "--set", "atempts=3"], 2, "did you mean attempts?"),
     (["run", "--set", "learn.lr=1"], 2, "learn is not a setting; there are suite, tasks, model,"),
     (["run", "--attempts", "0"], 2, "0"),
+    (["run", "--model", "oracle", "--set", "budget.wall_s=inf"], 2, "budget.wall_s is inf"),
     (["run", "--model", "oracle", "--out", "a.file/b1"], 1, "a.file/b1 cannot be written: Not a directory; name a"),
     (["run", "missing.toml"], 2, "cannot be read"), (["run", "--model", "./nowhere"], 2, "no model folder")])
 def test_wrong_requests_say_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], code: int,
