@@ -10,7 +10,7 @@ from agentsdpo.collect.compaction import compactor
 from agentsdpo.collect.config import CollectConfig
 from agentsdpo.collect.engine import Engine
 from agentsdpo.collect.policy import EnginePolicy, Policy, mix
-from agentsdpo.collect.rollout import MISUSE, Rollout, describe, run_episode
+from agentsdpo.collect.rollout import MISUSE, Rollout, ask_grader, describe, run_episode
 from agentsdpo.collect.waiting import waited
 from agentsdpo.replay.ids import derived_uuid, uuid7
 from agentsdpo.types import Closes, Env, Episode, Frozen, Grade, Json, StopReason, Suite, Task
@@ -163,14 +163,7 @@ class Collector:
 
     async def _judge(self, task: Task, run: Rollout) -> tuple[Grade | None, str]:
         """The grade and, when the machinery that makes it broke, what happened: unscored, never zero."""
-        if run.outcome is None:
-            return None, run.error
-        try:
-            return await self._grader.grade(task, run.outcome), ""
-        except MISUSE:
-            raise
-        except Exception as fault:  # noqa: BLE001 - it is recorded on the episode
-            return None, describe(fault)
+        return (None, run.error) if run.outcome is None else await ask_grader(self._grader, task, run.outcome)
 
     def episode_id(self, split: str, index: int, attempt: int, seed: int) -> str:
         """Id of one episode: derived from the run and its place in it, so that a run can be repeated and resumed to

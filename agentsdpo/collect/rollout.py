@@ -7,6 +7,7 @@ other one. Only what would break every episode alike (:data:`MISUSE`) is raised.
 With a log an episode can be killed at any instant and goes on from there.
 """
 
+import math
 from dataclasses import dataclass
 
 from agentsdpo.collect.answers import OutputLimit
@@ -17,9 +18,9 @@ from agentsdpo.collect.progress import MAX_UNUSABLE, NUDGE, Progress, zero_count
 from agentsdpo.collect.running import Running
 from agentsdpo.errors import ConfigError, ModelError, RowError, TokenizerMismatch, TrainForbidden, TruncatedSampling
 from agentsdpo.replay.journal import Journal, JournalError
-from agentsdpo.types import Branch, Budget, Env, Json, Outcome, StopReason, Task, ToolSpec, printable
+from agentsdpo.types import Branch, Budget, Env, Grade, Grader, Json, Outcome, StopReason, Task, ToolSpec, printable
 
-__all__ = ["MAX_UNUSABLE", "MISUSE", "NUDGE", "Rollout", "describe", "run_episode"]
+__all__ = ["MAX_UNUSABLE", "MISUSE", "NUDGE", "Rollout", "ask_grader", "describe", "run_episode"]
 
 MISUSE = (ConfigError, ModelError, TokenizerMismatch, TrainForbidden, TruncatedSampling, JournalError, LogError)
 """Faults of the set-up or the disk, not of one episode: they are raised as they are."""
@@ -118,6 +119,25 @@ async def run_episode(env: Env, policy: Policy, task: Task, *, seed: int, episod
         messages=tuple(run.history), outcome=outcome, answer=run.answer, counts=run.counts, wall_s=run.clock.wall,
         error=describe(fault) if fault else "", tools=tuple(run.tools.values()), fault=fault,
         working_s=run.clock.working, cost_usd=run.cost_usd)
+
+
+async def ask_grader(grader: Grader, task: Task, outcome: Outcome) -> tuple[Grade | None, str]:
+    """The grade, or what happened where the machinery that makes it broke or gave none: unscored, never zero.
+
+    Raises:
+        ConfigError, ModelError and the others of :data:`MISUSE`.
+    """
+    try:
+        grade = await grader.grade(task, outcome)
+        if not isinstance(grade, Grade):
+            raise TypeError(f"{type(grader).__name__} gave {type(grade).__name__}, not a Grade")
+        if grade.mean is not None and not math.isfinite(grade.mean):
+            raise ValueError(f"{type(grader).__name__} gave the mean score {grade.mean}")
+        return grade, ""
+    except MISUSE:
+        raise
+    except Exception as fault:  # noqa: BLE001 - anybody's code, as above
+        return None, describe(fault)
 
 
 def describe(fault: Exception) -> str:

@@ -12,7 +12,7 @@ from agentsdpo.benchmarks.apex.taskset import TaskSet
 from agentsdpo.collect.compaction import compactor
 from agentsdpo.collect.episode_log import EpisodeLog
 from agentsdpo.collect.policy import mix
-from agentsdpo.collect.rollout import MISUSE, Rollout, describe, run_episode
+from agentsdpo.collect.rollout import MISUSE, Rollout, ask_grader, describe, run_episode
 from agentsdpo.types import Closes, Env, Grade, Grader, Outcome, Task
 
 T = TypeVar("T")
@@ -55,11 +55,13 @@ class Player:
         try:
             if task.task_id not in self._graders:
                 self._graders[task.task_id] = self.taskset.grader(task)
-            return await self._graders[task.task_id].grade(task, outcome), ""
         except MISUSE:
             raise
         except Exception as fault:  # noqa: BLE001 - it is recorded on the attempt
             return None, describe(fault)
+        grade, error = await ask_grader(self._graders[task.task_id], task, outcome)
+        wrong = [r for r in (grade.results if grade else ()) if r.score is not None and not 0.0 <= r.score <= 1.0]
+        return (None, f"ValueError: {wrong[0].id} has score {wrong[0].score}, not 0 to 1") if wrong else (grade, error)
 
     async def once(self, task: Task, number: int = 0) -> Attempt:
         """Play and grade one attempt of which nothing is kept."""

@@ -104,7 +104,7 @@ def weighted_score(task: Task, grade: Grade) -> float:
 def graded(attempt: Attempt, task: Task, grade: Grade | None, error: str = "") -> Attempt:
     """The attempt with its grade; unscored as ``judge_error`` when there is none or a criterion could not be judged."""
     attempt = attempt.model_copy(update=_judging(grade))
-    if grade is None or grade.mean is None:
+    if grade is None or grade.mean is None or not grade.results:
         return attempt.model_copy(update={
             "outcome": "judge_error", "ended": attempt.ended or attempt.outcome, "scored": False, "passed": None,
             "score": None, "criteria": None, "error_class": (error or "criterion").partition(":")[0],

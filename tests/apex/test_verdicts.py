@@ -1,13 +1,18 @@
 """Verdicts that come out wrong although judge and agent are honest: what is shown, what is asked, what is kept."""
 
 import asyncio
+import math
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from agentsdpo.benchmarks.apex.evidence import gather
 from agentsdpo.benchmarks.apex.judge import RubricGrader
+from agentsdpo.benchmarks.apex.report import make_report
 from agentsdpo.collect.hosted import HostedConfig, HostedModel
-from agentsdpo.types import Criterion, Grade, Json, Outcome
+from agentsdpo.types import Criterion, CriterionResult, Grade, Json, Outcome
+from tests.apex.conftest import SumTasks, make
 from tests.apex.test_judge import GOOD, RUBRIC, TASK, captured, grade, honest, read, verdict, zipped
 
 
@@ -56,3 +61,21 @@ def test_kept_rubbish_is_asked_about_again(chat_server: Any, tmp_path: Path) -> 
     assert len(chat_server.seen) == 12
     assert asyncio.run(once()).passed
     assert len(chat_server.seen) == 12, "what could be read is kept"
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    (math.nan, "ValueError: Gives gave the mean score nan"), (5.0, "ValueError: sum has score 5.0, not 0 to 1"),
+    (-1.0, "ValueError: sum has score -1.0, not 0 to 1"), ({"mean": 1.0}, "TypeError: Gives gave dict, not a Grade"),
+    (None, "TypeError: Gives gave NoneType, not a Grade"),
+    (Grade(results=(), mean=1.0, passed=True), "the grade is empty")])
+def test_what_is_no_grade_leaves_an_attempt_unscored(tmp_path: Path, sums: SumTasks, monkeypatch: pytest.MonkeyPatch,
+                                                     given: Any, said: str) -> None:
+    class Gives:
+        async def grade(self, task: Any, outcome: Any) -> Any:
+            score = isinstance(given, float)
+            return Grade.of([CriterionResult(id="sum", score=given)]) if score else given
+
+    monkeypatch.setattr(sums, "grader", lambda task: Gives())
+    bench = make(tmp_path / "r", attempts=1)
+    assert {(one.outcome, one.message) for one in bench.play()} == {("judge_error", said)}
+    assert make_report(bench.folder)["overall"]["conditional"]["mean_score"]["partial"] is None

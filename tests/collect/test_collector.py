@@ -13,7 +13,7 @@ from agentsdpo.collect.inprocess import InProcessEngine
 from agentsdpo.collect.metrics import collect_metrics
 from agentsdpo.errors import ConfigError, ModelError, TruncatedSampling
 from agentsdpo.replay.rules import check_episode, check_vocabulary
-from agentsdpo.types import StopReason, Task
+from agentsdpo.types import CriterionResult, Grade, StopReason, Task
 
 CONFIG = CollectConfig(concurrency=4, max_tokens=12, window=1024, max_turns=3)
 
@@ -110,6 +110,21 @@ class Bad:
                 return await grade(task, outcome)
 
         return Grader()
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ({"mean": 1.0}, "TypeError: Gives gave dict, not a Grade"), (None, "TypeError: Gives gave NoneType, not a Grade"),
+    (Grade.of([CriterionResult(id="a", score=float("nan"))]), "ValueError: Gives gave the mean score nan")])
+def test_what_is_no_grade_leaves_its_episode_unscored(world: Any, given: Any, said: str) -> None:
+    class Gives:
+        async def grade(self, task: Task, outcome: Any) -> Any:
+            return given
+
+    suite = world.suite()
+    suite.grader = lambda: Gives()
+    collector = Collector(suite, lambda task, seed: world.script(world.turn(("submit", {}))), CONFIG)
+    (episode,) = collector.collect("train", [3])
+    assert (episode.grade, episode.metadata["error"]) == (None, said)
 
 
 @pytest.mark.parametrize("place", ["reset", "outcome", "grade", "policy"])
