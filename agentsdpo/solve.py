@@ -31,6 +31,8 @@ from agentsdpo.replay.rows import Row
 from agentsdpo.types import Episode, Hint, Json, Task
 
 Method = Literal["sdpo", "best_of_k", "multi_turn"]
+PATIENCE = 4
+"""Attempts in a row without a score after which the machinery counts as broken, where a round has fewer."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ def solve(config: RunConfig, where: tuple[str, int], *, method: Method = "sdpo",
 
     Raises:
         TrainForbidden: the task must not be trained on, and the method would learn from its grader.
-        ConfigError: a policy is to be kept of a method that makes none. EngineError: no attempt could be scored.
+        ConfigError: a policy is to be kept of a method that makes none. EngineError: no attempt of a round, and none
+            of the last :data:`PATIENCE`, could be scored.
         RegistryError: nothing can be kept in this folder; said before anything is played.
         ModelError, ConfigError: see :func:`~agentsdpo.assemble.check_request`.
     """
@@ -114,6 +117,7 @@ def solve(config: RunConfig, where: tuple[str, int], *, method: Method = "sdpo",
         episodes = solver.play(len(done), size, attempts)
         fresh = [_attempt(episode, len(done) + i + 1, rounds) for i, episode in enumerate(episodes)]
         done += fresh
+        _check_scored(episodes, done[-max(PATIENCE, size):])
         won = next((episode for episode in episodes if episode.grade and episode.grade.passed), None)
         told(fresh)
         if not any(one.passed for one in fresh) and len(done) < attempts:
@@ -123,6 +127,14 @@ def solve(config: RunConfig, where: tuple[str, int], *, method: Method = "sdpo",
     return Solution(task=solver.task.task_id, method=method, budget=attempts, attempts=tuple(done),
                     deeds="\n".join(deeds(won)) if won else None, wall_s=round(time.monotonic() - began, 3),
                     steps=solver.steps)
+
+
+def _check_scored(episodes: Sequence[Episode], last: Sequence[Attempt]) -> None:
+    """Raise EngineError where nothing could be scored for so long."""
+    if all(one.score is None for one in last):
+        raise EngineError(f"none of {len(last)} attempts at {episodes[0].task_id} could be scored: "
+                          f"{episodes[0].metadata.get('error', 'no reason was recorded')}",
+                          fix="mend the engine or the environment")
 
 
 def _attempt(episode: Episode, number: int, rounds: int) -> Attempt:
@@ -167,18 +179,9 @@ class Solver:
         return EnginePolicy(self.engine, chat, self.config.collect, training=self.method == "sdpo")
 
     def play(self, first: int, count: int, budget: int) -> list[Episode]:
-        """Some attempts at once; ``first`` were played before.
-
-        Raises:
-            EngineError: none could be scored.
-        """
-        episodes = self.collector.collect(self.split, [self.index] * count, seed=self.config.seed,
-                                          attempts=range(first, first + count), group_size=budget)
-        if all(episode.grade is None for episode in episodes):
-            raise EngineError(f"none of {count} attempts at {self.task.task_id} could be scored: "
-                              f"{episodes[0].metadata.get('error', 'no reason was recorded')}",
-                              fix="mend the engine or the environment")
-        return episodes
+        """Some attempts at once; ``first`` were played before."""
+        return self.collector.collect(self.split, [self.index] * count, seed=self.config.seed,
+                                      attempts=range(first, first + count), group_size=budget)
 
     def learn(self, episodes: Sequence[Episode], updates: int) -> None:
         """Take in the feedback on a round of failures: into the weights, into the context, or not at all."""

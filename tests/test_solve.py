@@ -37,6 +37,19 @@ class Broken(DeskSuite):
         raise OSError("the sandbox is gone")
 
 
+class Hiccup(DeskSuite):
+    """The second environment cannot be made."""
+
+    made = 0
+
+    def env(self) -> Any:
+        """Fails once."""
+        self.made += 1
+        if self.made == 2:
+            raise OSError("the sandbox is gone")
+        return super().env()
+
+
 def small(*sets: str) -> RunConfig:
     return from_mapping({"preset": "test_time", "collect": WORLD}, sets)
 
@@ -103,6 +116,14 @@ def test_trying_again_is_allowed_on_any_task() -> None:
 def test_a_broken_environment_is_no_failure() -> None:
     with pytest.raises(EngineError, match="none of 4 attempts .* could be scored: .*the sandbox is gone"):
         solve(small("suite='tests.test_solve:Broken'"), ("train", 3), attempts=8)
+
+
+def test_one_attempt_without_a_score_does_not_end_the_others() -> None:
+    config = small("suite='tests.test_solve:Hiccup'", "group=1")
+    found = solve(config, ("train", 3), method="best_of_k", attempts=3)
+    assert [one.score is None for one in found.attempts] == [False, True, False]
+    with pytest.raises(EngineError, match="none of 1 attempts"):
+        solve(small("suite='tests.test_solve:Broken'", "group=1"), ("train", 3), method="best_of_k", attempts=3)
 
 
 def test_nothing_said_is_nothing_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
