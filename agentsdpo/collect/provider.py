@@ -13,7 +13,7 @@ from typing import Any
 
 from agentsdpo.collect.policy import ContextOverflow
 from agentsdpo.errors import ConfigError, EngineError
-from agentsdpo.types import Json
+from agentsdpo.types import Json, printable
 
 _LONGEST = 400
 """Characters of a provider's message that go into an error."""
@@ -122,14 +122,14 @@ async def close() -> None:
 
 
 def _read(response: Any, model: str, wall_s: float) -> Answer:
-    """The first choice of a response."""
+    """The first choice of a response; a lone surrogate in it, as half an emoji is, could not be kept or sent on."""
     if not getattr(response, "choices", None):
         raise Transient(f"model {model}: the answer has no choices")
     choice = response.choices[0]
-    calls = tuple({"id": call.id or "", "name": call.function.name or "", "arguments": call.function.arguments or ""}
-                  for call in choice.message.tool_calls or ())
+    calls = tuple({"id": printable(call.id or ""), "name": printable(call.function.name or ""),
+                   "arguments": printable(call.function.arguments or "")} for call in choice.message.tool_calls or ())
     usage = getattr(response, "usage", None)
-    return Answer(text=choice.message.content or "", calls=calls, finish_reason=choice.finish_reason or "",
+    return Answer(text=printable(choice.message.content or ""), calls=calls, finish_reason=choice.finish_reason or "",
                   prompt_tokens=getattr(usage, "prompt_tokens", 0) or 0,
                   completion_tokens=getattr(usage, "completion_tokens", 0) or 0,
                   cost_usd=response._hidden_params.get("response_cost"), wall_s=wall_s)

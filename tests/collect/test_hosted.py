@@ -210,6 +210,14 @@ def test_answers_are_kept_by_content(chat_server: Any, tmp_path: Path) -> None:
     assert ask(client(chat_server, cache=tmp_path)).text == "answer 4"
 
 
+def test_half_an_emoji_is_kept_as_a_question_mark(chat_server: Any, tmp_path: Path) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"x": "\ud83d"}'}}
+    chat_server.answer = lambda body: chat_server.say("so \ud83d", calls=[call])
+    replies = [ask(client(chat_server, cache=tmp_path)) for _ in range(2)]
+    assert [(reply.text, reply.calls[0]["arguments"], reply.cached) for reply in replies] == [
+        ("so ?", '{"x": "?"}', False), ("so ?", '{"x": "?"}', True)]
+
+
 def test_no_fault_is_kept(chat_server: Any, tmp_path: Path) -> None:
     chat_server.answer = lambda body: (500, "boom", {})
     with pytest.raises(Transient):
