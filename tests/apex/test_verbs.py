@@ -134,6 +134,7 @@ def test_doctor_finds_a_licence_that_is_not_kept_and_a_rubric_that_leaks(sums: S
     (["report", "nowhere"], 4, "holds no benchmark run"), (["show", "nowhere", "t"], 4, "holds no benchmark run"),
     (["export", "nowhere", "--to", "atif"], 4, "holds no benchmark run"),
     (["import", "nowhere", "--from", "apex", "--out", "r"], 1, "nowhere is not there"),
+    (["import", ".", "--from", "atif", "--out", "a.file"], 1, "a.file cannot be written: File exists; name a folder"),
     (["import", ".", "--from", "word", "--out", "r"], 2, "there is no import from 'word'"),
     (["import", ".", "--from", "apex", "--out", "r", "--tasks", "3"], 2, "and none is named; give --suite"),
     (["run", "--suite", "nothing"], 2, "there is no suite 'nothing'"),

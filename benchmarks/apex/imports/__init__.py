@@ -47,7 +47,9 @@ def import_run(path: Path, fmt: str, out: Path, config: BenchConfig | None = Non
 
     Raises:
         ConfigError: no such format. FormatError: nothing there, or not in the format; a task the suite does not have.
-        RunError: ``out`` holds something. Nothing is left there when anything is raised.
+        RunError, OutputError: ``out`` holds something, or cannot be made.
+
+    Nothing is left in ``out`` when anything is raised.
     """
     if fmt not in IMPORTS:
         raise ConfigError(f"there is no import from {fmt!r}", fix=f"choose one of {', '.join(IMPORTS)}")
@@ -57,9 +59,10 @@ def import_run(path: Path, fmt: str, out: Path, config: BenchConfig | None = Non
     try:
         for one in IMPORTS[fmt](path, notes):
             writer.add(one)
-        if writer.attempts:
-            return {**writer.finish(fmt, path), "lost": counted(notes.lost)}
+        if not writer.attempts:
+            raise FormatError(f"{path} holds nothing to import from {fmt}",
+                              fix=f"choose another of {', '.join(IMPORTS)}")
+        return {**writer.finish(fmt, path), "lost": counted(notes.lost)}
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)  # it was empty before
         raise
-    raise FormatError(f"{path} holds nothing to import from {fmt}", fix=f"choose another of {', '.join(IMPORTS)}")

@@ -18,6 +18,7 @@ from agentsdpo.benchmarks.apex.taskset import TaskSet, tasks_sha256
 from agentsdpo.collect.rollout import Rollout
 from agentsdpo.envs.archives import zip_bytes
 from agentsdpo.errors import EnvError, FormatError, RunError
+from agentsdpo.files import make_folder
 from agentsdpo.replay.formats.shapes import text_of
 from agentsdpo.types import Env, Grade, Grader, Json, Outcome, StopReason, Task
 
@@ -61,14 +62,15 @@ class Writer:
         out: folder of the run. config: with the suite whose tasks these are, if it is at hand.
 
     Raises:
-        RunError: the folder holds something.
+        RunError: the folder holds something. OutputError: it cannot be made.
     """
 
     def __init__(self, out: Path, config: BenchConfig | None) -> None:
-        if out.exists() and any(out.iterdir()):
+        if out.is_dir() and any(out.iterdir()):
             raise RunError(f"{out} is not empty", fix="choose another --out")
         self.folder, self.config = BenchFolder(out), config
         self.suite = open_suite(config) if config else None
+        make_folder(out)
         self._known = {task.task_id: task for task in self.suite.tasks} if self.suite else {}
         self._tasks: dict[str, Task] = {}
         self._numbers: dict[str, set[int]] = defaultdict(set)
