@@ -344,7 +344,9 @@ def test_hostile_snapshots(tmp_path: Path, members: dict[str, bytes], error: typ
 
 def test_wrong_requests(tmp_path: Path, played: BenchFolder) -> None:
     (tmp_path / "log.json").write_text(json.dumps({"version": 2, "samples": 2 * [{"id": 1, "messages": []}]}))
+    (tmp_path / "half.json").write_text(json.dumps({"version": 2, "samples": [{"id": "\ud800", "messages": []}]}))
     for call, error, words in (
+        (("half.json", "inspect", "run"), FormatError, "holds a lone surrogate; rename the task"),
         (("log.json", "word", "run"), ConfigError, "choose one of apex, harbor, inspect, atif"),
         (("log.json", "inspect", "own"), RunError, "is not empty"),
         (("nowhere", "apex", "run"), FormatError, "is not there"),

@@ -20,7 +20,7 @@ from agentsdpo.envs.archives import zip_bytes
 from agentsdpo.errors import EnvError, FormatError, RunError
 from agentsdpo.files import make_folder
 from agentsdpo.replay.formats.shapes import text_of
-from agentsdpo.types import Env, Grade, Grader, Json, Outcome, StopReason, Task
+from agentsdpo.types import Env, Grade, Grader, Json, Outcome, StopReason, Task, printable
 
 EMPTY = zip_bytes({})
 """The state of an attempt that came without one."""
@@ -82,8 +82,11 @@ class Writer:
         """Write one attempt.
 
         Raises:
-            FormatError: the suite does not have its task, or it is there twice.
+            FormatError: the suite does not have its task, it is there twice, or the task's id is no text.
         """
+        if printable(one.task_id) != one.task_id:
+            raise FormatError(f"{one.where}: task id {one.task_id!r} holds a lone surrogate",
+                              fix="rename the task: its files would not be found under what can be written of its id")
         task, number = self._task(one), self._number(one)
         outcome = None if one.outcome in UNSCORED else Outcome(
             answer=one.answer, initial=one.initial or EMPTY, final=one.final or one.initial or EMPTY,
