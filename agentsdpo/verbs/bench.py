@@ -71,6 +71,10 @@ def grade(folder: Run, judge: Judge = None, sets: Sets = None, as_json: Json = F
     from agentsdpo.benchmarks.apex.progress import shown
     from agentsdpo.benchmarks.apex.runfolder import BenchFolder
 
+    other = [one for one in sets or () if one.partition("=")[0].partition(".")[0].strip() != "judge"]
+    if other:
+        raise ConfigError(f"--set {other[0]} changes no grade of what was played", fix="set settings of the judge, as "
+                          "in --set judge.temperature=0")
     chosen = _settings(None, {}, judge, sets).judge if judge or sets else None
     with _kept(folder, "grade"), shown("grading") as told:
         regrade(folder, chosen, told=told)

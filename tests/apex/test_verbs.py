@@ -137,6 +137,7 @@ def test_doctor_finds_a_licence_that_is_not_kept_and_a_rubric_that_leaks(sums: S
     (["import", ".", "--from", "atif", "--out", "a.file"], 1, "a.file cannot be written: File exists; name a folder"),
     (["import", ".", "--from", "word", "--out", "r"], 2, "there is no import from 'word'"),
     (["import", ".", "--from", "apex", "--out", "r", "--tasks", "3"], 2, "and none is named; give --suite"),
+    (["grade", "r", "--set", "budget.turns=9"], 2, "--set budget.turns=9 changes no grade of what was played"),
     (["run", "--suite", "nothing"], 2, "there is no suite 'nothing'"),
     (["run", "--set", "atempts=3"], 2, "did you mean attempts?"),
     (["run", "--set", "learn.lr=1"], 2, "learn is not a setting; there are suite, tasks, model,"),
