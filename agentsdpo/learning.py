@@ -321,7 +321,7 @@ def train_rows(chat: ChatFormat, drawn: Row, *, tool: bool = False, weight: floa
     if bare and placed and rest:
         rows.append((None, rest))
     return [TrainRow(branch=drawn.branch, hint_ids=hint.ids if hint else None, hint_at=hint.at if hint else 0,
-                     turns=turns, draw=draw, episode_id=drawn.key.episode_id,
+                     turns=turns, draw=draw, episode_id=f"{drawn.key.episode_id}/{drawn.key.attempt}",
                      train_allowed=drawn.train_allowed, tokenizer_sha256=drawn.tokenizer_sha256,
                      chat_template_sha256=drawn.chat_template_sha256, score=drawn.reward,
                      group=drawn.group_id or drawn.key.episode_id,

@@ -12,6 +12,7 @@ from agentsdpo.config import RunConfig, from_mapping
 from agentsdpo.demo import demo_config
 from agentsdpo.errors import ConfigError, RunError
 from agentsdpo.programs.collecting import assemble_collector
+from agentsdpo.replay.ids import Key
 from agentsdpo.runfolder import open_run
 from agentsdpo.suites import run_id
 from agentsdpo.track import read_metrics
@@ -47,8 +48,8 @@ def test_presets_with_groups_train_end_to_end(preset: str, tmp_path: Path) -> No
     assert [sorted(attempts) for attempts in groups.values()] == [[0, 1, 2, 3]] * 4
 
 
-def collected(tmp_path: Path, preset: str = "grpo") -> Run:
-    run = assemble(small(preset, 3, "learn.batch=1"), tmp_path / "run")
+def collected(tmp_path: Path, preset: str = "grpo", *more: str) -> Run:
+    run = assemble(small(preset, 3, "learn.batch=1", *more), tmp_path / "run")
     run.restore_or_begin()
     run.sampler.refresh(only={e.episode_id for e in loop.collect(run)})
     return run
@@ -81,6 +82,14 @@ def test_turns_without_a_hint_learn_from_the_grade_alone(tmp_path: Path) -> None
     assert whole.group == one.group_id
     (alone,) = run.rows(replace(one, hint=None, group_id=""))
     assert alone.group == one.key.episode_id, "as the sampler has it"
+
+
+def test_attempts_of_one_name_have_advantages_of_their_own(tmp_path: Path) -> None:
+    run = collected(tmp_path, "grpo", "learn.advantage=reinforce")
+    up, down = (replace(row, key=Key("ticket-4711", 0, attempt), reward=1.0 - attempt)  # as a proxy records them
+                for attempt, row in enumerate(run.draw()[:2]))
+    admitted = run.learner.admit([*run.rows(up), *run.rows(down)], run.version).rows
+    assert [row.advantage for row in admitted] == [0.5, -0.5]
 
 
 def test_a_run_that_goes_on_knows_the_successes_it_knew_before(tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_what_was_refused_is_drawn_no_sooner_than_what_has_least_to_teach(
     learn_alone(config("replay.strategy=prioritised", "learn.batch=12", steps=1), played, out=tmp_path / "run",
                 mode="none")
     saved = json.loads((tmp_path / "run" / "checkpoint" / "step-00000001" / "state.json").read_text())
-    units = {name.partition("/")[0]: own[-1] for name, own in saved["sampler"]["sampler"]["units"].items()}
+    units = {name: own[-1] for name, own in saved["sampler"]["sampler"]["units"].items()}
     least = min(priority for name, priority in units.items() if name not in silent)
     assert {units[name] for name in silent} == {least}
 

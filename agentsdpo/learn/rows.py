@@ -20,7 +20,7 @@ class TrainRow:
         branch: token-exact record; its ids are never re-rendered.
         hint_ids: rendered hint, None when the episode has none: then a mix learns from its grade alone, and nothing
             else from the row. The teacher reads ``ids[:hint_at] + hint_ids + ids[hint_at:]``.
-        episode_id: branches of one episode share it (normaliser).
+        episode_id: branches of one attempt at an episode share it (normaliser, advantage).
         train_allowed: from the task's licence.
         hint_at: token index the hint is inserted at; 0 puts it in front.
         turns: those that carry loss, None for all; a branch with hints of single turns is a row for each of them, and
