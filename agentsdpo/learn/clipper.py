@@ -34,7 +34,7 @@ class AdvantageClip:
         return self.kappa * mean
 
     def update(self, total: float, count: int) -> None:
-        """Take in one optimiser step: ``total`` = sum of |gap|, ``count`` = loss tokens, over everything in it."""
+        """Take in one optimiser step: ``total`` = sum of |gap|, ``count`` = loss tokens with a hint, over all of it."""
         self.step += 1
         self.ema = self.decay * self.ema + (1.0 - self.decay) * total / max(count, 1)
 

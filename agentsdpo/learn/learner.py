@@ -120,7 +120,7 @@ class Learner:
             norms = self._update(stats)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
-        self._after(stats)
+        self._after(stats, _hinted(share.rows))
         metrics = step_metrics(stats, _per_token(share.rows, "staleness", stats.gap), self.config,
                                bounds.gap if self.clipper else None)
         metrics |= split_metrics(stats, share.rows, self.config)
@@ -210,7 +210,8 @@ class Learner:
         with torch.no_grad():
             seen = self.ranks.collect(share, [self.objective(batch, Bounds())[1] for batch in share.batches])
         signal = seen.gap if self.config.mix == "pure" else _per_token(share.rows, "advantage", seen.gap)
-        return Bounds(gap=clipper.bound(first_mean=float(seen.gap.abs().mean())) if clipper else Bounds.gap,
+        first_mean = float(seen.gap.abs().sum()) / max(_hinted(share.rows), 1)
+        return Bounds(gap=clipper.bound(first_mean=first_mean) if clipper else Bounds.gap,
                       m2=m2po_bound(seen.log_ratio, signal, budget=self.config.m2_budget) if m2 else Bounds.m2)
 
     def _backward(self, share: Share, bounds: Bounds) -> tuple[float, TokenStats]:
@@ -248,13 +249,18 @@ class Learner:
         self.optimizer.step()
         return {"learn/grad_norm": norm, **norms}
 
-    def _after(self, stats: TokenStats) -> None:
-        """Bookkeeping of a step that went through."""
+    def _after(self, stats: TokenStats, hinted: int) -> None:
+        """Bookkeeping of a step that went through, ``hinted`` of whose tokens have a gap."""
         self.step_count += 1
         if not self.teacher_held:
             self.teacher.after_step(self.model)
-        if self.clipper is not None:
-            self.clipper.update(float(stats.gap.abs().sum()), len(stats.gap))
+        if self.clipper is not None and hinted:
+            self.clipper.update(float(stats.gap.abs().sum()), hinted)
+
+
+def _hinted(rows: list[LossRow]) -> int:
+    """Loss tokens with a hint: those without one, in a mix, have a gap of 0 and no part in the mean |gap|."""
+    return sum(len(row.position) for row in rows if row.row.hint_ids)
 
 
 def _gaps(rows: list[LossRow], gap: Tensor) -> tuple[tuple[TrainRow, float], ...]:

@@ -1,5 +1,6 @@
 """Real steps of a small model on every axis: presets, splits into micro-batches, sign of a mix with grades."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -117,6 +118,18 @@ def test_without_hints_a_mix_learns_from_grades_and_the_pure_objective_nothing(t
     assert {name for name, gap in gaps.items() if gap == 0.0} == {"e3", "e5"}
     pure = Learner(tiny_model, resolve("robust", TOY["robust"])).step(bare, version=1)
     assert pure.refused == {"no_hint": 3}
+
+
+def test_the_gap_bound_is_of_the_tokens_that_have_a_gap(tiny_model: Any, graded: list[TrainRow]) -> None:
+    """Rows without a hint leave it where it was: counted in, a step of them alone cut all gaps of the next to 0."""
+    config = resolve("opd_grpo", {"lr": 1e-6, "control_every": 0})
+    bare = [replace(row, hint_ids=None) for row in graded]
+    alone, mixed = Learner(copy.deepcopy(tiny_model), config), Learner(tiny_model, config)
+    mixed.step(bare, version=1)
+    expected = alone.step(graded[:1] + graded[-1:], version=1).metrics["learn/adv_clip/bound"]
+    for rows in (graded[:1] + bare[1:5] + graded[-1:], bare[:5] + graded[-1:]):
+        found = mixed.step(rows, version=1).metrics["learn/adv_clip/bound"]
+        assert found == pytest.approx(expected, rel=0.05)
 
 
 def test_grpo_asks_no_teacher(tiny_model: Any, graded: list[TrainRow]) -> None:
