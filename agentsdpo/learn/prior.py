@@ -84,15 +84,19 @@ def advantages(kind: Advantage, scores: Mapping[str, tuple[str, float]]) -> dict
     {'a': 0.707, 'b': -0.707, 'c': 0.0}
     """
     if kind == "reinforce":
-        mean = float(np.mean([score for _, score in scores.values()])) if scores else 0.0
-        return {episode: score - mean for episode, (_, score) in scores.items()}
+        every = [score for _, score in scores.values()]
+        return {episode: _centred(score, every) for episode, score in zip(scores, every, strict=True)}
     groups: dict[str, list[float]] = {}
     for group, score in scores.values():
         groups.setdefault(group, []).append(score)
     return {episode: _standardised(score, groups[group]) for episode, (group, score) in scores.items()}
 
 
+def _centred(score: float, others: list[float]) -> float:
+    """One score less the mean; exactly 0 where all are alike, whatever their mean rounds to."""
+    return score - float(np.mean(others)) if min(others) < max(others) else 0.0
+
+
 def _standardised(score: float, group: list[float]) -> float:
-    """One score among those of its group; exactly 0 where all are alike, whatever their mean rounds to."""
-    spread = max(group) - min(group)
-    return float((score - np.mean(group)) / (np.std(group, ddof=1) + 1e-4)) if spread > 0.0 else 0.0
+    """One score among those of its group."""
+    return _centred(score, group) / float(np.std(group, ddof=1) + 1e-4) if len(group) > 1 else 0.0

@@ -132,6 +132,13 @@ def test_the_gap_bound_is_of_the_tokens_that_have_a_gap(tiny_model: Any, graded:
         assert found == pytest.approx(expected, rel=0.05)
 
 
+def test_grades_that_are_all_alike_teach_nothing_whatever_their_mean_rounds_to(
+        tiny_model: Any, graded: list[TrainRow]) -> None:
+    learner = Learner(tiny_model, resolve("grpo", {"advantage": "reinforce", "weight_decay": 0.1}))
+    with pytest.raises(LearnError, match="'no_contrast': 3"):
+        learner.step([replace(row, score=0.1) for row in graded[:3]], version=1)
+
+
 def test_grpo_asks_no_teacher(tiny_model: Any, graded: list[TrainRow]) -> None:
     class Nobody:
         def scores(self, batch: Any) -> Any:
