@@ -33,17 +33,13 @@ def add_adapter(model: Any, config: AdapterConfig) -> None:
         config: ``rank`` 1 or more, ``alpha``, ``targets``. The random half is the same in every run.
 
     Raises:
-        ModelError: no layer has such a name, or the output layer or the embedding is meant.
+        ModelError: no layer has one of the names, or the output layer or the embedding is meant.
     """
     from peft import LoraConfig  # one second to import
 
     targets = "all-linear" if config.targets == ("all-linear",) else list(config.targets)
     wanted = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets, lora_dropout=0.0)
-    ends = {id(model.get_output_embeddings()), id(model.get_input_embeddings())}
-    names = [name for name, module in model.named_modules() if id(module) in ends]
-    if any(f".{name}".endswith(f".{target}") for name in names for target in config.targets):
-        raise ModelError(f"learn.adapter.targets {list(config.targets)} reaches the embedding or the output layer",
-                         fix="adapt layers of the body: the loss needs the output layer as one matrix")
+    _check_targets(model, config.targets)
     model.requires_grad_(False)
     try:
         with torch.random.fork_rng(devices=[]):
@@ -57,6 +53,20 @@ def add_adapter(model: Any, config: AdapterConfig) -> None:
                          f"{str(error).splitlines()[0]}",
                          fix="name linear layers of the model in learn.adapter.targets, or 'all-linear' alone"
                          ) from error
+
+
+def _check_targets(model: Any, targets: tuple[str, ...]) -> None:
+    """Refuse what peft would take: the ends of the model, and a name that nothing has beside one that something has."""
+    ends = {id(model.get_output_embeddings()), id(model.get_input_embeddings())}
+    modules = {f".{name}": id(module) for name, module in model.named_modules()}
+    for target in targets if targets != ("all-linear",) else ():
+        meant = {module for name, module in modules.items() if name.endswith(f".{target}")}
+        if meant & ends:
+            raise ModelError(f"learn.adapter.targets {list(targets)} reaches the embedding or the output layer",
+                             fix="adapt layers of the body: the loss needs the output layer as one matrix")
+        if not meant:
+            raise ModelError(f"learn.adapter.targets names {target!r}, and no layer of {type(model).__name__} ends so",
+                             fix="name linear layers of the model, or 'all-linear' alone")
 
 
 def has_adapter(model: Any) -> bool:

@@ -196,8 +196,10 @@ def test_two_learners_start_with_the_same_adapter(tiny_model: Any) -> None:
         assert torch.equal(p, q)
 
 
-@pytest.mark.parametrize(("targets", "match"), [(("nowhere",), "no adapter can be put on"),
-                                                (("lm_head",), "output layer"), (("embed_tokens",), "embedding")])
+@pytest.mark.parametrize(("targets", "match"), [
+    (("self_attn",), "no adapter can be put on"), (("lm_head",), "output layer"), (("embed_tokens",), "embedding"),
+    (("nowhere",), "names 'nowhere', and no layer"), (("q_proj", "v_prj"), "names 'v_prj'"),
+    (("q_proj", "all-linear"), "names 'all-linear'")])
 def test_targets_that_make_no_sense_are_refused(targets: tuple[str, ...], match: str, tiny_model: Any) -> None:
     with pytest.raises(ModelError, match=match):
         add_adapter(tiny_model, AdapterConfig(rank=4, targets=targets))
