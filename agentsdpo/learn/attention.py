@@ -76,7 +76,7 @@ def segment_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, at
         [1, T, n_q, d] and no attention weights.
 
     Raises:
-        ModelError: a mask, a cache, a window or capped scores, none of which this attention knows.
+        ModelError: a mask, a cache, a window, capped scores or sinks, none of which this attention knows.
     """
     if segments is not None and segments.group is not None:
         from agentsdpo.learn.ulysses import exchanged_attention  # which comes back here with whole rows
@@ -111,6 +111,7 @@ def _refuse(query: Tensor, key: Tensor, mask: Tensor | None, lengths: tuple[int,
     wrong = {"an attention mask": mask is not None, "a cache": query.shape[2] != key.shape[2],
              f"a sliding window of {window} tokens under a segment of {longest}": bool(window) and longest > window,
              "capped attention scores": options.get("softcap") is not None,
+             "attention sinks": options.get("s_aux") is not None,
              f"segments of {sum(lengths)} tokens in a row of {query.shape[2]}": sum(lengths) != query.shape[2]}
     found = [what for what, is_so in wrong.items() if is_so]
     if found:

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import GptOssConfig, GptOssForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from agentsdpo.errors import ModelError
 from agentsdpo.learn.attention import SEGMENTS, use_segments
+from agentsdpo.learn.model import prepare_model
 from agentsdpo.learn.pack import packed_row
 
 LENGTHS = (7, 1, 30, 12, 3)
@@ -109,6 +110,15 @@ def test_a_window_shorter_than_a_segment_is_refused() -> None:
     model(input_ids=torch.arange(8)[None], use_cache=False)
     with pytest.raises(ModelError, match="sliding window of 8 tokens under a segment of 9"):
         model(input_ids=torch.arange(9)[None], use_cache=False)
+
+
+def test_attention_sinks_are_named() -> None:
+    torch.manual_seed(0)
+    model = GptOssForCausalLM(GptOssConfig(
+        vocab_size=101, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1)).eval()
+    with pytest.raises(ModelError, match="attention sinks"):  # of which the logits say only that they are others
+        prepare_model(model)
 
 
 def test_no_dense_mask_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
