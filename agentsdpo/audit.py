@@ -23,7 +23,7 @@ from agentsdpo.learn.config import LearnConfig
 from agentsdpo.learn.control import derange, empty_hint_gap
 from agentsdpo.learn.inspect import both_logps
 from agentsdpo.learn.load import load_chat, load_model, pick_device
-from agentsdpo.learn.model import prepare_model
+from agentsdpo.learn.model import longest_row, prepare_model
 from agentsdpo.learn.rows import LossRow, admit
 from agentsdpo.learning import train_rows
 from agentsdpo.lift import TASKS, Lifts, Player, refuse_useless
@@ -224,15 +224,14 @@ def _admitted(rows: Sequence[Row], chat: ChatFormat, config: LearnConfig, model:
     Raises:
         HintError: none can be scored, with the reasons.
     """
-    shape = model.config.get_text_config()
-    version, window = max(row.policy_versions[1] for row in rows), getattr(shape, "max_position_embeddings", None)
+    version, window = max(row.policy_versions[1] for row in rows), longest_row(model)
     found = admit([one for row in rows for one in train_rows(chat, row)], version,
-                  config.model_copy(update={"max_staleness": None, "mix": "pure"}), window=window or 2**31,
-                  vocab_size=shape.vocab_size)
+                  config.model_copy(update={"max_staleness": None, "mix": "pure"}), window=window,
+                  vocab_size=model.config.get_text_config().vocab_size)
     if not found.rows:
         raise HintError(f"none of {len(rows)} hinted branches can be scored: {dict(found.refused)}",
                         fix="mend what refuses them; see docs/learning.md")
-    return found.rows, window or 2**31
+    return found.rows, window
 
 
 def _gaps(rows: list[LossRow], window: int, model: Any, config: LearnConfig, seed: int

@@ -18,7 +18,7 @@ from agentsdpo.learn.control import control_metrics
 from agentsdpo.learn.diagnostics import component_norms, staleness_metrics, step_metrics
 from agentsdpo.learn.longcontext import save_memory
 from agentsdpo.learn.masters import make_optimizer
-from agentsdpo.learn.model import moved, prepare_model, scores
+from agentsdpo.learn.model import longest_row, moved, prepare_model, scores
 from agentsdpo.learn.pack import row_cost
 from agentsdpo.learn.parallel import Ranks, Share, gathered, shard
 from agentsdpo.learn.ratio import m2po_bound
@@ -79,9 +79,8 @@ class Learner:
         if config.adapter.rank:
             add_adapter(self.model, config.adapter)
         save_memory(self.model, config)
-        shape = model.config.get_text_config()
-        self.window: int = min(getattr(shape, "max_position_embeddings", None) or 2**31, config.forward_tokens)
-        self.vocab_size: int = shape.vocab_size
+        self.window = min(longest_row(self.model), config.forward_tokens)
+        self.vocab_size: int = model.config.get_text_config().vocab_size
         self.config, self.device, self.step_count = config, device, 0
         if config.parity:
             _log.warning("learn.parity is on: this objective repeats a known flaw, compare with it alone")

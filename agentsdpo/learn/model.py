@@ -61,6 +61,15 @@ def prepare_model(model: Any) -> None:
                          fix="use a model of attention layers alone that goes by position_ids")
 
 
+def longest_row(model: Any) -> int:
+    """Tokens of the longest branch, hint included, that a model can be learnt with: no more than it has positions, and
+    where layers slide no more than their window, in which attention is full."""
+    shape = model.config.get_text_config()
+    kinds = getattr(shape, "layer_types", None) or ["sliding_attention"]
+    window = getattr(shape, "sliding_window", None) if "sliding_attention" in kinds else None
+    return min(getattr(shape, "max_position_embeddings", None) or 2**31, window or 2**31)
+
+
 def scores(model: Any, row: PackedRow, positions: Tensor) -> Head:
     """One forward without mask or cache, and the hidden states at some positions.
 

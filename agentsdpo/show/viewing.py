@@ -19,7 +19,7 @@ from agentsdpo.errors import ConfigError, HintError, TokenizerMismatch
 from agentsdpo.learn.config import LearnConfig
 from agentsdpo.learn.inspect import Inspection, inspect_row
 from agentsdpo.learn.load import load_chat, load_model, pick_device, take_weights
-from agentsdpo.learn.model import prepare_model
+from agentsdpo.learn.model import longest_row, prepare_model
 from agentsdpo.learn.presets import resolve
 from agentsdpo.learn.rows import admit
 from agentsdpo.learning import train_rows
@@ -144,7 +144,7 @@ def _branch(row: Row, chat: ChatFormat, student: Any, teacher: Any, config: Lear
     row = replace(row, hint=Hint(text="none", source="feedback", author="")) if bare else row
     version = max(row.policy_versions[1], 0)
     found = admit(train_rows(chat, row), version, config, vocab_size=shape.vocab_size,
-                  window=getattr(shape, "max_position_embeddings", None) or 2**31)
+                  window=longest_row(student))
     if not found.rows:
         return None
     size = len(row.branch.token_ids)

@@ -125,6 +125,18 @@ def test_a_branch_longer_than_a_forward_is_left_out_counted_and_warned_of(
         in caplog.text
 
 
+def test_a_branch_longer_than_a_sliding_window_is_left_out_as_well(
+        tiny_model: Any, make_row: Callable[..., TrainRow], record: Callable[..., TrainRow]) -> None:
+    """It ended the run when it was drawn, and whenever that was resumed."""
+    rows = batch_of(make_row, record, tiny_model)
+    shape = {**tiny_model.config.to_dict(), "layer_types": None, "sliding_window": 36, "max_window_layers": 1}
+    model = type(tiny_model)(type(tiny_model.config)(**{**shape, "use_sliding_window": True})).eval()
+    model.load_state_dict(tiny_model.state_dict())
+    assert set(model.config.layer_types) == {"full_attention", "sliding_attention"}
+    report = Learner(model, resolve("robust", FAST)).step(rows, version=0)
+    assert (report.n_trained, report.refused) == (4, {"window": 1})
+
+
 def test_the_gap_bound_excludes_the_batch_at_hand_after_the_first_step(
         tiny_model: Any, make_row: Callable[..., TrainRow], record: Callable[..., TrainRow]) -> None:
     learner = Learner(tiny_model, resolve("sdpopp", FAST))
