@@ -109,7 +109,7 @@ class Learner:
         if not found.rows:
             raise NothingToLearn(f"none of {len(rows)} rows can be trained on: {found.evicted} evicted as staler than "
                                  f"{self.config.max_staleness}, refused {dict(found.refused)}", reason="refused",
-                                 fix="collect fresh episodes, raise learn.max_staleness, or mend what refuses the rows")
+                                 fix=_remedy(found))
         share = self.ranks.share(found.rows, self.config, self.cost, self.device)
         self.model.eval()
         control = self._control(found.rows)
@@ -255,6 +255,14 @@ class Learner:
             self.teacher.after_step(self.model)
         if self.clipper is not None and hinted:
             self.clipper.update(float(stats.gap.abs().sum()), hinted)
+
+
+def _remedy(found: Admission) -> str:
+    """What to do when no row is left."""
+    if found.refused["no_contrast"] > max(found.evicted, found.refused.total() // 2):
+        return ("the attempts compared are graded alike, so there is nothing to learn from grades: end the run if all "
+                "pass, or give tasks that some attempts pass and some do not")
+    return "collect fresh episodes, raise learn.max_staleness, or mend what refuses the rows"
 
 
 def _hinted(rows: list[LossRow]) -> int:
