@@ -100,8 +100,9 @@ class NothingToLearn(LearnError):
     """Nothing of one batch can be trained on (too stale, refused, masked, gated); the next batch may be another matter.
 
     Args:
-        reason: ``refused`` (rows, before any forward), ``gated`` (every loss token, masked or gated) or
-            ``no_gradient`` (exactly 0: loss tokens without weight, a teacher who says what the student says).
+        reason: ``refused`` (rows, before any forward), ``alike`` (most of them for grades that are all alike),
+            ``gated`` (every loss token, masked or gated) or ``no_gradient`` (exactly 0: loss tokens without weight, a
+            teacher who says what the student says).
     """
 
     def __init__(self, what: str, *, reason: str = "refused", fix: str = "") -> None:

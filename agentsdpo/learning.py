@@ -278,10 +278,11 @@ def skip(run: Learning, error: NothingToLearn) -> Json:
     """Count a step as taken that had nothing to train on.
 
     Raises:
-        LearnError: too many in a row.
+        LearnError: too many in a row, unless of this one the grades were all alike: nothing is wrong with those, and
+            fresh ones may differ.
     """
     run.skipped += 1
-    if run.skipped >= MAX_SKIPPED:
+    if run.skipped >= MAX_SKIPPED and error.reason != "alike":
         raise LearnError(f"{run.skipped} steps in a row had nothing to train on; the last: {error.what}",
                          fix=error.fix) from error
     run.together.count(run.step + 1)

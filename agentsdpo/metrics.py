@@ -66,8 +66,10 @@ TABLE = (
     Metric("learn/{ratio/mean,ratio/max,ess_frac,kl_k3,top1_agree,gated_frac,masked_frac}/*", "ratio; share; nats",
            "as for the whole step, by the same groups", "ratio/mean/S0 off 1 by 0.05"),
     Metric("learn/{rows,tokens,microbatches}", "count", "trained on in this step"),
-    Metric("learn/skipped/*", "flag", "1 for a step without an update: every row refused or too stale (refused), every "
-           "loss token masked or gated (gated), a gradient of exactly 0 (no_gradient)", "any; 8 in a row end the run"),
+    Metric("learn/skipped/*", "flag", "1 for a step without an update: every row refused or too stale (refused), "
+           "grades that are all alike (alike), every loss token masked or gated (gated), a gradient of exactly 0 "
+           "(no_gradient)",
+           "any; 8 in a row end the run, but for alike"),
     Metric("eval/zero_shot_delta", "share", "mean score of the newest probe less that of the first", "below 0"),
     Metric("tripwire/{restrained,rollbacks}", "flag; count", "1 while a soft alarm is in force; roll-backs so far",
            "any"),

@@ -29,7 +29,7 @@ from agentsdpo.publish.registry import PolicyRegistry
 from agentsdpo.replay.example import example
 from agentsdpo.replay.store import ReplayStore
 from agentsdpo.track import read_metrics
-from agentsdpo.types import Episode, Json
+from agentsdpo.types import Episode, Grade, Json
 
 SETS = ["collect.window=512", "collect.concurrency=16", "collect.max_tokens=48", "episodes_per_step=6", "learn.batch=4",
         "eval.final_episodes=1", "eval.episodes=1", "eval.splits=['val']", "eval.final_splits=['val']",
@@ -132,6 +132,17 @@ def test_too_many_of_them_end_the_run(played: Path, tmp_path: Path) -> None:
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [row["learn/skipped/gated"] for row in rows] == [1.0] * 7
     assert len(PolicyRegistry(tmp_path / "run" / "policies").versions()) == 1, "nothing was published but the start"
+
+
+def test_grades_that_are_all_alike_end_no_run(played: Path, tmp_path: Path) -> None:
+    """All pass, or none does yet: there is nothing to learn from that, and nothing wrong."""
+    alike = [episode.model_copy(update={"episode_id": f"{episode.episode_id}-alike",
+                                        "grade": Grade(results=(), mean=1.0, passed=True)})
+             for episode in later(played, 0)]
+    ReplayStore.open(tmp_path / "store").append(alike)
+    learn_alone(config("preset=grpo", "group=2", steps=10), tmp_path / "store", out=tmp_path / "run", mode="none")
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["learn/skipped/alike"] for row in rows] == [1.0] * 10
 
 
 def test_prioritised_replay_goes_by_the_gap(played: Path, tmp_path: Path) -> None:

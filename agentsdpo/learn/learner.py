@@ -107,9 +107,11 @@ class Learner:
         """
         found = self.admit(rows, version)
         if not found.rows:
+            alike = found.refused["no_contrast"] > max(found.evicted, found.refused.total() // 2)
+            fix = "collect fresh episodes, raise learn.max_staleness, or mend what refuses the rows"
             raise NothingToLearn(f"none of {len(rows)} rows can be trained on: {found.evicted} evicted as staler than "
-                                 f"{self.config.max_staleness}, refused {dict(found.refused)}", reason="refused",
-                                 fix=_remedy(found))
+                                 f"{self.config.max_staleness}, refused {dict(found.refused)}",
+                                 reason="alike" if alike else "refused", fix=_ALIKE if alike else fix)
         share = self.ranks.share(found.rows, self.config, self.cost, self.device)
         self.model.eval()
         control = self._control(found.rows)
@@ -257,12 +259,8 @@ class Learner:
             self.clipper.update(float(stats.gap.abs().sum()), hinted)
 
 
-def _remedy(found: Admission) -> str:
-    """What to do when no row is left."""
-    if found.refused["no_contrast"] > max(found.evicted, found.refused.total() // 2):
-        return ("the attempts compared are graded alike, so there is nothing to learn from grades: end the run if all "
-                "pass, or give tasks that some attempts pass and some do not")
-    return "collect fresh episodes, raise learn.max_staleness, or mend what refuses the rows"
+_ALIKE = ("the attempts compared are graded alike, so there is nothing to learn from grades: end the run if all pass, "
+          "or give tasks that some attempts pass and some do not")
 
 
 def _hinted(rows: list[LossRow]) -> int:
