@@ -63,9 +63,10 @@ def test_groups_are_refused_before_anything_is_made(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_an_address_that_is_none_is_refused_before_anything_is_made(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="'127.0.0.1:8000' is no address of a server; give one such as http://127"):
-        train_async(from_mapping({}), out=tmp_path / "run", servers=["http://a:8000", "127.0.0.1:8000"])
+@pytest.mark.parametrize("address", ["127.0.0.1:8000", "http://[::1"])
+def test_an_address_that_is_none_is_refused_before_anything_is_made(tmp_path: Path, address: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{re.escape(address)}' is no address of a server; give one such as http:"):
+        train_async(from_mapping({}), out=tmp_path / "run", servers=["http://a:8000", address])
     assert not (tmp_path / "run").exists()
 
 

@@ -56,7 +56,10 @@ def base_url(url: str) -> str:
     >>> base_url("http://127.0.0.1:8000/v1/")
     'http://127.0.0.1:8000'
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # a bracket that is not closed
+        parts = urlsplit("")
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise ConfigError(f"{url!r} is no address of a server", fix="give one such as http://127.0.0.1:8000")
     if parts.username or parts.password:
