@@ -187,7 +187,7 @@ def test_earlier_work_states_its_rules_and_takes_its_share_of_a_batch_without_gr
     real = student.learner.step
 
     def step(given: list[Any], version: int) -> Any:
-        taken.append({row.episode_id: row.weight for row in given})
+        taken.append({row.episode_id.partition("/")[0]: row.weight for row in given})
         return real(given, version)
 
     student.learner.step = step  # pyright: ignore[reportAttributeAccessIssue]
