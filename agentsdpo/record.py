@@ -8,6 +8,7 @@ One episode of two turns, as tokens (P prompt, A sampled by the agent, E answer 
     branch.calls      = [Call(turn=0, start=3, end=5), Call(turn=1, start=8, end=10)]
 """
 
+from datetime import datetime
 from enum import IntEnum
 from typing import Any, Literal
 
@@ -170,6 +171,12 @@ class Branch(Frozen):
     def n_sampled(self) -> int:
         """Tokens the agent sampled (kinds 1, 4, 5)."""
         return int(_SAMPLED[self.token_kind].sum())
+
+    @property
+    def times(self) -> tuple[datetime | None, datetime | None]:
+        """When its first call was asked for and its last one answered; None where nobody wrote it down."""
+        return (min((call.t_request for call in self.calls if call.t_request), default=None),
+                max((call.t_done for call in self.calls if call.t_done), default=None))
 
     @property
     def n_trainable(self) -> int:

@@ -257,11 +257,10 @@ def _header(shown: Shown) -> Text:
 
 def _took(episode: Episode) -> list[str]:
     """From its first request to its last answer; [] where no times are kept."""
-    spans = [(call.t_request, call.t_done) for branch in episode.branches for call in branch.calls
-             if call.t_request and call.t_done]
+    spans = [(start, end) for start, end in (branch.times for branch in episode.branches) if start and end]
     if not spans:
         return []
-    start, end = min(first for first, _ in spans), max(last for _, last in spans)
+    start, end = min(start for start, _ in spans), max(end for _, end in spans)
     return [f"{(end - start).total_seconds():.1f} s from {start:%Y-%m-%d %H:%M:%S} UTC"]
 
 

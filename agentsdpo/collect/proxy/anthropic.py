@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from agentsdpo.collect.proxy.history import ROLES, read_arguments, read_tools
+from agentsdpo.collect.proxy.history import read_arguments, read_text, read_tools
 from agentsdpo.collect.proxy.refusals import Refused
 from agentsdpo.collect.proxy.shapes import Asked, Reply, cut_up, read_common
 from agentsdpo.types import Json, ToolSpec
@@ -80,7 +80,8 @@ def _messages(value: Any, where: str) -> list[Json]:
         return [_answer(blocks, where)]
     if role == "user" and any(block["type"] == "tool_result" for block in blocks):
         return [message for result, group in groupby(blocks, lambda block: block["type"] == "tool_result")
-                for message in (map(_result, group) if result else [_said(role, list(group), where)])]
+                for message in ([_result(block, where) for block in group] if result
+                                else [_said(role, list(group), where)])]
     return [_said(role, blocks, where)]
 
 
@@ -90,28 +91,21 @@ def _blocks(content: Any, where: str) -> list[Json]:
         return [{"type": "text", "text": content}]
     if not isinstance(content, list) or not all(isinstance(block, dict) for block in content):
         raise Refused(400, f"{where} is neither a text nor a list of blocks", param=where)
-    return [{**block, "type": block.get("type"), "where": where} for block in content]
+    return [{**block, "type": block.get("type")} for block in content]
 
 
 def _said(role: str, blocks: list[Json], where: str) -> Json:
-    return {"role": ROLES[role], "content": "\n".join(_text(block, where) for block in blocks)}
+    return {"role": role, "content": "\n".join(read_text([block], where) for block in blocks)}
 
 
 def _words(content: Any, where: str) -> str:
-    return "\n".join(_text(block, where) for block in _blocks(content, where))
+    return "\n".join(read_text([block], where) for block in _blocks(content, where))
 
 
-def _text(block: Json, where: str) -> str:
-    if block["type"] != "text" or not isinstance(block.get("text"), str):
-        raise Refused(400, f"{where} holds something other than text", code="not_text", param=where,
-                      fix="send text alone: pictures and documents cannot be recorded token by token")
-    return block["text"]
-
-
-def _result(block: Json) -> Json:
+def _result(block: Json, where: str) -> Json:
     """What a tool answered, and whether that was a fault."""
     content = block.get("content")
-    message = {"role": "tool", "content": _words(content, block["where"]) if content else "",
+    message = {"role": "tool", "content": _words(content, where) if content else "",
                "tool_call_id": str(block.get("tool_use_id") or "")}
     return {**message, "is_error": True} if block.get("is_error") else message
 
@@ -119,7 +113,7 @@ def _result(block: Json) -> Json:
 def _answer(blocks: list[Json], where: str) -> Json:
     """An answer that comes back."""
     calls = [_call(block, where) for block in blocks if block["type"] == "tool_use"]
-    words = [_text(block, where) for block in blocks if block["type"] not in ("tool_use", *_THOUGHTS)]
+    words = [read_text([block], where) for block in blocks if block["type"] not in ("tool_use", *_THOUGHTS)]
     message: Json = {"role": "assistant", "content": "".join(words)}
     return {**message, "tool_calls": calls} if calls else message
 

@@ -36,7 +36,7 @@ def _message(value: Any, where: str) -> Json:
     role = value.get("role") if isinstance(value, dict) else None
     if not isinstance(role, str) or role not in ROLES:
         raise Refused(400, f"{where} has no known role", fix=f"use {', '.join(ROLES)}", param=where)
-    message: Json = {"role": ROLES[role], "content": _text(value.get("content"), where)}
+    message: Json = {"role": ROLES[role], "content": read_text(value.get("content"), where)}
     if value.get("tool_calls"):
         message["tool_calls"] = [_call(call, where) for call in _list(value["tool_calls"], where)]
     if message["role"] == "tool":
@@ -50,7 +50,8 @@ def _list(value: Any, where: str) -> list[Any]:
     return value
 
 
-def _text(content: Any, where: str) -> str:
+def read_text(content: Any, where: str) -> str:
+    """A content, text or parts of text, as one text. Raises Refused with 400 for anything else."""
     if content is None or isinstance(content, str):
         return content or ""
     parts = content if isinstance(content, list) else [None]
