@@ -35,11 +35,11 @@ def publish(
     """Bring the latest policy version onto running servers; each ends with it, checked, or with what it served."""
     if follow and version is not None:
         raise ConfigError(f"--follow pushes what is latest, --version {version} is one version", fix="give one of them")
-    for url in to:
-        if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"--to is {url!r}", fix=f"give a whole address, as in http://{url or '127.0.0.1:8000'}")
     from agentsdpo import publishing
+    from agentsdpo.collect.vllm.server import base_url
 
+    for url in to:
+        base_url(url)  # before anything is read
     prepare()  # stopped in the middle of a push too: the server gets back what it had
     source = publishing.registry_at(registry)
     pusher = publishing.make_pusher(how, source, bound=bound, keep=keep, stem=stem, model=model)

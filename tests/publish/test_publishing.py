@@ -287,7 +287,8 @@ def test_the_verb_once_in_words(registry: PolicyRegistry, fake: Any, listening: 
 
 
 @pytest.mark.parametrize(("words", "error", "match"), [
-    (["--to", "localhost:8000"], ConfigError, "--to is 'localhost:8000'; give a whole address"),
+    (["--to", "localhost:8000"], ConfigError, "'localhost:8000' is no address of a server; give one such as http:"),
+    (["--to", "http://[::1"], ConfigError, r"'http://\[::1' is no address of a server; give one such as http:"),
     (["--to", URL, "--follow", "--version", "3"], ConfigError, "--version 3 is one version"),
     (["--to", URL, "--with", "nccl"], ConfigError, "--with is 'nccl': .*; use auto, reload, adapter, or module:funct"),
     (["--to", URL, "--version", "9"], RegistryError, "policy version 9 is not in"),
